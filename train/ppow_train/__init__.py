@@ -1,0 +1,1 @@
+"""Training half of vllm-ppow. Importing this package imports neither torch nor vLLM."""

@@ -1,0 +1,1 @@
+"""Everything that touches vLLM internals which differ between versions lives here, and nowhere else."""

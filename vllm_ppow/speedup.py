@@ -1,0 +1,62 @@
+"""Pure cost and speedup formulas: the one copy that reward, draft window and benchmark share.
+
+No torch, no vLLM: plain floats in, plain floats out. What a token costs is measured elsewhere; here it is only
+counted. Left out: anything that samples, verifies or decides.
+"""
+
+from collections.abc import Sequence
+
+
+def speedup_reward(num_accepted_tokens: float, draft_cost_ratio: float) -> float:
+    """Worth of one window: R_speedup(k) = k / (k·γ + 1).
+
+    Source: PPOW (arXiv 2605.14978), reward section; its γ is our `draft_cost_ratio` (paper: 0.12).
+
+    Args:
+        num_accepted_tokens: k, draft tokens that the target accepted, bonus token excluded (>= 0).
+        draft_cost_ratio: γ, time of one draft step divided by the time of one target step (>= 0).
+
+    Returns:
+        A reward in target steps; increasing and concave in k, 0 at k = 0, below 1/γ.
+    """
+    return num_accepted_tokens / (num_accepted_tokens * draft_cost_ratio + 1.0)
+
+
+def speedup_increments(num_speculative_tokens: int, draft_cost_ratio: float) -> list[float]:
+    """What accepting one more token adds: f(i) − f(i−1) for i = 1..K, with f = `speedup_reward`.
+
+    With these, E[R] = Σ_i P(first i accepted) · (f(i) − f(i−1)), since Σ_{i<=k} of them is f(k) (ours).
+
+    Returns:
+        K floats, positive and decreasing.
+    """
+    worth = [speedup_reward(k, draft_cost_ratio) for k in range(num_speculative_tokens + 1)]
+    return [after - before for before, after in zip(worth, worth[1:], strict=False)]
+
+
+def acceptance_length(num_accepted_tokens: int, num_drafts: int) -> float:
+    """Mean tokens per target step as vLLM reports it: accepted / drafts + 1, the bonus token included.
+
+    Raises:
+        ValueError: with no drafts there is nothing to report.
+    """
+    if num_drafts <= 0:
+        raise ValueError(f"acceptance_length needs at least one draft, got {num_drafts}: was speculation on?")
+    return num_accepted_tokens / num_drafts + 1.0
+
+
+def expected_speedup(
+    acceptance_per_position: Sequence[float], num_speculative_tokens: int, draft_cost_ratio: float
+) -> float:
+    """Expected tokens per unit of target-step time when every draft is K tokens long (ours).
+
+    (1 + Σ_{i<=K} P(first i accepted)) / (1 + K·γ): what a chain of K buys over one token per target step.
+    Unlike `speedup_reward`, all K drafted tokens are paid for, not only the accepted ones.
+
+    Args:
+        acceptance_per_position: P(first i accepted) for i = 1.., unconditional as vLLM counts it; at least K long.
+        num_speculative_tokens: K >= 0.
+        draft_cost_ratio: γ >= 0.
+    """
+    earned = 1.0 + sum(acceptance_per_position[:num_speculative_tokens])
+    return earned / (1.0 + num_speculative_tokens * draft_cost_ratio)
