@@ -1,0 +1,111 @@
+"""The command `ppow`: its subcommands, loaded when they are called, and how errors reach the user.
+
+Left out: what the subcommands do (commands/). Nothing here imports torch, transformers or vLLM, so that
+`ppow --help` answers at once and works where they are not installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from ppow_train.errors import UserError
+from vllm_ppow import __version__
+from vllm_ppow.artifact import ArtifactError
+
+# name -> (module:attribute of the click command, its line in `ppow --help`)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("ppow_train.commands.train:train", "Train a LoRA adapter for a drafter."),
+    "demo": ("ppow_train.commands.demo:demo", "The whole loop once: train, serve, compare."),
+    "bench": ("ppow_train.commands.bench:bench", "Measure a drafter in vLLM, with and without its adapter."),
+    "compare": (
+        "ppow_train.commands.compare:compare",
+        "Train several objectives alike and compare what they earn.",
+    ),
+    "tiny": ("ppow_train.commands.tiny:tiny", "Build the small target and drafter that the demo uses."),
+}
+
+# Import names that an extra brings, and what to install when one of them is missing.
+_TRAIN_NAMES = (
+    "torch transformers datasets peft trl accelerate speculators hs_connectors yaml rich matplotlib numpy"
+)
+_REMEDIES = dict.fromkeys(_TRAIN_NAMES.split(), "pip install 'vllm-ppow[train]'") | {
+    "vllm": "pip install 'vllm-ppow[cpu]', or 'vllm-ppow[gpu]' for an NVIDIA GPU"
+}
+
+
+class LazyGroup(click.Group):
+    """A click group that imports a subcommand's module only when that subcommand is asked for."""
+
+    def __init__(self, *args, lazy_commands: dict[str, tuple[str, str]], **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.lazy_commands = lazy_commands
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the subcommands, in the order in which a reader meets them."""
+        return [*self.lazy_commands, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The subcommand, its module imported now; None when there is no such subcommand."""
+        if cmd_name not in self.lazy_commands:
+            return super().get_command(ctx, cmd_name)
+        module_name, _, attribute = self.lazy_commands[cmd_name][0].partition(":")
+        return getattr(importlib.import_module(module_name), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands without importing them: click's own listing loads each for its help text."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_line) for name, (_, help_line) in self.lazy_commands.items()])
+
+
+@click.group(cls=LazyGroup, lazy_commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ppow")
+def ppow() -> None:
+    """Train speculative-decoding drafters on your own traffic, and serve them in vLLM."""
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the console script.
+
+    Exit codes: 0 done, 1 an error the user can act on, 2 wrong usage, 130 interrupted. Any other exception is
+    a bug and keeps its traceback.
+
+    Args:
+        args: command line without the program name; None takes the process's own.
+    """
+    sys.exit(run(args))
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (see `main`)."""
+    try:
+        result = ppow.main(args=args, prog_name="ppow", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort as abort:
+        # click turns both Ctrl-C and the end of input at a prompt into Abort.
+        if isinstance(abort.__cause__, EOFError):
+            return _fail("input ended before the question was answered: answer it, or give the option.")
+        click.echo("Interrupted", err=True)
+        return 130
+    except KeyboardInterrupt:
+        click.echo("Interrupted", err=True)
+        return 130
+    except (ArtifactError, UserError) as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        remedy = _REMEDIES.get((error.name or "").partition(".")[0])
+        if remedy is None:
+            raise
+        return _fail(f"{error.name} is not installed: {remedy}.")
+    return result if isinstance(result, int) else 0  # click hands back the code of `ctx.exit(code)`
+
+
+def _fail(message: str) -> int:
+    click.echo(f"Error: {message}", err=True)
+    return 1
