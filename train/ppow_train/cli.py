@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -41,7 +41,7 @@ _REMEDIES = dict.fromkeys(_TRAIN_NAMES.split(), "pip install 'vllm-ppow[train]'"
 class LazyGroup(click.Group):
     """A click group that imports a subcommand's module only when that subcommand is asked for."""
 
-    def __init__(self, *args, lazy_commands: dict[str, tuple[str, str]], **kwargs) -> None:
+    def __init__(self, *args: Any, lazy_commands: dict[str, tuple[str, str]], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.lazy_commands = lazy_commands
 
