@@ -1,0 +1,39 @@
+# One command per job; each makes or updates .venv first (scripts/setup.sh) and skips that when nothing changed.
+# Options: BACKEND=cpu|gpu, PYTHON=/path/to/python, ARGS="more arguments for ppow demo or pytest".
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format lock clean distclean
+
+BIN := .venv/bin
+export BACKEND PYTHON
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: ## make .venv
+	@scripts/setup.sh
+
+demo: setup ## the whole loop once: train a drafter, serve it, compare
+	$(BIN)/ppow demo $(ARGS)
+
+test: lint ## everything that must pass before a change lands
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## put the formatting right
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: setup ## lock new versions into requirements/
+	scripts/lock.sh
+
+clean: ## remove what builds and tests leave behind
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv too
+	rm -rf .venv .setup.lock
