@@ -136,6 +136,24 @@ def model_weight_files(directory: str | os.PathLike[str]) -> list[Path]:
     return files
 
 
+def read_model_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The parsed `config.json` of a model directory.
+
+    Raises:
+        ArtifactError: missing, unreadable or not a JSON object.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is not readable JSON ({error}): copy the model again.") from error
+    if not isinstance(config, dict):
+        raise ArtifactError(
+            f"{path} must hold a JSON object, got {type(config).__name__}: copy the model again."
+        )
+    return config
+
+
 def _tensor_samples(file: Path) -> Iterator[tuple[str, str, bytes]]:
     try:
         size = file.stat().st_size
@@ -160,7 +178,9 @@ def _tensor_samples(file: Path) -> Iterator[tuple[str, str, bytes]]:
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ArtifactError):
             raise
-        raise ArtifactError(f"{file} is not a readable safetensors file: copy or download it again.") from error
+        raise ArtifactError(
+            f"{file} is not a readable safetensors file: copy or download it again."
+        ) from error
 
 
 # ---------------------------------------------------------------- read
@@ -177,6 +197,11 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
     if not path.is_dir():
         raise ArtifactError(f"Adapter {path} is not a directory: give the directory that `ppow train` wrote.")
     missing = [name for name in (PPOW_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS) if not (path / name).is_file()]
+    if PPOW_CONFIG in missing and (path / "config.json").is_file():
+        raise ArtifactError(
+            f"{path} is a whole model without {PPOW_CONFIG}, not a PPOW adapter: serve it with vLLM's own method "
+            '("eagle3" or "draft_model"), or give the directory that `ppow train` wrote.'
+        )
     if missing:
         raise ArtifactError(
             f"Adapter {path} lacks {', '.join(missing)}: it is half-written or not a PPOW adapter; "
@@ -187,7 +212,8 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
     if found != config.adapter_fingerprint:
         raise ArtifactError(
             f"Adapter {path}: {PEFT_WEIGHTS} is not the file that {PPOW_CONFIG} was written for "
-            f"(fingerprint {found[:19]}…, recorded {config.adapter_fingerprint[:19]}…); copy the directory again as a whole."
+            f"(fingerprint {found[:19]}…, recorded {config.adapter_fingerprint[:19]}…); copy the directory again "
+            "as a whole."
         )
     return Adapter(path, config, _read_json(path / PEFT_CONFIG))
 
@@ -212,7 +238,9 @@ def parse_config(raw: Any, source: str = PPOW_CONFIG) -> AdapterConfig:
     if missing := sorted(required - set(raw)):
         raise ArtifactError(f"{source} lacks {missing}: it is half-written; copy the adapter again.")
     _require(source, raw, "drafter_type", lambda v: v in DRAFTER_TYPES, f"one of {list(DRAFTER_TYPES)}")
-    _require(source, raw, "draft_sample_method", lambda v: v in SAMPLE_METHODS, f"one of {list(SAMPLE_METHODS)}")
+    _require(
+        source, raw, "draft_sample_method", lambda v: v in SAMPLE_METHODS, f"one of {list(SAMPLE_METHODS)}"
+    )
     _require(source, raw, "num_speculative_tokens", _is_positive_int, "a whole number of tokens >= 1")
     for key in ("draft_cost_ratio", "temperature"):
         _require(source, raw, key, _is_non_negative, "a number >= 0")
@@ -253,7 +281,9 @@ def _read_json(path: Path) -> Any:
 # ---------------------------------------------------------------- write
 
 
-def write_adapter(directory: str | os.PathLike[str], config: AdapterConfig, write_peft: Callable[[Path], None]) -> Adapter:
+def write_adapter(
+    directory: str | os.PathLike[str], config: AdapterConfig, write_peft: Callable[[Path], None]
+) -> Adapter:
     """Write an adapter directory as a whole or not at all.
 
     Args:
@@ -275,7 +305,9 @@ def write_adapter(directory: str | os.PathLike[str], config: AdapterConfig, writ
     temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
         write_peft(temporary)
-        filled = dataclasses.replace(config, adapter_fingerprint=fingerprint_safetensors(temporary / PEFT_WEIGHTS))
+        filled = dataclasses.replace(
+            config, adapter_fingerprint=fingerprint_safetensors(temporary / PEFT_WEIGHTS)
+        )
         text = json.dumps(dataclasses.asdict(filled), indent=2, sort_keys=True)
         (temporary / PPOW_CONFIG).write_text(text + "\n", encoding="utf-8")
         read_adapter(temporary)
@@ -304,10 +336,17 @@ def _swap_in(temporary: Path, final: Path) -> None:
 # ---------------------------------------------------------------- resolve
 
 
-def resolve_directory(name_or_path: str, revision: str | None = None) -> tuple[Path, bool]:
+def resolve_directory(
+    name_or_path: str, revision: str | None = None, cache_dir: str | None = None
+) -> tuple[Path, bool]:
     """Turn a directory or Hub repo id into a local directory.
 
     Only JSON, safetensors and tokenizer text are fetched, and only from the repo that was named.
+
+    Args:
+        name_or_path: directory or Hub repo id.
+        revision: Hub branch, tag or commit; None for the default branch.
+        cache_dir: where Hub downloads go; None for the Hub client's own cache.
 
     Returns:
         The directory, and whether it came from the Hub.
@@ -325,7 +364,10 @@ def resolve_directory(name_or_path: str, revision: str | None = None) -> tuple[P
 
     try:
         fetched = snapshot_download(
-            name_or_path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
+            name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
         )
     except Exception as error:  # the Hub client raises a dozen kinds; each means "cannot be had"
         raise ArtifactError(
@@ -365,7 +407,11 @@ def resolve_base_drafter(adapter: Adapter, from_hub: bool, override: str | None 
 def _recorded_drafter(adapter: Adapter, from_hub: bool) -> Path:
     name = adapter.config.base_drafter.name_or_path
     inside = (adapter.directory / name).resolve()
-    if not Path(name).is_absolute() and inside.is_relative_to(adapter.directory.resolve()) and inside.is_dir():
+    if (
+        not Path(name).is_absolute()
+        and inside.is_relative_to(adapter.directory.resolve())
+        and inside.is_dir()
+    ):
         return inside
     escapes = Path(name).expanduser().is_absolute() or ".." in Path(name).parts or name.startswith("~")
     if from_hub and escapes:

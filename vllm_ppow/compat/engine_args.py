@@ -1,0 +1,131 @@
+"""vLLM's EngineArgs: accepts method ppow and hands vLLM a native speculative config.
+
+Every shim here works on 0.26, 0.32 and 0.33, and can go when vLLM lets plugins register a speculative method. Left out:
+the translation itself (config.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from vllm_ppow.compat import seams
+from vllm_ppow.config import LOAD_FORMAT, METHOD, PPOWServingError, is_ours, rewrite
+
+_MODULE = "vllm.engine.arg_utils"
+# vLLM's short flags and the speculative config's keys they stand for.
+_FLAGS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
+
+
+def install() -> None:
+    """Wrap the three methods of EngineArgs.
+
+    Raises:
+        SeamMissingError: this vLLM lacks one of them.
+    """
+    seams.wrap(
+        _MODULE,
+        "EngineArgs",
+        "create_speculative_config",
+        ("target_model_config", "target_parallel_config"),
+        _rewriting_speculative_config,
+    )
+    seams.wrap(_MODULE, "EngineArgs", "create_engine_config", (), _proving_engine_config)
+    seams.wrap(_MODULE, "EngineArgs", "add_cli_args", ("parser",), _offering_ppow)
+
+
+def serves_ppow(speculative_config: Any) -> bool:
+    """Whether a validated SpeculativeConfig (or None) loads its drafter with our loader."""
+    if speculative_config is None or speculative_config.draft_load_config is None:
+        return False
+    return speculative_config.draft_load_config.load_format == LOAD_FORMAT
+
+
+def requested(args: Any) -> dict[str, Any] | None:
+    """The speculative config that EngineArgs ask for, short flags folded in, if its method is ppow; else None.
+
+    A key given both ways is left alone: vLLM refuses it with its own words.
+    """
+    spec = dict(args.speculative_config or {})
+    for flag, key in _FLAGS.items():
+        value = getattr(args, flag)
+        if value is not None:
+            if key in spec:
+                return None
+            spec[key] = value
+    return spec if is_ours(spec) or (spec and "ppow" in spec) else None
+
+
+def _rewriting_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM validates the method against a fixed Literal here: rewrite the user's dict just before."""
+
+    def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
+        spec = requested(self)
+        if spec is None:
+            return original(self, target_model_config, target_parallel_config)
+        from vllm.config import SpeculativeConfig
+
+        from vllm_ppow.compat import worker
+
+        worker.require()
+        native = rewrite(
+            spec,
+            target_model_config.model,
+            target_revision=target_model_config.revision,
+            download_dir=self.download_dir,
+            known_fields=_user_fields(SpeculativeConfig),
+        )
+        self.speculative_config = dict(native)  # vLLM adds the target's configs to this very dict
+        for flag in _FLAGS:
+            setattr(self, flag, None)
+        config = original(self, target_model_config, target_parallel_config)
+        if config.method != native["method"]:
+            raise PPOWServingError(
+                f"vLLM turned method {native['method']!r} of drafter {native['model']} into {config.method!r}, which "
+                "would not load the adapter: give the drafter another path."
+            )
+        return config
+
+    return create_speculative_config
+
+
+def _proving_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM replaces the method when TARGET is itself a drafter in speculators format: never serve that silently."""
+
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = requested(self) is not None
+        target = self.model
+        config = original(self, *args, **kwargs)
+        if asked and not serves_ppow(config.speculative_config):
+            raise PPOWServingError(
+                f"vLLM dropped method ppow from the speculative config, because {target} is a drafter itself: give the "
+                'target as the model to serve, and the adapter under "model" of the speculative config.'
+            )
+        return config
+
+    return create_engine_config
+
+
+def _offering_ppow(original: Callable[..., Any]) -> Callable[..., Any]:
+    """argparse checks --spec-method against the same Literal: add our name to the action's choices."""
+
+    def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        parser = original(parser, *args, **kwargs)
+        action = parser._option_string_actions.get("--spec-method")
+        if action is not None and action.choices is not None and METHOD not in action.choices:
+            action.choices = [*action.choices, METHOD]
+        return parser
+
+    return add_cli_args
+
+
+def _user_fields(config_class: Any) -> list[str]:
+    """Fields of SpeculativeConfig that a user may set; vLLM fills in the target's and the drafter's configs."""
+    filled_in = {
+        "target_model_config",
+        "target_parallel_config",
+        "draft_model_config",
+        "draft_parallel_config",
+    }
+    return sorted({field.name for field in dataclasses.fields(config_class)} - filled_in)

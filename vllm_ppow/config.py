@@ -1,0 +1,236 @@
+"""What a user may put under `"method": "ppow"`, and its translation into vLLM's native speculative config.
+
+`rewrite` is a pure function of a dict: the adapter directory comes in, a native `eagle3` or `draft_model` config whose
+drafter is loaded by our loader comes out. Every refusal that can be made from file headers is made here, in the process
+the user started, so that it reaches the user as one sentence. Left out: where vLLM calls it (compat/), and loading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from vllm_ppow.artifact import (
+    Adapter,
+    ArtifactError,
+    fingerprint_model,
+    read_adapter,
+    read_model_config,
+    resolve_base_drafter,
+    resolve_directory,
+)
+from vllm_ppow.merge import Merger
+
+METHOD = "ppow"
+LOAD_FORMAT = "ppow"
+ADAPTER_KEY = "ppow_adapter"  # inside model_loader_extra_config: directory of the adapter
+FINGERPRINT_KEY = "ppow_fingerprint"  # inside model_loader_extra_config: the adapter that was checked here
+
+_NATIVE_METHOD = {"eagle3": "eagle3", "causal_lm": "draft_model"}
+# vLLM takes these for another method when they occur anywhere in a draft model's path, even if a method is given
+# (vllm/config/speculative.py, "Automatically detect the method"; 0.26 to 0.33).
+_PATHS_TAKEN_FOR_ANOTHER_METHOD = ("eagle-", "eagle3", "dflash", "dspark")
+_BASE_LOAD_FORMATS = (None, "auto", "hf", "safetensors")
+
+# Under vLLM's own logger, so that lines look and are filtered as vLLM's.
+logger = logging.getLogger("vllm.ppow.config")
+
+
+class PPOWServingError(ArtifactError):
+    """A speculative config that cannot be served; the message is one sentence with the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOWOptions:
+    """What a user may put under the key "ppow" of the speculative config.
+
+    Attributes:
+        base_drafter: directory or Hub repo id of the drafter, instead of the one the adapter recorded. Its
+            fingerprint must be the recorded one all the same.
+        allow_target_mismatch: serve a target other than the one the adapter was trained for, with a warning.
+            Output stays the target's own; acceptance may drop.
+    """
+
+    base_drafter: str | None = None
+    allow_target_mismatch: bool = False
+
+    def __post_init__(self) -> None:
+        if self.base_drafter is not None and not (isinstance(self.base_drafter, str) and self.base_drafter):
+            raise PPOWServingError(
+                f'"ppow": base_drafter must be a directory or Hub repo id, got {self.base_drafter!r}.'
+            )
+        if not isinstance(self.allow_target_mismatch, bool):
+            raise PPOWServingError(
+                f'"ppow": allow_target_mismatch must be true or false, got {self.allow_target_mismatch!r}.'
+            )
+
+
+def parse_options(raw: Any) -> PPOWOptions:
+    """Validate what stands under the key "ppow".
+
+    Raises:
+        PPOWServingError: not an object, an unknown key, or a value of the wrong kind.
+    """
+    if raw is None:
+        return PPOWOptions()
+    if not isinstance(raw, dict):
+        raise PPOWServingError(f'"ppow" must hold an object of options, got {raw!r}.')
+    known = [field.name for field in dataclasses.fields(PPOWOptions)]
+    options = {str(key).replace("-", "_"): value for key, value in raw.items()}
+    if unknown := sorted(set(options) - set(known)):
+        raise PPOWServingError(f'"ppow" has unknown keys {unknown}: known are {known}.')
+    return PPOWOptions(**options)
+
+
+def is_ours(spec: Any) -> bool:
+    """Whether a speculative config, as the user gave it, asks for method ppow."""
+    return isinstance(spec, dict) and spec.get("method") == METHOD
+
+
+def rewrite(
+    spec: dict[str, Any],
+    target: str,
+    *,
+    target_revision: str | None = None,
+    download_dir: str | None = None,
+    known_fields: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """Translate a speculative config of method ppow into a native one; any other comes back as it is.
+
+    Args:
+        spec: the speculative config, `"model"` naming an adapter (directory or Hub repo id).
+        target: directory or Hub repo id of the target being served.
+        target_revision: Hub revision of the target.
+        download_dir: where Hub downloads of the target go; None for the Hub client's own cache.
+        known_fields: fields that this vLLM's SpeculativeConfig has; None to skip the check for unknown keys.
+
+    Returns:
+        A new dict of native fields. Rewriting it again changes nothing.
+
+    Raises:
+        ArtifactError: one sentence naming what is wrong and the remedy.
+    """
+    if not is_ours(spec):
+        if isinstance(spec, dict) and "ppow" in spec:
+            raise PPOWServingError(
+                f'The key "ppow" needs "method": "ppow", got method {spec.get("method")!r}.'
+            )
+        return spec
+    native = {key.replace("-", "_"): value for key, value in spec.items() if value is not None}
+    options = parse_options(native.pop("ppow", None))
+    _refuse_unknown(native, known_fields)
+    name = native.pop("model", None)
+    if not isinstance(name, str) or not name:
+        raise PPOWServingError(
+            f'Method ppow needs "model", the directory or Hub repo id of an adapter, got {name!r}.'
+        )
+
+    directory, from_hub = resolve_directory(name, native.pop("revision", None))
+    adapter = read_adapter(directory)
+    base = Path(os.path.abspath(resolve_base_drafter(adapter, from_hub, options.base_drafter)))
+    Merger(adapter).check_base(base)
+    target_directory = _check_target(adapter, target, target_revision, download_dir, options)
+    if adapter.config.drafter_type == "eagle3":
+        _check_taps(base, target_directory)
+    else:
+        _check_draft_model_path(base)
+
+    native["method"] = _NATIVE_METHOD[adapter.config.drafter_type]
+    native["model"] = str(base)
+    native["draft_load_config"] = _load_config(adapter, native.get("draft_load_config"))
+    native.setdefault("num_speculative_tokens", adapter.config.num_speculative_tokens)
+    native.setdefault("draft_sample_method", adapter.config.draft_sample_method)
+    return native
+
+
+def _refuse_unknown(spec: dict[str, Any], known_fields: Collection[str] | None) -> None:
+    if known_fields is None:
+        return
+    unknown = sorted(set(spec) - set(known_fields))
+    if misplaced := sorted(set(unknown) & {field.name for field in dataclasses.fields(PPOWOptions)}):
+        raise PPOWServingError(f'The speculative config keys {misplaced} belong under the key "ppow": {{…}}.')
+    if unknown:
+        raise PPOWServingError(
+            f'The speculative config has keys {unknown} that this vLLM does not know: known are "ppow" and '
+            f"{sorted(known_fields)}."
+        )
+
+
+def _load_config(adapter: Adapter, given: Any) -> dict[str, Any]:
+    """The draft_load_config that makes vLLM load the drafter with our loader; the user's own keys are kept."""
+    load_config = dict(given) if isinstance(given, dict) else {}
+    wrong_kind = given is not None and not isinstance(given, dict)
+    if wrong_kind or load_config.get("load_format") not in _BASE_LOAD_FORMATS:
+        raise PPOWServingError(
+            "Method ppow reads the drafter's safetensors itself: draft_load_config must be an object with load_format "
+            f"auto or safetensors, got {given!r}."
+        )
+    extra = dict(load_config.get("model_loader_extra_config") or {})
+    extra[ADAPTER_KEY] = os.path.abspath(adapter.directory)
+    extra[FINGERPRINT_KEY] = adapter.config.adapter_fingerprint
+    return {**load_config, "load_format": LOAD_FORMAT, "model_loader_extra_config": extra}
+
+
+def _check_target(
+    adapter: Adapter, target: str, revision: str | None, download_dir: str | None, options: PPOWOptions
+) -> Path | None:
+    """Check that the adapter was trained for this target; its directory, or None if it has none here."""
+    recorded = adapter.config.target
+    directory = None
+    try:
+        directory, _ = resolve_directory(target, revision, download_dir)
+        found = fingerprint_model(directory)
+        problem = f"its fingerprint is {found[:19]}…, recorded is {recorded.fingerprint[:19]}…"
+    except ArtifactError as error:
+        found = None
+        problem = f"its fingerprint cannot be taken: {str(error).rstrip('.')}"
+    if found == recorded.fingerprint:
+        return directory
+    if options.allow_target_mismatch:
+        logger.warning(
+            "Adapter %s was trained for target %s; serving %s all the same (allow_target_mismatch): %s. Output stays "
+            "the target's own, acceptance may drop.",
+            adapter.directory,
+            recorded.name_or_path,
+            target,
+            problem,
+        )
+        return directory
+    raise PPOWServingError(
+        f"Adapter {adapter.directory} was trained for target {recorded.name_or_path}, not for {target} ({problem}): "
+        'serve that target, train an adapter for this one, or set "ppow": {"allow_target_mismatch": true}.'
+    )
+
+
+def _check_taps(base: Path, target: Path | None) -> None:
+    """An EAGLE-3 head reads three hidden states of its target; refuse where vLLM would take fewer, and crash."""
+    if target is None:
+        return
+    head = read_model_config(base)
+    eagle_config = head.get("eagle_config") or {}
+    if head.get("eagle_aux_hidden_state_layer_ids") or eagle_config.get("eagle_aux_hidden_state_layer_ids"):
+        return
+    config = read_model_config(target)
+    layers = config.get("num_hidden_layers", (config.get("text_config") or {}).get("num_hidden_layers"))
+    if not isinstance(layers, int):
+        return  # vLLM reads it from a place only the architecture knows; it makes its own check
+    taps = {2, layers // 2, layers - 3}
+    if len(taps) < 3 or min(taps) < 0:
+        raise PPOWServingError(
+            f"Target {target} has {layers} layers, and EAGLE-3's default hidden states {sorted(taps)} of it are fewer "
+            f"than three: set eagle_aux_hidden_state_layer_ids in {base / 'config.json'}, or use a target of at least "
+            "7 layers."
+        )
+
+
+def _check_draft_model_path(base: Path) -> None:
+    path = str(base).lower()
+    if taken := [part for part in _PATHS_TAKEN_FOR_ANOTHER_METHOD if part in path]:
+        raise PPOWServingError(
+            f"The drafter's path {base} contains {taken[0]!r}, which vLLM takes for another speculative method: make a "
+            'symbolic link to it under another path and name that ("ppow": {"base_drafter": LINK}).'
+        )
