@@ -1,0 +1,142 @@
+"""The command `ppow`: every subcommand answers `--help`, and errors reach the user as one sentence.
+
+Left out: what the subcommands do (tests of their own).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from ppow_train import cli
+from ppow_train.errors import UserError
+from vllm_ppow import __version__
+from vllm_ppow.artifact import ArtifactError
+
+PPOW = str(Path(sys.executable).with_name("ppow"))
+
+
+def test_help_answers_within_a_second():
+    begin = time.perf_counter()
+    done = subprocess.run([PPOW, "--help"], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - begin < 1.0
+    for name, (_, line) in cli.COMMANDS.items():
+        assert name in done.stdout
+        assert line in " ".join(done.stdout.split())
+
+
+def test_version():
+    done = subprocess.run([PPOW, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"ppow, version {__version__}"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_subcommand_answers_help(name):
+    command = cli.ppow.get_command(click.Context(cli.ppow), name)
+    assert command is not None
+    assert command.name == name
+    calls = [[name]]
+    if isinstance(command, click.Group):
+        inner = command.list_commands(click.Context(command))
+        assert inner, f"group {name} has no commands"
+        calls += [[name, sub] for sub in inner]
+    for call in calls:
+        shown = CliRunner().invoke(cli.ppow, [*call, "--help"])
+        assert shown.exit_code == 0, shown.output
+        assert f"Usage: ppow {' '.join(call)}" in shown.output
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_subcommand_answers_help_without_torch(name):
+    code = f"import sys; from ppow_train.cli import run; run([{name!r}, '--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.fixture
+def raising(monkeypatch):
+    """Adds a subcommand `fail` that raises the given exception, or calls it with the click context."""
+
+    def add(outcome):
+        @click.command("fail")
+        @click.pass_context
+        def fail(ctx):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            outcome(ctx)
+
+        monkeypatch.setitem(cli.ppow.commands, "fail", fail)
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "message"),
+    [
+        (
+            UserError("steps must be >= 1, got 0: give --steps 100."),
+            1,
+            "Error: steps must be >= 1, got 0: give --steps 100.",
+        ),
+        (ArtifactError("x is not a directory."), 1, "Error: x is not a directory."),
+        (click.UsageError("--a excludes --b"), 2, "Error: --a excludes --b"),
+        (click.ClickException("no room"), 1, "Error: no room"),
+        (KeyboardInterrupt(), 130, "Interrupted"),
+        (EOFError(), 1, "Error: input ended before"),
+        (
+            ModuleNotFoundError("No module named 'trl'", name="trl.trainer"),
+            1,
+            "Error: trl.trainer is not installed: pip install 'vllm-ppow[train]'.",
+        ),
+        (ModuleNotFoundError("No module named 'vllm'", name="vllm"), 1, "pip install 'vllm-ppow[cpu]'"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_errors_are_one_sentence_and_a_code(raising, capsys, outcome, code, message):
+    raising(outcome)
+    assert cli.run(["fail"]) == code
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+
+
+def test_a_code_that_a_command_chooses_is_kept(raising):
+    raising(lambda ctx: ctx.exit(3))
+    assert cli.run(["fail"]) == 3
+
+
+def test_success_is_zero(raising):
+    raising(lambda ctx: None)
+    assert cli.run(["fail"]) == 0
+
+
+@pytest.mark.parametrize(
+    "bug", [ValueError("a bug"), ModuleNotFoundError("No module", name="ppow_train.nope")]
+)
+def test_a_bug_keeps_its_traceback(raising, bug):
+    raising(bug)
+    with pytest.raises(type(bug)):
+        cli.run(["fail"])
+
+
+def test_wrong_usage_is_two(capsys):
+    assert cli.run(["no-such-command"]) == 2
+    assert "No such command" in capsys.readouterr().err
+    assert cli.run([]) == 2
+
+
+def test_main_exits_with_the_code(raising):
+    raising(UserError("no."))
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["fail"])
+    assert exit_info.value.code == 1
