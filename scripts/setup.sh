@@ -109,7 +109,9 @@ install_cpu_torch() {
   if output=$(pip_install --requirement requirements/torch-cpu.txt 2>&1); then
     return
   fi
-  [[ $output == *"No matching distribution found"* ]] || die "pip could not install torch:"$'\n'"$output"
+  # pip says the second where a constraints file names torch too.
+  [[ $output == *"No matching distribution found"* || $output == *ResolutionImpossible* ]] ||
+    die "pip could not install torch:"$'\n'"$output"
   note "pip's package index has no CPU build of torch: taking it from PyTorch's, through uv"
   pip_install --requirement requirements/bootstrap.txt
   "$python" -m uv pip install --quiet --python "$python" --no-deps --torch-backend=cpu \
