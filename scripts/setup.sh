@@ -115,7 +115,8 @@ install_cpu_torch() {
   note "pip's package index has no CPU build of torch: taking it from PyTorch's, through uv"
   pip_install --requirement requirements/bootstrap.txt
   "$python" -m uv pip install --quiet --python "$python" --no-deps --torch-backend=cpu \
-    --requirement requirements/torch-cpu.txt
+    --requirement requirements/torch-cpu.txt ||
+    die "neither index gives $(grep '^torch' requirements/torch-cpu.txt): configure pip for one that has it."
 }
 
 verify() {

@@ -130,12 +130,11 @@ def test_a_moved_checkout_makes_the_environment_anew(checkout):
     assert checkout.calls()[0] == "-m venv .venv"
 
 
-def test_without_a_cpu_torch_in_the_index_uv_takes_pytorchs(checkout):
-    failing = {
-        "FAKE_FAILS": "torch-cpu.txt",
-        "FAKE_SAYS": "No matching distribution found for torch==2.13.0+cpu",
-    }
-    done = checkout.setup(**failing)
+@pytest.mark.parametrize(
+    "says", ["No matching distribution found for torch==2.13.0+cpu", "ResolutionImpossible"]
+)
+def test_without_a_cpu_torch_in_the_index_uv_takes_pytorchs(checkout, says):
+    done = checkout.setup(FAKE_FAILS="torch-cpu.txt", FAKE_SAYS=says)
     assert "has no CPU build of torch" in done.stdout
     assert "--requirement requirements/bootstrap.txt" in checkout.installed()
     uv_call = next(call for call in checkout.calls() if call.startswith("-m uv"))
@@ -143,6 +142,7 @@ def test_without_a_cpu_torch_in_the_index_uv_takes_pytorchs(checkout):
     assert "--no-deps" in uv_call
     assert uv_call.endswith("--requirement requirements/torch-cpu.txt")
     assert done.returncode == 1, "the stand-in fails for uv too: set-up must not go on"
+    assert "neither index gives torch==2.13.0+cpu" in done.stderr
 
 
 @pytest.mark.parametrize(
