@@ -207,23 +207,24 @@ def _check_target(
 
 
 def _check_taps(base: Path, target: Path | None) -> None:
-    """An EAGLE-3 head reads three hidden states of its target; refuse where vLLM would take fewer, and crash."""
+    """An EAGLE-3 head reads several hidden states of its target; refuse where vLLM would take fewer, and crash."""
     if target is None:
-        return
-    head = read_model_config(base)
-    eagle_config = head.get("eagle_config") or {}
-    if head.get("eagle_aux_hidden_state_layer_ids") or eagle_config.get("eagle_aux_hidden_state_layer_ids"):
         return
     config = read_model_config(target)
     layers = config.get("num_hidden_layers", (config.get("text_config") or {}).get("num_hidden_layers"))
     if not isinstance(layers, int):
         return  # vLLM reads it from a place only the architecture knows; it makes its own check
-    taps = {2, layers // 2, layers - 3}
-    if len(taps) < 3 or min(taps) < 0:
+    head = read_model_config(base)
+    eagle_config = head.get("eagle_config") or {}
+    named = head.get("eagle_aux_hidden_state_layer_ids") or eagle_config.get(
+        "eagle_aux_hidden_state_layer_ids"
+    )
+    taps = named or [2, layers // 2, layers - 3]
+    if len(set(taps)) < len(taps) or not all(0 <= tap <= layers for tap in taps):
         raise PPOWServingError(
-            f"Target {target} has {layers} layers, and EAGLE-3's default hidden states {sorted(taps)} of it are fewer "
-            f"than three: set eagle_aux_hidden_state_layer_ids in {base / 'config.json'}, or use a target of at least "
-            "7 layers."
+            f"Target {target} has {layers} layers, of which EAGLE-3 cannot read the hidden states {taps}, "
+            f"{'named by the drafter' if named else 'the default'}: set eagle_aux_hidden_state_layer_ids to "
+            f"different ones in {base / 'config.json'}, or use a target of at least 7 layers."
         )
 
 

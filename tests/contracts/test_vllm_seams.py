@@ -1,0 +1,198 @@
+"""Every seam of vLLM that serving leans on exists in the installed vLLM, with the shape we expect.
+
+When one of these fails after an upgrade of vLLM, look at the file of vllm_ppow/compat/ that the test names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+from typing import get_args
+
+import pytest
+
+from vllm_ppow.compat import draft_loading, engine_args, seams, worker
+
+
+def original(module, owner, method):
+    """The method as vLLM wrote it, whether or not it is wrapped in this process."""
+    wrapped = seams._installed.get((module, owner, method))
+    return wrapped or seams.find(module, owner, method, ())[1]
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+# ---------------------------------------------------------------- compat/engine_args.py
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("create_speculative_config", ["self", "target_model_config", "target_parallel_config"]),
+        ("create_engine_config", ["self", "usage_context", "headless"]),
+        ("add_cli_args", ["parser"]),
+    ],
+)
+def test_engine_args_methods(method, expected):
+    assert parameters(original("vllm.engine.arg_utils", "EngineArgs", method)) == expected
+
+
+def test_engine_args_builds_the_speculative_config_in_one_place_only():
+    from vllm.engine import arg_utils
+
+    assert inspect.getsource(arg_utils).count("SpeculativeConfig(**") == 1
+    assert inspect.getsource(arg_utils).count("self.create_speculative_config(") == 1
+
+
+def test_short_flags_are_fields_of_engine_args():
+    from vllm.engine.arg_utils import EngineArgs
+
+    fields = {field.name: field.default for field in dataclasses.fields(EngineArgs)}
+    assert {flag: fields[flag] for flag in engine_args._FLAGS} == dict.fromkeys(engine_args._FLAGS)
+    assert {"download_dir", "speculative_config", "model"} <= set(fields)
+
+
+def test_the_parser_checks_spec_method_against_choices():
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_ppow.plugin import register
+
+    register()
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    assert isinstance(parser, argparse.ArgumentParser)
+    action = parser._option_string_actions["--spec-method"]
+    assert {"eagle3", "draft_model", "ppow"} <= set(action.choices)
+
+
+def test_plugins_are_loaded_before_the_parser_is_built_and_before_the_config():
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+    source = inspect.getsource(AsyncEngineArgs.add_cli_args)
+    assert source.index("load_general_plugins()") < source.index("EngineArgs.add_cli_args(")
+    assert "load_general_plugins()" in inspect.getsource(EngineArgs.__post_init__)
+
+
+def test_speculative_config_has_the_native_fields():
+    from vllm.config import SpeculativeConfig
+    from vllm.config import speculative as module
+
+    fields = {field.name for field in dataclasses.fields(SpeculativeConfig)}
+    assert {"method", "model", "num_speculative_tokens", "draft_load_config", "draft_sample_method"} <= fields
+    assert {
+        "target_model_config",
+        "target_parallel_config",
+        "draft_model_config",
+        "draft_parallel_config",
+    } <= fields
+    assert set(get_args(module.DraftSampleMethod)) == {"greedy", "probabilistic"}
+    assert "ppow" not in str(module.SpeculativeMethod)
+
+
+def test_which_paths_vllm_takes_for_another_method():
+    """config.py refuses these for a draft_model; new ones must be added there."""
+    from vllm.config import SpeculativeConfig
+
+    from vllm_ppow.config import _PATHS_TAKEN_FOR_ANOTHER_METHOD
+
+    source = inspect.getsource(SpeculativeConfig.__post_init__)
+    found = [line for line in source.splitlines() if "in self.draft_model_config.model.lower()" in line]
+    assert len(found) == len(_PATHS_TAKEN_FOR_ANOTHER_METHOD)
+    assert all(any(f'"{part}" in' in line for line in found) for part in _PATHS_TAKEN_FOR_ANOTHER_METHOD)
+
+
+# ---------------------------------------------------------------- compat/worker.py
+
+
+@pytest.mark.parametrize(("method", "expected"), worker._SEAMS)
+def test_worker_methods(method, expected):
+    assert parameters(original("vllm.v1.worker.worker_base", "WorkerWrapperBase", method)) == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "owner"),
+    [
+        ("vllm.v1.executor.uniproc_executor", "UniProcExecutor"),
+        ("vllm.v1.executor.multiproc_executor", "WorkerProc"),
+    ],
+)
+def test_executors_drive_workers_through_the_wrapper(module, owner):
+    source = inspect.getsource(getattr(importlib.import_module(module), owner))
+    assert "WorkerWrapperBase(" in source
+    assert source.index(".init_device()") < source.index(".load_model()")
+
+
+def test_the_kv_cache_is_initialised_through_every_worker():
+    from vllm.v1.executor.abstract import Executor
+
+    assert 'collective_rpc("initialize_from_config"' in inspect.getsource(Executor.initialize_from_config)
+
+
+# ---------------------------------------------------------------- compat/draft_loading.py
+
+
+def test_v1_draft_model_loads_with_the_config_it_creates():
+    module, owner, method = draft_loading.V1_DRAFT_MODEL
+    assert parameters(original(module, owner, method)) == ["self"]
+    source = inspect.getsource(getattr(importlib.import_module(module), owner)._get_model)
+    assert "self._create_draft_vllm_config()" in source
+    assert "get_model(" in source
+
+
+def test_v1_draft_model_still_needs_the_shim():
+    """When this fails, vLLM honours draft_load_config here itself and the shim can go."""
+    module, owner, _ = draft_loading.V1_DRAFT_MODEL
+    assert "load_config" not in inspect.getsource(getattr(importlib.import_module(module), owner))
+
+
+def test_v1_eagle_honours_draft_load_config():
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    assert "draft_load_config" in inspect.getsource(SpecDecodeBaseProposer._get_model)
+
+
+@pytest.mark.parametrize("seam", [draft_loading.V2_DRAFT_MODEL, draft_loading.V2_EAGLE])
+def test_v2_speculators_load_with_their_vllm_config(seam):
+    function = original(*seam)
+    assert parameters(function) == ["self", "target_model", "target_attn_layer_names"]
+    assert "self.vllm_config" in inspect.getsource(function)
+
+
+def test_configs_are_replaced_not_changed():
+    from vllm.config.utils import replace
+
+    assert parameters(replace)[:1] == ["dataclass_instance"]
+
+
+# ---------------------------------------------------------------- loader.py
+
+
+def test_default_loader():
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    assert parameters(register_model_loader) == ["load_format"]
+    assert parameters(DefaultModelLoader.__init__) == ["self", "load_config"]
+    assert parameters(DefaultModelLoader.get_all_weights) == ["self", "model_config", "model"]
+    assert "self.get_all_weights(" in inspect.getsource(DefaultModelLoader.load_weights)
+
+
+def test_load_config_carries_our_keys():
+    from vllm.config.load import LoadConfig
+
+    config = LoadConfig(load_format="ppow", model_loader_extra_config={"ppow_adapter": "x"})
+    assert (config.load_format, config.model_loader_extra_config) == ("ppow", {"ppow_adapter": "x"})
+
+
+# ---------------------------------------------------------------- metrics.py
+
+
+def test_metric_objects():
+    from vllm.v1.metrics.reader import Counter, Vector
+
+    assert [field.name for field in dataclasses.fields(Counter)] == ["name", "labels", "value"]
+    assert [field.name for field in dataclasses.fields(Vector)] == ["name", "labels", "values"]
