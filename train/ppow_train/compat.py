@@ -1,0 +1,45 @@
+"""TRL's private touchpoints, each with the condition under which it can go. Contract-tested.
+
+Left out: what TRL documents as public.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class TargetAnchor:
+    """Stands for the target where TRL asks for a reference model.
+
+    TRL reads `ref_model` only to hand it to `_get_per_token_logps_and_entropies`, which PPOWTrainer answers from the
+    verification that has run already. Can go when TRL lets a rollout return reference log-probabilities.
+    """
+
+
+def silence_rollout_warning() -> None:
+    """TRL warns that `rollout_func` is experimental at every start; our contract tests watch it instead.
+
+    Can go when TRL calls it stable.
+    """
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+def ensure_generation_config(model) -> None:
+    """TRL writes pad and end tokens into `model.generation_config`, which a head that cannot `generate` lacks.
+
+    Can go when speculators' models carry one, or TRL stops writing to it for a `rollout_func`.
+    """
+    from transformers import GenerationConfig
+
+    if not hasattr(model, "generation_config"):
+        model.generation_config = GenerationConfig()
+
+
+def silence_version_warning() -> None:
+    """TRL 1.16 warns of every vLLM past 0.31 on import, though it does not use vLLM here (`use_vllm` stays off).
+
+    Can go when TRL warns only if vLLM is used.
+    """
+    import warnings
+
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")

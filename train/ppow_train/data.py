@@ -1,0 +1,114 @@
+"""Prompts in, trajectories on disk and back: station 1 of a window's life.
+
+A trajectory is stored as token ids only; what the target thinks along it is recomputed when needed, so no hidden states
+fill the disk. Left out: generation itself (generation.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ppow_train.errors import UserError
+from ppow_train.types import Trajectories
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read a JSONL file with one `{"prompt": text}` per line; other keys are ignored.
+
+    Raises:
+        UserError: missing file, malformed line (with its number), or no prompt at all.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"Prompts {path} cannot be read ({error}): give a UTF-8 file with one JSON object per line."
+        ) from error
+    prompts = [_prompt(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
+        raise UserError(f'Prompts {path} is empty: give at least one line like {{"prompt": "…"}}.')
+    return prompts
+
+
+def _prompt(line: str, path: Path, number: int) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'{path}, line {number}: expected a JSON object like {{"prompt": "…"}}, got {line[:60]!r}.'
+        ) from error
+    if not isinstance(prompt, str) or not prompt:
+        raise UserError(f"{path}, line {number}: prompt must be a non-empty text, got {prompt!r}.")
+    return prompt
+
+
+def collate(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Trajectories:
+    """Token lists -> right-padded `Trajectories` (padding is 0 and never read)."""
+    rows = [
+        torch.tensor([*prompt, *completion])
+        for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
+    ]
+    return Trajectories(
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        torch.tensor([len(prompt) for prompt in prompt_ids]),
+        torch.tensor([len(row) for row in rows]),
+    )
+
+
+def keep_long_enough(trajectories: Trajectories, num_speculative_tokens: int) -> Trajectories:
+    """Drop trajectories without room for one window.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    rows = (trajectories.num_starts(num_speculative_tokens) > 0).nonzero().squeeze(-1)
+    if not len(rows):
+        raise UserError(
+            f"No trajectory is long enough for a window of {num_speculative_tokens} tokens: raise --max-new-tokens "
+            "or lower --num-speculative-tokens."
+        )
+    return trajectories.select(rows)
+
+
+def save_trajectories(
+    directory: Path, prompt_ids: list[list[int]], completion_ids: list[list[int]], facts: dict
+) -> None:
+    """Write trajectories as a `datasets` dataset with a `facts.json` beside it; whole or not at all."""
+    from datasets import Dataset
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        Dataset.from_dict({"prompt_ids": prompt_ids, "completion_ids": completion_ids}).save_to_disk(
+            temporary
+        )
+        (temporary / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.rename(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_trajectories(directory: Path) -> Trajectories:
+    """Read what `save_trajectories` wrote."""
+    from datasets import load_from_disk
+
+    dataset = load_from_disk(str(directory))
+    return collate(dataset["prompt_ids"], dataset["completion_ids"])
+
+
+def trajectory_key(
+    prompts: Sequence[str], target_fingerprint: str, max_new_tokens: int, temperature: float, seed: int
+) -> str:
+    """Short name for a set of trajectories, the same whenever the same ones would be generated."""
+    facts = json.dumps([list(prompts), target_fingerprint, max_new_tokens, temperature, seed])
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]

@@ -1,0 +1,137 @@
+"""What a drafter must be able to do, and the chain that all kinds share.
+
+A window at position n is drafted as a chain: the prefix's last slot predicts the first token, then each drafted
+token is fed back. `ChainDrafter` runs that chain with or without gradient from three primitives that a kind supplies.
+Left out: the kinds themselves, verification.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+
+from ppow_train.packing import chain_mask, gather_slots, window_slots
+from ppow_train.types import Encoded, Trajectories
+
+
+class Drafter(Protocol):
+    """One kind of drafter.
+
+    Attributes:
+        drafter_type: as recorded in the adapter.
+        model: the PreTrainedModel that LoRA is injected into (in place).
+        lora_targets: names of the linear layers to adapt by default.
+        tap_layers: residual streams of the target that it reads, or ().
+        vocab_size: V of its logits.
+    """
+
+    drafter_type: Literal["eagle3", "causal_lm"]
+    model: torch.nn.Module
+    lora_targets: list[str]
+    tap_layers: tuple[int, ...]
+    vocab_size: int
+
+    def encode(self, trajectories: Trajectories, target: Encoded) -> Encoded:
+        """One causal pass over the trajectories."""
+        ...
+
+    def slot_logits(self, encoded: Encoded, slots: torch.Tensor) -> torch.Tensor:
+        """First-token logits at given slots, int64 [B, M] -> [B, M, V]."""
+        ...
+
+    def score(self, encoded: Encoded, starts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits along given windows, int64 [B, W], [B, W, K] -> [B, W, K, V], differentiable."""
+        ...
+
+    def path_logits(
+        self, encoded: Encoded, trajectories: Trajectories, starts: torch.Tensor, num_speculative_tokens: int
+    ) -> torch.Tensor:
+        """Logits along the trajectories' own windows, int64 [B, W] -> [B, W, K, V], differentiable."""
+        ...
+
+    def sample(
+        self,
+        encoded: Encoded,
+        starts: torch.Tensor,
+        num_speculative_tokens: int,
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draft windows: tokens int64 [B, W, K] and their logits [B, W, K, V], without gradient."""
+        ...
+
+
+class ChainDrafter:
+    """Drafting as a chain over a shared prefix, from `extend` and `head`.
+
+    Subclasses supply `encode`, `extend` (one more token of every window) and `head` (hidden -> logits).
+    """
+
+    def extend(
+        self,
+        encoded: Encoded,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Feed one token per window: int64 [B, W], the hidden states that predicted them [B, W, H] -> [B, W, H]."""
+        raise NotImplementedError
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., H] -> logits float32 [..., V]."""
+        raise NotImplementedError
+
+    def slot_logits(self, encoded: Encoded, slots: torch.Tensor) -> torch.Tensor:
+        """First-token logits at given slots, int64 [B, M] -> [B, M, V]."""
+        return self.head(gather_slots(encoded.hidden, slots))
+
+    def score(self, encoded: Encoded, starts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits along given windows, int64 [B, W], [B, W, K] -> [B, W, K, V]."""
+        return self._chain(encoded, starts, tokens.shape[-1], lambda step, logits: tokens[..., step])[1]
+
+    def path_logits(
+        self, encoded: Encoded, trajectories: Trajectories, starts: torch.Tensor, num_speculative_tokens: int
+    ) -> torch.Tensor:
+        """Logits along the trajectories' own windows, int64 [B, W] -> [B, W, K, V]."""
+        slots = window_slots(starts, num_speculative_tokens)
+        rows = torch.arange(len(starts), device=starts.device)[:, None, None]
+        return self.score(encoded, starts, trajectories.input_ids[rows, slots])
+
+    @torch.no_grad()
+    def sample(
+        self,
+        encoded: Encoded,
+        starts: torch.Tensor,
+        num_speculative_tokens: int,
+        temperature: float,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draft windows at a temperature (0: argmax): tokens int64 [B, W, K], logits [B, W, K, V]."""
+
+        def draw(step: int, logits: torch.Tensor) -> torch.Tensor:
+            if temperature == 0:
+                return logits.argmax(-1)
+            probabilities = (logits / temperature).softmax(-1)
+            flat = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
+            return flat.view(logits.shape[:2])
+
+        return self._chain(encoded, starts, num_speculative_tokens, draw)
+
+    def _chain(
+        self, encoded: Encoded, starts: torch.Tensor, length: int, choose
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the chain; `choose(step, logits [B, W, V])` gives the token that is fed next."""
+        anchors = starts - encoded.first_slot
+        hidden = gather_slots(encoded.hidden, anchors)
+        all_logits, all_tokens = [self.head(hidden)], []
+        for step in range(1, length + 1):
+            all_tokens.append(choose(step - 1, all_logits[-1]))
+            if step == length:
+                break
+            mask = chain_mask(anchors, encoded.num_slots, step, encoded.hidden.dtype)
+            hidden = self.extend(encoded, all_tokens[-1], hidden, anchors + step, mask)
+            all_logits.append(self.head(hidden))
+        encoded.crop()
+        return torch.stack(all_tokens, dim=2), torch.stack(all_logits, dim=2)

@@ -1,0 +1,69 @@
+"""A small causal language model with the target's tokenizer as drafter.
+
+Left out: everything that `causal` already does for the target.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ppow_train import causal
+from ppow_train.drafters.base import ChainDrafter
+from ppow_train.types import Encoded, Trajectories
+
+
+class CausalLMDrafter(ChainDrafter):
+    """Any `…ForCausalLM` of transformers."""
+
+    drafter_type: Literal["causal_lm"] = "causal_lm"
+    lora_targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    tap_layers: tuple[int, ...] = ()
+
+    def __init__(self, model) -> None:
+        self.model = model
+
+    @classmethod
+    def load(cls, directory: Path, device: str, dtype: torch.dtype) -> CausalLMDrafter:
+        """Load from a Hugging Face directory (safetensors only)."""
+        from transformers import AutoModelForCausalLM
+
+        return cls(
+            AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True).to(device)
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the logits."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    def encode(self, trajectories: Trajectories, target: Encoded) -> Encoded:
+        """One causal pass; what the target computed is not read."""
+        return causal.encode(self.model, trajectories)
+
+    def extend(
+        self,
+        encoded: Encoded,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Feed one token per window; the hidden states that predicted them are not read."""
+        return causal.extend(self.model, encoded, tokens, positions, mask)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the final norm -> logits."""
+        return self.model.get_output_embeddings()(hidden).float()
+
+    def score(self, encoded: Encoded, starts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits along given windows in ONE forward: no step needs the one before it, unlike an EAGLE head's."""
+        return causal.block_logits(self.model, encoded, starts, tokens)
+
+    def path_logits(
+        self, encoded: Encoded, trajectories: Trajectories, starts: torch.Tensor, num_speculative_tokens: int
+    ) -> torch.Tensor:
+        """Logits along the trajectories' own windows: the causal pass has computed them already."""
+        return causal.path_logits(self.model, encoded, starts, num_speculative_tokens)

@@ -1,0 +1,44 @@
+"""Progress of training for a person at a terminal: one bar, with what the windows earn. Left out: logging backends."""
+
+from __future__ import annotations
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+def make_progress() -> Progress:
+    """The bar that every long command shows."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+
+
+class ProgressBar(TrainerCallback):
+    """Shows updates done and the newest figures."""
+
+    def __init__(self, description: str, progress: Progress) -> None:
+        self.progress = progress
+        self.description = description
+        self.task = None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Start the bar."""
+        self.task = self.progress.add_task(self.description, total=state.max_steps, note="")
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Advance it."""
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Show the newest loss and, when windows are drafted, accepted tokens per window."""
+        logs = logs or {}
+        if "loss" not in logs:
+            return
+        note = f"loss {logs['loss']:.4f}"
+        if "windows/num_accepted_tokens" in logs:
+            note += f", {logs['windows/num_accepted_tokens']:.2f} accepted per window"
+        self.progress.update(self.task, note=note)

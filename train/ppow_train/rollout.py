@@ -1,0 +1,191 @@
+"""From trajectories to windows, to drafted windows, to verified ones: stations 2 to 4 of a window's life.
+
+One object holds target, drafter and trajectories and answers in TRL's row order. A row is (trajectory, start); rows of
+one trajectory are packed into one forward. Left out: rewards, losses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ppow_train.drafters.base import Drafter
+from ppow_train.objectives import PathWindows
+from ppow_train.packing import window_tokens
+from ppow_train.target import Target
+from ppow_train.types import Encoded, Rollout, Trajectories
+from ppow_train.verification import (
+    acceptance_ratio,
+    greedy_accepted_length,
+    sampled_accepted_length,
+    token_logps,
+)
+from ppow_train.windowing import draw_starts, token_criticality, window_criticality
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """N rows regrouped by trajectory, padded to W windows each.
+
+    Attributes:
+        trajectories: the B trajectories that occur.
+        starts: int64 [B, W]; padding repeats the trajectory's first row.
+        row, column: int64 [N], where each row went.
+    """
+
+    trajectories: Trajectories
+    starts: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        """[N, ...] -> [B, W, ...]; padding repeats a row of the same trajectory."""
+        packed = (
+            values[self._first_rows()][:, None].expand(-1, self.starts.shape[1], *values.shape[1:]).clone()
+        )
+        packed[self.row, self.column] = values
+        return packed
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """[B, W, ...] -> [N, ...]."""
+        return values[self.row, self.column]
+
+    def _first_rows(self) -> torch.Tensor:
+        first = torch.empty(len(self.starts), dtype=torch.long, device=self.row.device)
+        at = (self.column == 0).nonzero().squeeze(-1)
+        first[self.row[at]] = at
+        return first
+
+
+def pack_rows(trajectories: Trajectories, trajectory: torch.Tensor, start: torch.Tensor) -> PackedRows:
+    """Group rows by trajectory: int64 [N], int64 [N] -> `PackedRows`."""
+    ids, row = trajectory.unique(return_inverse=True)
+    order = torch.argsort(row, stable=True)
+    counts = torch.bincount(row, minlength=len(ids))
+    begins = counts.cumsum(0) - counts
+    column = torch.empty_like(row)
+    column[order] = torch.arange(len(row), device=row.device) - begins.repeat_interleave(counts)
+    starts = start[order[begins]][:, None].expand(-1, int(counts.max())).clone()
+    starts[row, column] = start
+    return PackedRows(trajectories.select(ids), starts, row, column)
+
+
+class WindowRunner:
+    """Draws, drafts, verifies and scores windows.
+
+    Args:
+        target, drafter: the pair; the drafter's model may have LoRA injected.
+        trajectories: all training trajectories, on the device of the models.
+        num_speculative_tokens: K.
+        temperature: of p and q in training.
+        greedy: verify against the target's greedy continuation (serving at temperature 0) instead of by sampling.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        trajectories: Trajectories,
+        num_speculative_tokens: int,
+        temperature: float,
+        greedy: bool = False,
+    ) -> None:
+        self.target, self.drafter, self.trajectories = target, drafter, trajectories
+        self.num_speculative_tokens, self.temperature, self.greedy = (
+            num_speculative_tokens,
+            temperature,
+            greedy,
+        )
+
+    # ------------------------------------------------------------ station 2: windows
+
+    def draw(
+        self,
+        trajectory: torch.Tensor,
+        windows: int,
+        generator: torch.Generator,
+        adaptive: bool,
+        uniform_share: float,
+    ) -> torch.Tensor:
+        """Draw window starts for trajectories: int64 [B] -> int64 [B, windows]."""
+        chosen = self.trajectories.select(trajectory)
+        criticality = self.criticality(chosen) if adaptive else None
+        offsets = draw_starts(
+            chosen.num_starts(self.num_speculative_tokens), windows, generator, criticality, uniform_share
+        )
+        return chosen.first_starts()[:, None] + offsets.to(chosen.input_ids.device)
+
+    @torch.no_grad()
+    def criticality(self, chosen: Trajectories) -> torch.Tensor:
+        """Window criticality at each offset from the first start, [B, S]; q is the drafter's first-token prediction."""
+        target = self.target.encode(chosen)
+        draft = self.drafter.encode(chosen, target)
+        span = int((chosen.lengths - chosen.first_starts()).max())
+        last = chosen.lengths[:, None] - 1
+        position = torch.minimum(
+            chosen.first_starts()[:, None] + torch.arange(span, device=last.device), last
+        )
+        values = token_criticality(
+            self.target.path_logits(target, position, 1)[:, :, 0] / self.temperature,
+            self.drafter.slot_logits(draft, position - draft.first_slot) / self.temperature,
+        )
+        return window_criticality(values, self.num_speculative_tokens)
+
+    # ------------------------------------------------------------ stations 3 and 4: drafting, verification
+
+    @torch.no_grad()
+    def roll_out(self, trajectory: torch.Tensor, start: torch.Tensor, generator: torch.Generator) -> Rollout:
+        """Draft and verify one window per row: int64 [N], int64 [N] -> `Rollout`."""
+        packed = pack_rows(self.trajectories, trajectory, start)
+        target, draft = self._encode(packed.trajectories)
+        tokens, draft_logits = self.drafter.sample(
+            draft, packed.starts, self.num_speculative_tokens, self.temperature, generator
+        )
+        draft_logps = token_logps(draft_logits / self.temperature, tokens)
+        target_logits = self.target.score(target, packed.starts, tokens) / self.temperature
+        target_logps = token_logps(target_logits, tokens)
+        own = window_tokens(packed.trajectories.input_ids, packed.starts, self.num_speculative_tokens)
+        own_logits = (
+            self.target.path_logits(target, packed.starts, self.num_speculative_tokens) / self.temperature
+        )
+        if self.greedy:
+            accepted = greedy_accepted_length(tokens, own)
+        else:
+            uniforms = torch.rand(tokens.shape, generator=generator, device=tokens.device)
+            accepted = sampled_accepted_length(acceptance_ratio(target_logps, draft_logps), uniforms)
+        divergence = token_logps(own_logits, own).sum(-1) - target_logps.sum(-1)
+        fields = (tokens, draft_logps, target_logps, accepted, divergence)
+        return Rollout(*(packed.unpack(field) for field in fields))
+
+    # ------------------------------------------------------------ station 6: what the update differentiates
+
+    def draft_logps(
+        self, trajectory: torch.Tensor, start: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of drafted tokens and entropy of the drafter: int64 [N], [N], [N, K] -> [N, K] each."""
+        packed = pack_rows(self.trajectories, trajectory, start)
+        _, draft = self._encode(packed.trajectories)
+        logits = self.drafter.score(draft, packed.starts, packed.pack(tokens)) / self.temperature
+        logp = packed.unpack(logits).log_softmax(-1)
+        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+        return logp.gather(-1, tokens[..., None]).squeeze(-1), entropy
+
+    def path_windows(self, trajectory: torch.Tensor, start: torch.Tensor) -> PathWindows:
+        """Both distributions along the target's own windows: int64 [N], int64 [N] -> N windows."""
+        packed = pack_rows(self.trajectories, trajectory, start)
+        target, draft = self._encode(packed.trajectories)
+        length = self.num_speculative_tokens
+        return PathWindows(
+            tokens=packed.unpack(window_tokens(packed.trajectories.input_ids, packed.starts, length)),
+            target_logits=packed.unpack(self.target.path_logits(target, packed.starts, length))
+            / self.temperature,
+            draft_logits=packed.unpack(
+                self.drafter.path_logits(draft, packed.trajectories, packed.starts, length)
+            )
+            / self.temperature,
+        )
+
+    def _encode(self, trajectories: Trajectories) -> tuple[Encoded, Encoded]:
+        target = self.target.encode(trajectories)
+        return target, self.drafter.encode(trajectories, target)

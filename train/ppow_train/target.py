@@ -1,0 +1,70 @@
+"""The target: frozen, encoded once per trajectory, asked for its distribution on and off the path.
+
+Left out: how its trajectories are generated (generation.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ppow_train import causal
+from ppow_train.errors import UserError
+from ppow_train.types import Encoded, Trajectories
+
+
+class Target:
+    """A frozen causal language model.
+
+    Args:
+        directory: its Hugging Face directory.
+        tap_layers: residual streams that the drafter reads (EAGLE-3), or none.
+        device, dtype: where and how it runs.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        tap_layers: tuple[int, ...] = (),
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.directory = directory
+        self.tap_layers = tap_layers
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True)
+            .to(device)
+            .eval()
+        )
+        self.model.requires_grad_(False)
+        layers = self.model.config.get_text_config().num_hidden_layers
+        if tap_layers and not all(0 <= tap <= layers for tap in tap_layers):
+            raise UserError(
+                f"The EAGLE head reads the target after layers {tap_layers}, {directory} has {layers}: "
+                "give the target that the head was made for."
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the logits."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @torch.no_grad()
+    def encode(self, trajectories: Trajectories) -> Encoded:
+        """One pass over the trajectories (see `causal.encode`)."""
+        return causal.encode(self.model, trajectories, self.tap_layers)
+
+    @torch.no_grad()
+    def path_logits(
+        self, encoded: Encoded, starts: torch.Tensor, num_speculative_tokens: int
+    ) -> torch.Tensor:
+        """Logits [B, W, K, V] along the target's own windows."""
+        return causal.path_logits(self.model, encoded, starts, num_speculative_tokens)
+
+    @torch.no_grad()
+    def score(self, encoded: Encoded, starts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [B, W, K, V] along drafted windows: the off-path forward that verification needs."""
+        return causal.block_logits(self.model, encoded, starts, tokens)

@@ -1,0 +1,216 @@
+"""One training run from start to adapter: load the pair, get trajectories, train, write. What `ppow train` does.
+
+Left out: command-line parsing, serving.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from ppow_train.config import PPOWConfig
+from ppow_train.data import keep_long_enough, read_prompts
+from ppow_train.drafters import Drafter, load_drafter
+from ppow_train.errors import UserError
+from ppow_train.evaluation import SimulatedAcceptance, simulate_acceptance
+from ppow_train.generation import load_or_generate, load_tokenizer
+from ppow_train.progress import ProgressBar
+from ppow_train.rollout import WindowRunner
+from ppow_train.target import Target
+from ppow_train.types import Trajectories
+from vllm_ppow.artifact import (
+    Adapter,
+    AdapterConfig,
+    ModelRef,
+    fingerprint_model,
+    resolve_directory,
+    write_adapter,
+)
+
+_VERSIONED = ("vllm-ppow", "torch", "transformers", "trl", "peft", "speculators")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A loaded target and drafter with what identifies them."""
+
+    target: Target
+    drafter: Drafter
+    target_ref: ModelRef
+    drafter_ref: ModelRef
+
+
+def load_pair(target: str, drafter: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pair:
+    """Load target and drafter and check that they fit.
+
+    Args:
+        target, drafter: directory or Hub repo id each.
+
+    Raises:
+        UserError, ArtifactError: cannot be found, or do not belong together.
+    """
+    target_dir, _ = resolve_directory(target)
+    drafter_dir, _ = resolve_directory(drafter)
+    refs = [_reference(name, directory) for name, directory in ((target, target_dir), (drafter, drafter_dir))]
+    loaded = load_drafter(drafter_dir, device, dtype)
+    pair = Pair(Target(target_dir, loaded.tap_layers, device, dtype), loaded, *refs)
+    if pair.target.vocab_size != loaded.vocab_size:
+        raise UserError(
+            f"Drafter {drafter} drafts from {loaded.vocab_size} tokens, target {target} has {pair.target.vocab_size}: "
+            "they must share one tokenizer."
+        )
+    return pair
+
+
+def _reference(name: str, directory: Path) -> ModelRef:
+    recorded = str(directory.resolve()) if Path(name).expanduser().exists() else name
+    return ModelRef(recorded, fingerprint_model(directory))
+
+
+def get_trajectories(
+    pair: Pair,
+    prompts: Path,
+    *,
+    cache: Path,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    progress: Progress,
+) -> Trajectories:
+    """The target's continuations of a prompt file, generated or from the cache."""
+    texts = read_prompts(prompts)
+    task = progress.add_task(f"target continues {prompts.name}", total=len(texts), note="")
+    trajectories = load_or_generate(
+        cache,
+        pair.target.model,
+        load_tokenizer(pair.target.directory),
+        texts,
+        target_fingerprint=pair.target_ref.fingerprint,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        report=lambda done: progress.update(task, completed=done),
+    )
+    progress.update(task, completed=len(texts))
+    return trajectories
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """What a run left behind: the adapter, and simulated acceptance on held-out prompts before and after (if given)."""
+
+    adapter: Adapter
+    before: SimulatedAcceptance | None
+    after: SimulatedAcceptance | None
+    log: list[dict[str, Any]]
+
+
+def train_adapter(
+    pair: Pair,
+    trajectories: Trajectories,
+    config: PPOWConfig,
+    output: Path,
+    *,
+    held_out: Trajectories | None = None,
+    draft_sample_method: str = "probabilistic",
+    facts: dict[str, Any] | None = None,
+    progress: Progress,
+) -> TrainingResult:
+    """Train one adapter and write it to `output`.
+
+    The pair's drafter is changed in place while training and restored before returning, so a pair can be used again.
+    """
+    from ppow_train.trainer import PPOWTrainer
+
+    trajectories = keep_long_enough(trajectories, config.num_speculative_tokens)
+    runner = _runner(pair, trajectories, config)
+    test = (
+        _runner(pair, keep_long_enough(held_out, config.num_speculative_tokens), config) if held_out else None
+    )
+    before = simulate_acceptance(test) if test else None
+    logging.getLogger("transformers.trainer").setLevel(logging.WARNING)
+    bar = ProgressBar(f"training ({config.objective})", progress)
+    trainer = PPOWTrainer(runner, config, load_tokenizer(pair.target.directory), callbacks=[bar])
+    _quiet(trainer)
+    try:
+        trainer.train()
+        peft_model = trainer.accelerator.unwrap_model(trainer.model)
+        peft_model.eval()
+        after = simulate_acceptance(test) if test else None
+        training = {
+            "objective": config.objective,
+            "seed": config.seed,
+            "updates": config.max_steps,
+            "windows_per_update": config.windows_per_step,
+            "learning_rate": config.learning_rate,
+            "trajectories": len(trajectories),
+            "simulated_accepted_tokens": {
+                name: round(value.num_accepted_tokens, 4)
+                for name, value in (("before", before), ("after", after))
+                if value
+            },
+            **(facts or {}),
+        }
+        adapter = write_adapter(
+            output,
+            _adapter_config(pair, config, draft_sample_method, training),
+            lambda out: _save_peft(peft_model, out, pair),
+        )
+        return TrainingResult(adapter, before, after, trainer.state.log_history)
+    finally:
+        _remove_lora(trainer.model)
+
+
+def _runner(pair: Pair, trajectories: Trajectories, config: PPOWConfig) -> WindowRunner:
+    return WindowRunner(
+        pair.target,
+        pair.drafter,
+        trajectories.to(pair.target.model.device),
+        config.num_speculative_tokens,
+        config.training_temperature,
+        greedy=config.serving_temperature == 0,
+    )
+
+
+def _quiet(trainer) -> None:
+    """Our progress bar replaces the line-per-log printer of transformers."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+
+
+def _save_peft(peft_model, directory: Path, pair: Pair) -> None:
+    """PEFT's two files; embeddings are never saved, they are the base drafter's own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        peft_model.save_pretrained(scratch, save_embedding_layers=False)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (directory / name).write_bytes((Path(scratch) / name).read_bytes())
+
+
+def _remove_lora(peft_model) -> None:
+    """Give the drafter its own linear layers back."""
+    peft_model.unload()
+
+
+def _adapter_config(
+    pair: Pair, config: PPOWConfig, draft_sample_method: Any, training: dict[str, Any]
+) -> AdapterConfig:
+    return AdapterConfig(
+        drafter_type=pair.drafter.drafter_type,
+        base_drafter=pair.drafter_ref,
+        target=pair.target_ref,
+        num_speculative_tokens=config.num_speculative_tokens,
+        draft_cost_ratio=config.draft_cost_ratio,
+        draft_sample_method=draft_sample_method,
+        temperature=config.serving_temperature,
+        training=training,
+        versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+    )

@@ -1,0 +1,94 @@
+"""The nouns of training: trajectories, what the target says of them, windows, rollouts.
+
+Frozen dataclasses with a shape on every tensor. B trajectories of at most L tokens, W windows on each, K draft tokens
+per window, hidden size H, vocabulary V. Left out: behaviour.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectories:
+    """Prompts with the target's own continuations, right-padded.
+
+    Attributes:
+        input_ids: int64 [B, L], prompt and continuation.
+        prompt_lengths: int64 [B], tokens of the prompt.
+        lengths: int64 [B], tokens of prompt and continuation.
+    """
+
+    input_ids: torch.Tensor
+    prompt_lengths: torch.Tensor
+    lengths: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def select(self, rows: torch.Tensor) -> Trajectories:
+        """The trajectories of the given rows, cut to the longest of them."""
+        longest = int(self.lengths[rows].max())
+        return Trajectories(self.input_ids[rows, :longest], self.prompt_lengths[rows], self.lengths[rows])
+
+    def to(self, device: torch.device | str) -> Trajectories:
+        """The same trajectories on another device."""
+        return Trajectories(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
+
+    def first_starts(self) -> torch.Tensor:
+        """First window start of each trajectory, int64 [B]: the target's own first token is already verified."""
+        return self.prompt_lengths + 1
+
+    def num_starts(self, num_speculative_tokens: int) -> torch.Tensor:
+        """How many window starts leave room for a whole window, int64 [B] (0 where there is none)."""
+        return (self.lengths - num_speculative_tokens - self.first_starts() + 1).clamp(min=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """One causal pass of a model over trajectories: what windows are started from.
+
+    Attributes:
+        hidden: [B, S, H], one row per slot, before the language-model head.
+        cache: keys and values of the S slots; windows append to it and are cropped off again.
+        first_slot: position n of a window minus the slot whose hidden state predicts its first token.
+        taps: [B, L, T·H] intermediate states that an EAGLE head reads, or None.
+    """
+
+    hidden: torch.Tensor
+    cache: Any
+    first_slot: int
+    taps: torch.Tensor | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """S, slots of the prefix."""
+        return self.hidden.shape[1]
+
+    def crop(self) -> None:
+        """Drop from the cache what windows have appended."""
+        appended = self.cache.get_seq_length() - self.num_slots
+        if appended > 0:
+            self.cache.crop(-appended)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Windows drafted and verified once, N rows in TRL's order.
+
+    Attributes:
+        tokens: int64 [N, K], drafted.
+        draft_logps: [N, K], log-probability of each drafted token under the drafter, at the training temperature.
+        target_logps: [N, K], the same under the target, conditioned on the drafted prefix.
+        num_accepted_tokens: int64 [N], k, bonus excluded.
+        divergence: [N], Δ of the proximity reward, in nats.
+    """
+
+    tokens: torch.Tensor
+    draft_logps: torch.Tensor
+    target_logps: torch.Tensor
+    num_accepted_tokens: torch.Tensor
+    divergence: torch.Tensor
