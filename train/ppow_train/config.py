@@ -1,4 +1,4 @@
-"""Every default of training, once: unit and range in its help. Unknown keys are refused.
+"""One training run's configuration: PPOW's options (options.py) on top of TRL's. Unknown keys are refused.
 
 `PPOWConfig` extends TRL's GRPOConfig; what PPOW decides about TRL's own fields is set in `__post_init__`, next to the
 reason. Left out: paths of models and data (the command's arguments).
@@ -7,73 +7,22 @@ reason. Left out: paths of models and data (the command's arguments).
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ppow_train.compat import silence_version_warning
 from ppow_train.errors import UserError
 from ppow_train.objectives import parse_objective
+from ppow_train.options import PPOWOptions
 
 silence_version_warning()
 from trl import GRPOConfig  # noqa: E402
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
-class PPOWConfig(GRPOConfig):
+class PPOWConfig(PPOWOptions, GRPOConfig):
     """Configuration of one training run."""
-
-    objective: str = _option(
-        "overlap", "what is minimised: ppow, exact, overlap, or cst:LOSS (cst:tv, cst:kl, …)"
-    )
-    num_speculative_tokens: int = _option(8, "K, tokens per window (>= 1)")
-    trajectories_per_step: int = _option(
-        16, "trajectories per update (>= 1); fewer than 16 made every objective worse"
-    )
-    windows_per_step: int = _option(
-        128,
-        "windows per update; a multiple of trajectories_per_step, and with ppow of that times num_generations",
-    )
-    serving_temperature: float = _option(1.0, "temperature the drafter is trained to serve (0 = greedy)")
-    greedy_sampling_temperature: float = _option(
-        0.5, "temperature of p and q in training when serving_temperature is 0 (> 0)"
-    )
-    draft_cost_ratio: float = _option(0.12, "time of one draft step / one target step, the paper's γ (>= 0)")
-    proximity_weight: float = _option(0.2, "η of the proximity reward, in units of the speedup reward (>= 0)")
-    proximity_quantile: float = _option(
-        0.25, "share of windows with k = 0 that earn it, sets ε as they come (0..1)"
-    )
-    proximity_epsilon: float | None = _option(None, "fixed ε in nats instead of the quantile")
-    uniform_share: float = _option(
-        0.3, "share of ordinary windows once adaptive windowing is on (0..1; 1 = never adaptive)"
-    )
-    adaptive_after: float = _option(
-        0.25, "share of the run with ordinary windows before adaptive windowing (0..1)"
-    )
-    position_decay: float = _option(0.7, "cst only: weight of position i is decay^i (0..1]")
-    lora_rank: int = _option(32, "LoRA rank r (>= 1)")
-    lora_alpha: int = _option(64, "LoRA α; deltas are scaled by α / r")
-    lora_targets: list[str] | None = _option(
-        None, "names of the linear layers to adapt (default: all of the drafter's layers)"
-    )
-
-    # TRL defaults that PPOW changes; each can still be set.
-    learning_rate: float = _option(3e-3, "peak learning rate")
-    max_steps: int = _option(100, "updates")
-    num_generations: int = _option(8, "G, drafted windows per prefix (ppow)")
-    beta: float = _option(0.05, "weight of the KL penalty towards the target (ppow)")
-    warmup_steps: float = _option(0.1, "updates of warm-up, or their share of the run if below 1")
-    logging_steps: float = _option(10, "updates between two log lines")
-    save_strategy: str = _option("no", "when to save training state: no, steps")
-    report_to: str | list[str] | None = _option("none", "where to log: none, tensorboard, wandb, …")
-    gradient_checkpointing: bool = _option(
-        False, "recompute activations to save memory; the drafter is small"
-    )
-    bf16: bool | None = _option(False, "autocast to bf16")
 
     def __post_init__(self) -> None:
         self.objective = parse_objective(self.objective)
