@@ -292,14 +292,14 @@ def other_target(pair, tmp_path_factory):
     return directory
 
 
-def test_an_adapter_for_another_target(pair, adapter, other_target, caplog):
+def test_an_adapter_for_another_target(pair, adapter, other_target, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     message = refusal(spec_of(adapter), other_target)
     assert (
         f"was trained for target {pair.target}, not for {other_target} (its fingerprint is sha256:" in message
     )
     assert '"ppow": {"allow_target_mismatch": true}' in message
     with caplog.at_level(logging.WARNING, logger="vllm.ppow.config"):
-        logging.getLogger("vllm").propagate = True
         rewrite(spec_of(adapter, ppow={"allow_target_mismatch": True}), str(other_target))
     assert "serving" in caplog.text
     assert "acceptance may drop" in caplog.text

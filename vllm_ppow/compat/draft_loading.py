@@ -31,13 +31,21 @@ V2_EAGLE = ("vllm.v1.worker.gpu.spec_decode.eagle.speculator", "EagleSpeculator"
 def install() -> None:
     """Wrap the drafters' loading methods that this vLLM has.
 
-    Raises:
-        SeamMissingError: one is there but is not what we expect.
+    One that is there but is not what we expect is logged: which of them a server needs depends on its model runner, and
+    the proof after loading fails where the missing one mattered.
     """
-    seams.wrap(*V1_DRAFT_MODEL, ("self",), _v1_draft_model)
-    for seam in (V2_DRAFT_MODEL, V2_EAGLE):
-        if _exists(seam[0]):
-            seams.wrap(*seam, ("self", "target_model", "target_attn_layer_names"), _v2_speculator)
+    shims = [
+        (V1_DRAFT_MODEL, ("self",), _v1_draft_model),
+        (V2_DRAFT_MODEL, ("self", "target_model", "target_attn_layer_names"), _v2_speculator),
+        (V2_EAGLE, ("self", "target_model", "target_attn_layer_names"), _v2_speculator),
+    ]
+    for seam, parameters, make in shims:
+        if not _exists(seam[0]):
+            continue
+        try:
+            seams.wrap(*seam, parameters, make)
+        except seams.SeamMissingError as error:
+            seams.logger.warning("%s", error)
 
 
 def _exists(module: str) -> bool:

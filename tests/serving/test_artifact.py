@@ -1,0 +1,159 @@
+"""The adapter directory: written whole or not at all, and read only if it is what it says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm_ppow.artifact import (
+    AdapterConfig,
+    ArtifactError,
+    ModelRef,
+    fingerprint_model,
+    fingerprint_safetensors,
+    parse_config,
+    read_adapter,
+    read_model_config,
+    resolve_directory,
+    write_adapter,
+)
+
+CONFIG = AdapterConfig(
+    drafter_type="eagle3",
+    base_drafter=ModelRef("org/drafter", "sha256:1"),
+    target=ModelRef("org/target", "sha256:2"),
+    num_speculative_tokens=4,
+    draft_cost_ratio=0.1,
+    draft_sample_method="greedy",
+    temperature=0.0,
+)
+
+
+def write_peft(path, value=0.0):
+    save_file({"a": torch.full((3000, 2), value), "b": torch.arange(4)}, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text("{}")
+
+
+def test_what_is_written_is_read(tmp_path):
+    adapter = write_adapter(tmp_path / "a", CONFIG, write_peft)
+    assert adapter.config == replace(CONFIG, adapter_fingerprint=fingerprint_safetensors(adapter.weights))
+    assert read_adapter(tmp_path / "a") == adapter
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_failed_write_leaves_the_old_adapter(tmp_path):
+    old = write_adapter(tmp_path / "a", CONFIG, write_peft)
+
+    def fail(path):
+        write_peft(path, 1.0)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_adapter(tmp_path / "a", CONFIG, fail)
+    assert read_adapter(tmp_path / "a") == old
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    new = write_adapter(tmp_path / "a", CONFIG, lambda path: write_peft(path, 1.0))
+    assert new.config.adapter_fingerprint != old.config.adapter_fingerprint
+
+
+def test_a_directory_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.txt").write_text("precious")
+    with pytest.raises(ArtifactError, match="exists and is not a PPOW adapter"):
+        write_adapter(tmp_path / "a", CONFIG, write_peft)
+    assert (tmp_path / "a" / "thesis.txt").read_text() == "precious"
+
+
+def test_fingerprints_see_content_and_not_sharding(tmp_path):
+    tensors = {"a": torch.zeros(5000, 4), "b": torch.ones(3)}
+    save_file(tensors, tmp_path / "whole.safetensors")
+    for name, tensor in tensors.items():
+        save_file({name: tensor}, tmp_path / f"{name}.safetensors")
+    whole = fingerprint_safetensors(tmp_path / "whole.safetensors")
+    assert whole == fingerprint_safetensors(tmp_path / "b.safetensors", tmp_path / "a.safetensors")
+    for change in (
+        {"a": tensors["a"].half()},
+        {"a": tensors["a"].view(4, 5000)},
+        {"a": torch.zeros(5000, 4) + 1e-6},
+    ):
+        save_file({**tensors, **change}, tmp_path / "whole.safetensors")
+        assert fingerprint_safetensors(tmp_path / "whole.safetensors") != whole
+
+
+def test_fingerprint_of_a_model_ignores_an_adapter_beside_it(tmp_path):
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    alone = fingerprint_model(tmp_path)
+    write_peft(tmp_path)
+    assert fingerprint_model(tmp_path) == alone
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, "schema_version 2, this version reads 1"),
+        ({"gamma": 1}, r"unknown keys \['gamma'\]"),
+        ({"drafter_type": "medusa"}, r"drafter_type must be one of \['eagle3', 'causal_lm'\], got 'medusa'"),
+        ({"num_speculative_tokens": 0}, "must be a whole number of tokens >= 1, got 0"),
+        ({"num_speculative_tokens": True}, "must be a whole number"),
+        ({"temperature": -1}, "temperature must be a number >= 0, got -1"),
+        ({"draft_sample_method": "beam"}, "draft_sample_method must be one of"),
+        ({"adapter_fingerprint": None}, "adapter_fingerprint must be a string"),
+        ({"target": "org/target"}, "target must be an object with the keys"),
+        ({"target": {"name_or_path": "x", "fingerprint": ""}}, "needs a name_or_path and a fingerprint"),
+    ],
+)
+def test_configs_refused(change, message):
+    raw = json.loads(json.dumps(asdict(CONFIG)))
+    assert parse_config(raw) == CONFIG
+    with pytest.raises(ArtifactError, match=message):
+        parse_config(raw | change)
+
+
+def test_configs_that_are_no_object_or_lack_a_key():
+    with pytest.raises(ArtifactError, match="must hold a JSON object, got list"):
+        parse_config([])
+    raw = asdict(CONFIG)
+    del raw["temperature"]
+    with pytest.raises(ArtifactError, match=r"lacks \['temperature'\]"):
+        parse_config(raw)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"not safetensors at all", b"\x02\0\0\0\0\0\0\0[]"])
+def test_files_that_are_no_safetensors(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"is truncated|is not a readable safetensors file"):
+        fingerprint_safetensors(tmp_path / "x.safetensors")
+
+
+def test_model_configs(tmp_path):
+    with pytest.raises(ArtifactError, match="is not readable JSON"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ArtifactError, match="must hold a JSON object"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 8}')
+    assert read_model_config(tmp_path) == {"num_hidden_layers": 8}
+
+
+@pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "~/nowhere", "nowhere", "a/b/c"])
+def test_paths_are_never_taken_for_hub_repos(name, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
+    with pytest.raises(ArtifactError, match="does not exist: check the path"):
+        resolve_directory(name)
+
+
+def test_a_hub_repo_that_cannot_be_had(monkeypatch):
+    import huggingface_hub
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ArtifactError, match="neither a directory here nor a Hub repo that can be had"):
+        resolve_directory("org/name")
