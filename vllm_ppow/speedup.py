@@ -4,6 +4,7 @@ No torch, no vLLM: plain floats in, plain floats out. What a token costs is meas
 counted. Left out: anything that samples, verifies or decides.
 """
 
+import itertools
 from collections.abc import Sequence
 
 
@@ -31,7 +32,7 @@ def speedup_increments(num_speculative_tokens: int, draft_cost_ratio: float) -> 
         K floats, positive and decreasing.
     """
     worth = [speedup_reward(k, draft_cost_ratio) for k in range(num_speculative_tokens + 1)]
-    return [after - before for before, after in zip(worth, worth[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(worth)]
 
 
 def acceptance_length(num_accepted_tokens: int, num_drafts: int) -> float:
