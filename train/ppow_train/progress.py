@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 
-def make_progress() -> Progress:
-    """The bar that every long command shows."""
+def make_progress(console: Console | None = None) -> Progress:
+    """The bar that every long command shows, on standard error unless a console is given."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
+        console=console or Console(stderr=True),
     )
 
 

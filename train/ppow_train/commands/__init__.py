@@ -1,0 +1,1 @@
+"""The subcommands of `ppow`, one per file. Left out: what they call."""

@@ -1,0 +1,101 @@
+"""`ppow bench`: an adapter against its bare drafter and no speculation, in vLLM. Left out: measuring (benchmark.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--adapter", required=True, help="adapter directory or Hub repo id")
+@click.option(
+    "--prompts", required=True, type=click.Path(path_type=Path), help='JSONL, one {"prompt": "…"} per line'
+)
+@click.option(
+    "--target", help="directory or Hub repo id of the target  [default: the one the adapter was trained for]"
+)
+@click.option(
+    "--drafter", help="directory of the base drafter  [default: the one the adapter was trained on]"
+)
+@click.option("--num-speculative-tokens", type=int, help="K, tokens per draft  [default: the adapter's]")
+@click.option("--max-tokens", default=64, show_default=True, help="output tokens per prompt at most")
+@click.option("--limit", default=64, show_default=True, help="prompts to use at most")
+@click.option(
+    "--temperature", "temperatures", multiple=True, type=float, default=(0.0, 1.0), show_default=True
+)
+@click.option("--concurrency", default=8, show_default=True, help="requests that run at the same time")
+@click.option("--rounds", default=3, show_default=True, help="passes over the prompts, arms taking turns")
+@click.option("--max-model-len", default=2048, show_default=True, help="tokens of prompt and output at most")
+@click.option(
+    "--compile/--eager", "compiled", default=False, help="compile and capture graphs, as a server does"
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="directory for benchmark.json and benchmark.png"
+)
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
+def bench(
+    adapter: str,
+    prompts: Path,
+    target: str | None,
+    drafter: str | None,
+    num_speculative_tokens: int | None,
+    max_tokens: int,
+    limit: int,
+    temperatures: tuple[float, ...],
+    concurrency: int,
+    rounds: int,
+    max_model_len: int,
+    compiled: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure an adapter in vLLM on prompts of your own.
+
+    Exits with 1 when greedy output differs from no speculation.
+    """
+    from rich.console import Console
+
+    from ppow_train.benchmark import run_benchmark
+    from ppow_train.data import read_prompts
+    from ppow_train.generation import load_tokenizer
+    from ppow_train.report import as_json as to_json
+    from ppow_train.report import print_table, write_json, write_plot
+    from ppow_train.serving_eval import EngineOptions
+    from vllm_ppow.artifact import read_adapter, resolve_base_drafter, resolve_directory
+
+    texts = read_prompts(prompts)[:limit]
+    directory, from_hub = resolve_directory(adapter)
+    loaded = read_adapter(directory)
+    base = resolve_base_drafter(loaded, from_hub, drafter)
+    target_dir, _ = resolve_directory(target or loaded.config.target.name_or_path)
+    console = Console(stderr=as_json)
+    results = run_benchmark(
+        loaded,
+        base,
+        load_tokenizer(target_dir)(texts)["input_ids"],
+        EngineOptions(str(target_dir), max_model_len, concurrency, enforce_eager=not compiled),
+        num_speculative_tokens=num_speculative_tokens or loaded.config.num_speculative_tokens,
+        max_tokens=max_tokens,
+        temperatures=temperatures,
+        rounds=rounds,
+        say=lambda text: console.print(f"  {text}", style="dim"),
+    )
+    facts = {
+        "adapter": str(directory),
+        "prompts": str(prompts),
+        "max_tokens": max_tokens,
+        "concurrency": concurrency,
+    }
+    value = to_json(results, facts)
+    if output:
+        write_json(output / "benchmark.json", value)
+        write_plot(output / "benchmark.png", results, f"{prompts.name}, {len(texts)} prompts")
+    print_table(results, f"{prompts.name}: {len(texts)} prompts × {max_tokens} tokens", console)
+    if as_json:
+        click.echo(json.dumps(value))
+    if any(result.identical is False for result in results):
+        raise click.ClickException(
+            "greedy output differs from no speculation: do not serve this; please report it."
+        )

@@ -1,0 +1,222 @@
+"""`ppow compare`: several objectives trained alike, counted by vLLM alike. Left out: training and measuring.
+
+Every (objective, seed) is one line of results.jsonl, so an interrupted comparison goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+OBJECTIVES = ("ppow", "exact", "overlap", "cst:tv", "cst:kl")
+BASE = "base drafter"
+
+
+@click.command()
+@click.option("--target", required=True, help="directory or Hub repo id of the target")
+@click.option("--drafter", required=True, help="directory or Hub repo id of the drafter")
+@click.option("--prompts", required=True, type=click.Path(path_type=Path), help="JSONL of training prompts")
+@click.option(
+    "--held-out", required=True, type=click.Path(path_type=Path), help="JSONL of prompts to serve and count"
+)
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="directory for adapters and results"
+)
+@click.option("--objective", "objectives", multiple=True, default=OBJECTIVES, show_default=True)
+@click.option(
+    "--learning-rate",
+    "rates",
+    multiple=True,
+    metavar="OBJECTIVE=RATE",
+    help="instead of the default, for one",
+)
+@click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
+@click.option("--steps", default=100, show_default=True, help="updates, the same for every objective")
+@click.option("--max-new-tokens", default=128, show_default=True, help="tokens of each trajectory at most")
+@click.option("--max-tokens", default=64, show_default=True, help="output tokens per served prompt")
+@click.option("--serving-temperature", default=1.0, show_default=True, help="temperature that is trained for")
+@click.option(
+    "--temperature", "temperatures", multiple=True, type=float, default=(1.0, 0.0), show_default=True
+)
+def compare(
+    target: str,
+    drafter: str,
+    prompts: Path,
+    held_out: Path,
+    output: Path,
+    objectives: Sequence[str],
+    rates: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    max_new_tokens: int,
+    max_tokens: int,
+    serving_temperature: float,
+    temperatures: Sequence[float],
+) -> None:
+    """Train one adapter per objective and seed at equal windows and count accepted tokens per draft in vLLM."""
+    from ppow_train.data import read_prompts
+    from ppow_train.objectives import parse_objective
+    from ppow_train.serving_eval import EngineOptions
+
+    names = {parse_objective(name): name for name in objectives}
+    texts = read_prompts(held_out)
+    output.mkdir(parents=True, exist_ok=True)
+    trainer = _Trainer(
+        target, drafter, prompts, output, steps, max_new_tokens, serving_temperature, _parse_rates(rates)
+    )
+    results = _Results(output / "results.jsonl")
+    for seed in seeds:
+        for name in (BASE, *names):
+            if results.has(name, seed):
+                continue
+            adapter = trainer.adapter(next(iter(names)) if name == BASE else name, seed)
+            click.echo(f"seed {seed}: serving {name}", err=True)
+            options = EngineOptions(str(trainer.target_directory))
+            results.add(
+                name, seed, _serve(adapter, name, trainer, texts, options, temperatures, max_tokens, seed)
+            )
+    table = results.table([BASE, *names], seeds, temperatures)
+    (output / "table.md").write_text(table, encoding="utf-8")
+    click.echo(table)
+
+
+def _parse_rates(rates: Sequence[str]) -> dict[str, float]:
+    from ppow_train.objectives import parse_objective
+
+    parsed = {}
+    for rate in rates:
+        name, _, value = rate.rpartition("=")
+        try:
+            parsed[parse_objective(name)] = float(value)
+        except ValueError as error:
+            raise click.BadParameter(f"expected OBJECTIVE=RATE, got {rate!r} ({error})") from error
+    return parsed
+
+
+@dataclasses.dataclass
+class _Trainer:
+    """Trains what is not there yet; the pair is loaded once."""
+
+    target: str
+    drafter: str
+    prompts: Path
+    output: Path
+    steps: int
+    max_new_tokens: int
+    serving_temperature: float
+    rates: dict[str, float]
+
+    def __post_init__(self) -> None:
+        from ppow_train.training import load_pair
+
+        self.pair = load_pair(self.target, self.drafter)
+
+    @property
+    def target_directory(self) -> Path:
+        return self.pair.target.directory
+
+    def adapter(self, objective: str, seed: int):
+        """The adapter of an objective and seed, trained now if need be."""
+        from ppow_train.progress import make_progress
+        from ppow_train.training import get_trajectories, train_adapter
+        from vllm_ppow.artifact import PPOW_CONFIG, read_adapter
+
+        directory = self.output / "adapters" / f"{objective.replace(':', '-')}-{seed}"
+        if (directory / PPOW_CONFIG).is_file():
+            return read_adapter(directory)
+        with make_progress() as progress:
+            trajectories = get_trajectories(
+                self.pair,
+                self.prompts,
+                cache=self.output / "trajectories",
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.serving_temperature,
+                seed=seed,
+                progress=progress,
+            )
+            return train_adapter(
+                self.pair, trajectories, self._config(objective, seed), directory, progress=progress
+            ).adapter
+
+    def _config(self, objective: str, seed: int):
+        from ppow_train.config import PPOWConfig
+
+        values: dict[str, Any] = {"objective": objective, "max_steps": self.steps, "seed": seed}
+        if objective in self.rates:
+            values["learning_rate"] = self.rates[objective]
+        return PPOWConfig(
+            output_dir=str(self.output / "state"),
+            serving_temperature=self.serving_temperature,
+            use_cpu=True,
+            **values,
+        )
+
+
+def _serve(adapter, name, trainer, texts, options, temperatures, max_tokens, seed) -> dict[str, Any]:
+    """Counters of one drafter at every temperature."""
+    from ppow_train.generation import load_tokenizer
+    from ppow_train.serving_eval import Engine, native_spec, ppow_spec
+    from vllm_ppow.artifact import resolve_directory
+
+    base = resolve_directory(trainer.drafter)[0]
+    make_spec = native_spec if name == BASE else ppow_spec
+    prompts = load_tokenizer(trainer.target_directory)(texts)["input_ids"]
+    served = {}
+    with Engine(name, options, make_spec(adapter, base, adapter.config.num_speculative_tokens)) as engine:
+        engine.wait_until_ready()
+        for temperature in temperatures:
+            run = engine.run(prompts, max_tokens=max_tokens, temperature=temperature, seed=seed)
+            served[f"{temperature:g}"] = dataclasses.asdict(run.counts)
+    return served
+
+
+class _Results:
+    """results.jsonl: one line per arm and seed, written as soon as it is known."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        self.rows = {(row["arm"], row["seed"]): row["counts"] for row in map(json.loads, lines)}
+
+    def has(self, arm: str, seed: int) -> bool:
+        return (arm, seed) in self.rows
+
+    def add(self, arm: str, seed: int, counts: dict[str, Any]) -> None:
+        self.rows[arm, seed] = counts
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"arm": arm, "seed": seed, "counts": counts}) + "\n")
+
+    def table(self, arms: Sequence[str], seeds: Sequence[int], temperatures: Sequence[float]) -> str:
+        """Markdown: mean accepted tokens per draft over seeds, and the gain over the base drafter, seed by seed."""
+        head = (
+            "| arm | "
+            + " | ".join(f"T = {t:g}: accepted per draft | gain over base" for t in temperatures)
+            + " |"
+        )
+        lines = [head, "|---" * (1 + 2 * len(temperatures)) + "|"]
+        for arm in arms:
+            cells = [arm]
+            for temperature in temperatures:
+                values = [self._accepted(arm, seed, temperature) for seed in seeds]
+                gains = [
+                    100 * (value / self._accepted(BASE, seed, temperature) - 1)
+                    for value, seed in zip(values, seeds, strict=True)
+                ]
+                cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})")
+                cells.append(
+                    "–"
+                    if arm == BASE
+                    else f"{statistics.mean(gains):+.1f} % ({min(gains):+.1f} … {max(gains):+.1f})"
+                )
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines) + "\n"
+
+    def _accepted(self, arm: str, seed: int, temperature: float) -> float:
+        counts = self.rows[arm, seed][f"{temperature:g}"]
+        return counts["num_accepted_tokens"] / counts["num_drafts"]

@@ -1,0 +1,158 @@
+"""`ppow train`: target, drafter and prompts in, adapter out. Left out: everything but the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ppow_train.commands.options import given, training_options
+
+
+@click.command()
+@click.option("--target", required=True, help="directory or Hub repo id of the target")
+@click.option(
+    "--drafter", required=True, help="directory or Hub repo id of the drafter (EAGLE-3 head or causal LM)"
+)
+@click.option(
+    "--prompts",
+    required=True,
+    type=click.Path(path_type=Path),
+    help='JSONL file, one {"prompt": "…"} per line',
+)
+@click.option(
+    "--held-out",
+    type=click.Path(path_type=Path),
+    help="JSONL file of prompts to measure on, never trained on",
+)
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="directory of the adapter")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of options; flags override it"
+)
+@click.option("--max-new-tokens", default=128, show_default=True, help="tokens of each trajectory at most")
+@click.option(
+    "--cache", default=Path("runs/trajectories"), show_default=True, type=click.Path(path_type=Path),
+    help="where generated trajectories are kept for the next run",
+)  # fmt: skip
+@click.option(
+    "--draft-sample-method",
+    type=click.Choice(["probabilistic", "greedy"]),
+    default="probabilistic",
+    show_default=True,
+    help="how vLLM will draw drafts at a temperature above 0",
+)
+@click.option("--seed", default=0, show_default=True, help="of trajectories, initialisation and windows")
+@click.option("--device", default=None, help="cpu or cuda  [default: cuda where there is one]")
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
+@training_options
+def train(
+    target: str,
+    drafter: str,
+    prompts: Path,
+    held_out: Path | None,
+    output: Path,
+    config_file: Path | None,
+    max_new_tokens: int,
+    cache: Path,
+    draft_sample_method: str,
+    seed: int,
+    device: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train a LoRA adapter for a drafter on prompts of your own.
+
+    The target continues every prompt once; windows of its continuations are what the drafter is trained on. The adapter
+    directory is what vLLM is given as "model" of method ppow.
+    """
+    from ppow_train.data import read_prompts
+
+    for file in (prompts, held_out):
+        if file is not None:
+            read_prompts(file)  # a malformed line is reported before models are loaded
+    from ppow_train.config import check_keys, read_config_file
+
+    values = {**(read_config_file(config_file) if config_file else {}), **given(options)}
+    check_keys(values, "the command line")
+    result = _run(
+        target,
+        drafter,
+        prompts,
+        held_out,
+        output,
+        values,
+        max_new_tokens,
+        cache,
+        draft_sample_method,
+        seed,
+        device,
+    )
+    _report(result, as_json)
+
+
+def _run(
+    target,
+    drafter,
+    prompts,
+    held_out,
+    output,
+    values,
+    max_new_tokens,
+    cache,
+    draft_sample_method,
+    seed,
+    device,
+):
+    import tempfile
+
+    import torch
+
+    from ppow_train.config import PPOWConfig
+    from ppow_train.progress import make_progress
+    from ppow_train.training import get_trajectories, load_pair, train_adapter
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as scratch, make_progress() as progress:
+        config = PPOWConfig(**{"output_dir": scratch, "seed": seed, "use_cpu": device == "cpu", **values})
+        pair = load_pair(target, drafter, device)
+        sets = {
+            name: get_trajectories(
+                pair,
+                file,
+                cache=cache,
+                max_new_tokens=max_new_tokens,
+                temperature=config.serving_temperature,
+                seed=seed + offset,
+                progress=progress,
+            )
+            for name, file, offset in (("train", prompts, 0), ("held_out", held_out, 1))
+            if file is not None
+        }
+        return train_adapter(
+            pair,
+            sets["train"],
+            config,
+            output,
+            held_out=sets.get("held_out"),
+            draft_sample_method=draft_sample_method,
+            facts={"prompts": str(prompts.name)},
+            progress=progress,
+        )
+
+
+def _report(result, as_json: bool) -> None:
+    config = result.adapter.config
+    if as_json:
+        click.echo(json.dumps({"adapter": str(result.adapter.directory), "training": config.training}))
+        return
+    if result.before and result.after:
+        before, after = result.before.num_accepted_tokens, result.after.num_accepted_tokens
+        click.echo(
+            f"Simulated accepted tokens per draft on held-out prompts: {before:.3f} -> {after:.3f} "
+            f"({100 * (after / before - 1):+.1f} %)"
+        )
+    spec = json.dumps({"method": "ppow", "model": str(result.adapter.directory)})
+    click.echo(f"Adapter: {result.adapter.directory}")
+    click.echo(f"Serve it: vllm serve {config.target.name_or_path} --speculative-config '{spec}'")

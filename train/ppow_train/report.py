@@ -1,0 +1,133 @@
+"""Tables, JSON and the plot of a benchmark. Left out: measuring."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ppow_train.benchmark import ArmResult
+
+
+def print_table(results: Sequence[ArmResult], title: str, console: Console) -> None:
+    """One row per arm and temperature."""
+    table = Table(title=title)
+    for column in ("temperature", "arm"):
+        table.add_column(column)
+    for column in (
+        "acceptance length",
+        "accepted by position 1, 2, …",
+        "drafted",
+        "accepted",
+        "output tok/s ÷ none",
+        "greedy output identical",
+    ):
+        table.add_column(column, justify="right")
+    for result in results:
+        table.add_row(*_cells(result))
+    console.print(table)
+
+
+def _cells(result: ArmResult) -> list[str]:
+    row = result.as_json()
+    speed = row["speed_ratio"]
+    identical = {None: "–", True: "yes", False: "NO"}[result.identical]
+    shown = [f"{result.temperature:g}", result.arm]
+    if result.counts is None:
+        shown += ["–"] * 4
+    else:
+        counts = result.counts
+        shown += [
+            f"{counts.acceptance_length:.3f}",
+            " ".join(
+                f".{round(100 * share):02d}" if share < 0.995 else "1.0"
+                for share in counts.acceptance_per_position
+            ),
+            f"{counts.num_draft_tokens:,}",
+            f"{counts.num_accepted_tokens:,}",
+        ]
+    return [*shown, f"{speed['median']:.2f} ({speed['min']:.2f}–{speed['max']:.2f})", identical]
+
+
+def as_json(results: Sequence[ArmResult], facts: dict[str, Any]) -> dict[str, Any]:
+    """Machine-readable result with what is needed to repeat it."""
+    return {
+        **facts,
+        "machine": f"{platform.machine()}, {_cores()} cores, Python {platform.python_version()}",
+        "arms": [result.as_json() for result in results],
+    }
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_plot(path: Path, results: Sequence[ArmResult], title: str) -> None:
+    """Acceptance by position (left) and speed against no speculation (right), a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    temperatures = sorted({result.temperature for result in results})
+    styles = dict(zip(temperatures, ("-", "--", ":"), strict=False))
+    colours = {"base drafter": "#888888", "adapter": "#d1495b"}
+    for result in results:
+        if result.counts is None:
+            continue
+        shares = result.counts.acceptance_per_position
+        left.plot(
+            range(1, len(shares) + 1),
+            shares,
+            styles.get(result.temperature, "-"),
+            color=colours.get(result.arm),
+            marker="o",
+            markersize=4,
+            label=f"{result.arm}, T = {result.temperature:g}",
+        )
+    left.set(
+        xlabel="position in the draft",
+        ylabel="share of drafts accepted",
+        ylim=(0, 1),
+        title="Acceptance by position",
+    )
+    left.legend(frameon=False)
+    _plot_speed(right, results)
+    figure.suptitle(title)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _plot_speed(axes, results: Sequence[ArmResult]) -> None:
+    labels = [f"{result.arm}\nT = {result.temperature:g}" for result in results]
+    rows = [result.as_json()["speed_ratio"] for result in results]
+    medians = [row["median"] for row in rows]
+    errors = [
+        [m - row["min"] for m, row in zip(medians, rows, strict=True)],
+        [row["max"] - m for m, row in zip(medians, rows, strict=True)],
+    ]
+    colours = [
+        {"base drafter": "#888888", "adapter": "#d1495b"}.get(result.arm, "#cccccc") for result in results
+    ]
+    axes.bar(range(len(rows)), medians, yerr=errors, color=colours, capsize=3)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(rows)), labels, fontsize=8)
+    axes.set(ylabel="output tokens/s ÷ no speculation", title="Speed (median, min–max)")

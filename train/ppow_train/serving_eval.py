@@ -1,0 +1,234 @@
+"""What a drafter earns in real vLLM: engines side by side, the same prompts, vLLM's own counters.
+
+Each arm (no speculation, base drafter, adapter) is an engine in a process of its own that stays up, so that runs can
+take turns and timings are ratios of neighbours in time. Run as a module it IS such a process: JSON lines in and out.
+Left out: tables and plots (report.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from ppow_train.errors import UserError
+from vllm_ppow.artifact import Adapter
+from vllm_ppow.metrics import SpecDecodeCounts
+
+NONE, BASE, ADAPTER = "no speculation", "base drafter", "adapter"
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How every arm's engine is started.
+
+    Attributes:
+        target: directory or Hub repo id.
+        max_model_len: tokens of prompt and continuation at most.
+        max_num_seqs: requests that run at the same time.
+        enforce_eager: skip compilation and CUDA graphs (fast start; slower steps).
+        dtype: as in vLLM.
+        seed: of the engine.
+    """
+
+    target: str
+    max_model_len: int = 512
+    max_num_seqs: int = 8
+    enforce_eager: bool = True
+    dtype: str = "auto"
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One pass over the prompts.
+
+    Attributes:
+        tokens: continuation ids, one list per prompt.
+        seconds: wall time of the pass.
+        counts: what vLLM counted in it; None without speculation.
+    """
+
+    tokens: list[list[int]]
+    seconds: float
+    counts: SpecDecodeCounts | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens."""
+        return sum(map(len, self.tokens))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Output tokens per second of wall time; meaningful only as a ratio to a neighbouring run."""
+        return self.num_tokens / self.seconds
+
+
+def native_spec(adapter: Adapter, base_drafter: Path, num_speculative_tokens: int) -> dict[str, Any]:
+    """vLLM's own speculative config for the bare drafter of an adapter, drafting as the adapter's arm does."""
+    return {
+        "method": {"eagle3": "eagle3", "causal_lm": "draft_model"}[adapter.config.drafter_type],
+        "model": str(base_drafter),
+        "num_speculative_tokens": num_speculative_tokens,
+        "draft_sample_method": adapter.config.draft_sample_method,
+    }
+
+
+def ppow_spec(adapter: Adapter, base_drafter: Path, num_speculative_tokens: int) -> dict[str, Any]:
+    """The speculative config that serves an adapter."""
+    return {
+        "method": "ppow",
+        "model": str(adapter.directory),
+        "num_speculative_tokens": num_speculative_tokens,
+        "ppow": {"base_drafter": str(base_drafter)},
+    }
+
+
+class Engine:
+    """A vLLM engine in a process of its own. Use as a context manager.
+
+    Args:
+        name: for messages.
+        options: how it is started.
+        speculative_config: as in vLLM, or None.
+
+    Raises:
+        UserError: the engine did not start; the last lines of its log are in the message.
+    """
+
+    def __init__(self, name: str, options: EngineOptions, speculative_config: dict[str, Any] | None) -> None:
+        self.name = name
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="ppow-engine-", suffix=".log")  # noqa: SIM115
+        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ppow_train.serving_eval"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+        )
+        self._send({"options": dataclasses.asdict(options), "speculative_config": speculative_config})
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def wait_until_ready(self) -> None:
+        """Block until the engine has started (engines start side by side)."""
+        self._receive()
+
+    def run(
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float, seed: int = 0
+    ) -> Run:
+        """Continue prompts (token ids) and count."""
+        request = {"prompts": [list(p) for p in prompts], "max_tokens": max_tokens}
+        self._send({**request, "temperature": temperature, "seed": seed})
+        answer = self._receive()
+        counts = answer["counts"]
+        if counts is not None:
+            counts["num_accepted_tokens_per_pos"] = tuple(counts["num_accepted_tokens_per_pos"])
+        return Run(
+            answer["tokens"], answer["seconds"], None if counts is None else SpecDecodeCounts(**counts)
+        )
+
+    def close(self) -> None:
+        """Stop the process."""
+        if self._process.stdin:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failure() from None
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._failure()
+        return json.loads(line)
+
+    def _failure(self) -> UserError:
+        self._process.wait()
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
+        errors = [line for line in lines if "Error" in line or "error:" in line.lower()]
+        return UserError(f"The engine of arm {self.name!r} stopped: {(errors or lines or ['no log'])[-1]}")
+
+
+# ---------------------------------------------------------------- the process
+
+
+def _serve(requests: TextIO, answers: TextIO) -> None:
+    start = json.loads(requests.readline())
+    llm = _start_engine(start["options"], start["speculative_config"])
+    _answer(answers, {"ready": True})
+    for line in requests:
+        request = json.loads(line)
+        _answer(answers, _run_once(llm, request, speculating=start["speculative_config"] is not None))
+
+
+def _answer(answers: TextIO, message: dict[str, Any]) -> None:
+    answers.write(json.dumps(message) + "\n")
+    answers.flush()
+
+
+def _start_engine(options: dict[str, Any], speculative_config: dict[str, Any] | None):
+    from vllm import LLM
+
+    options = dict(options)
+    return LLM(
+        options.pop("target"),
+        speculative_config=speculative_config,
+        disable_log_stats=False,
+        enable_prefix_caching=False,  # the same prompts come again and again; each run must do the same work
+        **options,
+    )
+
+
+def _run_once(llm, request: dict[str, Any], speculating: bool) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+    sampling = [
+        SamplingParams(
+            max_tokens=request["max_tokens"],
+            temperature=request["temperature"],
+            seed=None if request["temperature"] == 0 else request["seed"] * 100_003 + index,
+            detokenize=False,
+        )
+        for index in range(len(prompts))
+    ]
+    before = SpecDecodeCounts.from_metrics(llm.get_metrics()) if speculating else None
+    started = time.perf_counter()
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    counts = None
+    if before is not None:
+        counts = dataclasses.asdict(SpecDecodeCounts.from_metrics(llm.get_metrics()) - before)
+    return {"tokens": [list(o.outputs[0].token_ids) for o in outputs], "seconds": seconds, "counts": counts}
+
+
+if __name__ == "__main__":
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints goes to the log, not among the answers
+    _serve(sys.stdin, replies)
