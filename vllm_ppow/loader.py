@@ -7,11 +7,12 @@ record. Left out: the merge itself (merge.py) and making vLLM use this loader (c
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import logging
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
+from vllm.config.utils import replace
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -55,9 +56,7 @@ class PPOWModelLoader(DefaultModelLoader):
                 f"Adapter {directory} was replaced while the server was starting: start it again."
             )
         # The default loader refuses keys and formats it does not know; "safetensors" also never reads a pickle.
-        super().__init__(
-            dataclasses.replace(load_config, load_format="safetensors", model_loader_extra_config=extra)
-        )
+        super().__init__(replace(load_config, load_format="safetensors", model_loader_extra_config=extra))
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
@@ -77,6 +76,7 @@ class PPOWModelLoader(DefaultModelLoader):
         )
 
 
+@functools.cache
 def register_loader() -> None:
-    """Make load format "ppow" known to vLLM in this process."""
+    """Make load format "ppow" known to vLLM in this process, once: vLLM warns of a second time."""
     register_model_loader(LOAD_FORMAT)(PPOWModelLoader)
