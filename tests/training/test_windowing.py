@@ -1,0 +1,130 @@
+"""Criticality against slow loops, and what `draw_starts` draws against the chances it states."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from training_pair import K
+
+from ppow_train.windowing import draw_starts, token_criticality, window_criticality
+
+
+def test_token_criticality_is_confidence_times_divergence():
+    generator = torch.Generator().manual_seed(0)
+    target, draft = torch.randn(2, 2, 3, 5, generator=generator, dtype=torch.float64) * 2
+    ours = token_criticality(target, draft)
+    for b in range(2):
+        for t in range(3):
+            p, q = target[b, t].softmax(-1).tolist(), draft[b, t].softmax(-1).tolist()
+            entropy = -sum(x * math.log(x) for x in p)
+            divergence = sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
+            assert ours[b, t].item() == pytest.approx((1 - entropy / math.log(5)) * divergence)
+
+
+def test_where_the_target_is_unsure_or_agreed_with_nothing_is_critical():
+    draft = torch.tensor([[3.0, 0.0, -1.0]])
+    assert token_criticality(torch.zeros(1, 3), draft).item() == pytest.approx(0.0, abs=1e-6)
+    assert token_criticality(draft, draft).item() == pytest.approx(0.0, abs=1e-6)
+    assert token_criticality(torch.tensor([[9.0, 0.0, 0.0]]), draft).item() > 0.01
+
+
+def test_window_criticality_is_the_mean():
+    values = torch.tensor([[1.0, 2.0, 6.0, 0.0]])
+    assert window_criticality(values, 3).tolist() == [pytest.approx([3.0, 8 / 3])]
+
+
+def test_runner_criticality_is_that_of_whole_windows(runner, trajectories):
+    """Offset o of `criticality` is the mean over the window that starts o after the first start."""
+    ours = runner.criticality(trajectories)
+    target = runner.target.encode(trajectories)
+    draft = runner.drafter.encode(trajectories, target)
+    starts = trajectories.first_starts()
+    for row, count in enumerate(trajectories.num_starts(K).tolist()):
+        for offset in range(count):
+            positions = starts[row] + offset + torch.arange(K)
+            everywhere = positions.expand(len(trajectories), -1).clamp(
+                max=trajectories.input_ids.shape[1] - 1
+            )
+            p = runner.target.path_logits(target, everywhere, 1)[row, :, 0] / runner.temperature
+            first = torch.zeros(*everywhere.shape, 1, dtype=torch.long)  # one token: the value is not read
+            q = runner.drafter.score(draft, everywhere, first)[row, :, 0] / runner.temperature
+            assert ours[row, offset].item() == pytest.approx(token_criticality(p, q).mean().item(), rel=1e-4)
+
+
+NUM_STARTS = torch.tensor([5, 3, 1])
+CRITICALITY = torch.tensor(
+    [[4.0, 0.0, 1.0, 1.0, 2.0], [1.0, 3.0, 0.0, 99.0, 99.0], [0.0, 50.0, 0.0, 0.0, 0.0]]
+)
+
+
+def frequencies(draws: int, **options) -> torch.Tensor:
+    """Share of each offset among single draws, [3, 5]."""
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.zeros(3, 5)
+    for _ in range(draws):
+        drawn = draw_starts(NUM_STARTS, 1, generator, **options)
+        counts[torch.arange(3), drawn[:, 0]] += 1
+    return counts / draws
+
+
+def chi_square(seen: torch.Tensor, wanted: torch.Tensor, draws: int) -> float:
+    at = wanted > 0
+    return float((draws * (seen[at] - wanted[at]) ** 2 / wanted[at]).sum())
+
+
+@pytest.mark.parametrize("uniform_share", [1.0, 0.3, 0.0])
+def test_starts_are_drawn_with_the_stated_chances(uniform_share):
+    draws = 4000
+    seen = frequencies(draws, criticality=CRITICALITY, uniform_share=uniform_share)
+    valid = torch.arange(5) < NUM_STARTS[:, None]
+    uniform = valid / valid.sum(-1, keepdim=True)
+    weight = CRITICALITY * valid
+    adaptive = torch.where(
+        weight.sum(-1, keepdim=True) > 0, weight / weight.sum(-1, keepdim=True).clamp(min=1e-9), uniform
+    )
+    wanted = (1 - uniform_share) * adaptive + uniform_share * uniform
+    assert (seen[wanted == 0] == 0).all()
+    for row in range(3):
+        assert (
+            chi_square(seen[row], wanted[row], draws) < 18.5
+        )  # 0.1 % of chi-square with 4 degrees of freedom
+
+
+def test_ordinary_windows_are_uniform():
+    seen = frequencies(4000)
+    assert chi_square(seen[0], torch.full((5,), 0.2), 4000) < 18.5
+    assert seen[1, :3].min() > 0.28
+    assert seen[1, 3:].sum() == 0
+
+
+@pytest.mark.parametrize("criticality", [None, CRITICALITY + 0.01])
+def test_starts_are_distinct_while_there_are_enough(criticality):
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(50):
+        drawn = draw_starts(NUM_STARTS, 3, generator, criticality, 0.3)
+        assert drawn.shape == (3, 3)
+        assert (drawn < NUM_STARTS[:, None]).all()
+        assert (drawn >= 0).all()
+        assert len(set(drawn[0].tolist())) == 3
+        assert len(set(drawn[1].tolist())) == 3
+        assert drawn[2].tolist() == [0, 0, 0]
+
+
+def test_draws_follow_the_generator():
+    one, same, other = (
+        draw_starts(torch.tensor([50]), 8, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
+    )
+    assert one.equal(same)
+    assert not one.equal(other)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_drawn_windows_lie_on_the_continuation(runner, trajectories, adaptive):
+    rows = torch.tensor([2, 0, 1, 0])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        starts = runner.draw(rows, 2, generator, adaptive, 0.3)
+        assert (starts > trajectories.prompt_lengths[rows, None]).all()
+        assert (starts + K <= trajectories.lengths[rows, None]).all()

@@ -1,0 +1,112 @@
+"""Models of a few thousand weights for the training tests: a target, a causal LM drafter, EAGLE-3 heads of two makes.
+
+Their weights are drawn wide, so that distributions are far from uniform and every position and token matters. Left out:
+anything trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from ppow_train.drafters import load_drafter
+from ppow_train.target import Target
+from ppow_train.tiny.text import train_tokenizer
+
+VOCAB, TARGET_LAYERS, TAP_LAYERS = 288, 8, (2, 4, 5)
+KINDS = ("causal_lm", "eagle3", "eagle31")
+K = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Directories:
+    """One target and its drafters on disk; `drafter[kind]` for each of KINDS."""
+
+    root: Path
+    target: Path
+    drafter: dict[str, Path]
+
+
+def qwen3(layers: int, hidden_size: int = 64, vocab_size: int = VOCAB):
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+
+
+def widen(model: torch.nn.Module, seed: int) -> None:
+    """Redraw every weight: matrices wide, norms around one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 0.2 if parameter.ndim > 1 else 1 + 0.1 * noise)
+
+
+def build_eagle3(directory: Path, target: Path, seed: int, layers: int = 1, **options) -> None:
+    """An EAGLE-3 head made by the library, in its own format; `options` as in `from_training_args`."""
+    from speculators.models.eagle3 import Eagle3DraftModel
+
+    head = Eagle3DraftModel.from_training_args(
+        qwen3(layers),
+        draft_vocab_size=VOCAB,
+        ttt_steps=3,
+        target_layer_ids=list(TAP_LAYERS),
+        verifier_name_or_path=str(target),
+        draft_attn_impl="eager",
+        **options,
+    )
+    head.config.speculators_config.verifier.name_or_path = None
+    widen(head, seed)
+    head.save_pretrained(directory)
+
+
+def build(root: Path) -> Directories:
+    """Write target and drafters under `root`."""
+    from transformers import Qwen3ForCausalLM
+
+    drafter = {kind: root / kind for kind in KINDS}
+    for seed, layers, directory in ((1, TARGET_LAYERS, root / "target"), (2, 2, drafter["causal_lm"])):
+        model = Qwen3ForCausalLM(qwen3(layers))
+        widen(model, seed)
+        model.save_pretrained(directory)
+        train_tokenizer(["windows of draft tokens"], VOCAB, directory)
+    build_eagle3(drafter["eagle3"], root / "target", seed=3, norm_before_residual=True)
+    build_eagle3(
+        drafter["eagle31"],
+        root / "target",
+        seed=4,
+        layers=2,
+        norm_before_residual=False,
+        norm_output=True,
+        fc_norm=True,
+    )
+    return Directories(root, root / "target", drafter)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedPair:
+    """A target and one drafter; tests must leave both as they were."""
+
+    target: Target
+    drafter: object
+
+
+def load(directories: Directories, kind: str) -> LoadedPair:
+    """A fresh pair."""
+    drafter = load_drafter(directories.drafter[kind])
+    return LoadedPair(Target(directories.target, drafter.tap_layers), drafter)
