@@ -112,9 +112,7 @@ def _take_turns(
     for round_number in range(rounds):
         for arm, engine in engines.items():
             say(f"temperature {temperature:g}, round {round_number + 1} of {rounds}: {arm}")
-            runs[arm].append(
-                engine.run(prompts, max_tokens=max_tokens, temperature=temperature, seed=round_number)
-            )
+            runs[arm].append(engine.run(prompts, max_tokens=max_tokens, temperature=temperature))
     return runs
 
 

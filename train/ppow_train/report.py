@@ -8,35 +8,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from ppow_train.benchmark import ArmResult
 
+_TABLE_WIDTH = 116  # characters; at 8 positions nothing wraps
+
 
 def print_table(results: Sequence[ArmResult], title: str, console: Console) -> None:
-    """One row per arm and temperature."""
-    table = Table(title=title)
-    for column in ("temperature", "arm"):
-        table.add_column(column)
+    """One row per arm and temperature; wide enough for nobody to have to guess a column."""
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("T")
+    table.add_column("arm")
     for column in (
-        "acceptance length",
-        "accepted by position 1, 2, …",
-        "drafted",
-        "accepted",
-        "output tok/s ÷ none",
-        "greedy output identical",
+        "acceptance\nlength",
+        "drafts accepted up to\nposition 1, 2, …",
+        "tokens\ndrafted",
+        "tokens\naccepted",
     ):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("output tok/s\n÷ none (range)", justify="right", no_wrap=True)
+    table.add_column("same greedy\noutput", justify="right", no_wrap=True)
     for result in results:
         table.add_row(*_cells(result))
+    if console.width < _TABLE_WIDTH:
+        console = Console(file=console.file, width=_TABLE_WIDTH)
     console.print(table)
 
 
 def _cells(result: ArmResult) -> list[str]:
-    row = result.as_json()
-    speed = row["speed_ratio"]
-    identical = {None: "–", True: "yes", False: "NO"}[result.identical]
+    speed = result.as_json()["speed_ratio"]
     shown = [f"{result.temperature:g}", result.arm]
     if result.counts is None:
         shown += ["–"] * 4
@@ -44,13 +47,11 @@ def _cells(result: ArmResult) -> list[str]:
         counts = result.counts
         shown += [
             f"{counts.acceptance_length:.3f}",
-            " ".join(
-                f".{round(100 * share):02d}" if share < 0.995 else "1.0"
-                for share in counts.acceptance_per_position
-            ),
+            " ".join(f"{share:.2f}".removeprefix("0") for share in counts.acceptance_per_position),
             f"{counts.num_draft_tokens:,}",
             f"{counts.num_accepted_tokens:,}",
         ]
+    identical = {None: "–", True: "yes", False: "NO"}[result.identical]
     return [*shown, f"{speed['median']:.2f} ({speed['min']:.2f}–{speed['max']:.2f})", identical]
 
 
@@ -117,7 +118,7 @@ def write_plot(path: Path, results: Sequence[ArmResult], title: str) -> None:
 
 
 def _plot_speed(axes, results: Sequence[ArmResult]) -> None:
-    labels = [f"{result.arm}\nT = {result.temperature:g}" for result in results]
+    labels = [f"{result.arm.replace(' ', chr(10))}\nT = {result.temperature:g}" for result in results]
     rows = [result.as_json()["speed_ratio"] for result in results]
     medians = [row["median"] for row in rows]
     errors = [

@@ -35,7 +35,7 @@ class EngineOptions:
         max_num_seqs: requests that run at the same time.
         enforce_eager: skip compilation and CUDA graphs (fast start; slower steps).
         dtype: as in vLLM.
-        seed: of the engine.
+        seed: of the engine; the same calls in the same order sample the same tokens.
     """
 
     target: str
@@ -127,12 +127,10 @@ class Engine:
         """Block until the engine has started (engines start side by side)."""
         self._receive()
 
-    def run(
-        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float, seed: int = 0
-    ) -> Run:
+    def run(self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float) -> Run:
         """Continue prompts (token ids) and count."""
         request = {"prompts": [list(p) for p in prompts], "max_tokens": max_tokens}
-        self._send({**request, "temperature": temperature, "seed": seed})
+        self._send({**request, "temperature": temperature})
         answer = self._receive()
         counts = answer["counts"]
         if counts is not None:
@@ -209,15 +207,9 @@ def _run_once(llm, request: dict[str, Any], speculating: bool) -> dict[str, Any]
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
-    sampling = [
-        SamplingParams(
-            max_tokens=request["max_tokens"],
-            temperature=request["temperature"],
-            seed=None if request["temperature"] == 0 else request["seed"] * 100_003 + index,
-            detokenize=False,
-        )
-        for index in range(len(prompts))
-    ]
+    sampling = SamplingParams(
+        max_tokens=request["max_tokens"], temperature=request["temperature"], detokenize=False
+    )
     before = SpecDecodeCounts.from_metrics(llm.get_metrics()) if speculating else None
     started = time.perf_counter()
     outputs = llm.generate(prompts, sampling, use_tqdm=False)

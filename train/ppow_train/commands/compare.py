@@ -77,10 +77,8 @@ def compare(
                 continue
             adapter = trainer.adapter(next(iter(names)) if name == BASE else name, seed)
             click.echo(f"seed {seed}: serving {name}", err=True)
-            options = EngineOptions(str(trainer.target_directory))
-            results.add(
-                name, seed, _serve(adapter, name, trainer, texts, options, temperatures, max_tokens, seed)
-            )
+            options = EngineOptions(str(trainer.target_directory), max_num_seqs=16, seed=seed)
+            results.add(name, seed, _serve(adapter, name, trainer, texts, options, temperatures, max_tokens))
     table = results.table([BASE, *names], seeds, temperatures)
     (output / "table.md").write_text(table, encoding="utf-8")
     click.echo(table)
@@ -158,7 +156,7 @@ class _Trainer:
         )
 
 
-def _serve(adapter, name, trainer, texts, options, temperatures, max_tokens, seed) -> dict[str, Any]:
+def _serve(adapter, name, trainer, texts, options, temperatures, max_tokens) -> dict[str, Any]:
     """Counters of one drafter at every temperature."""
     from ppow_train.generation import load_tokenizer
     from ppow_train.serving_eval import Engine, native_spec, ppow_spec
@@ -171,7 +169,7 @@ def _serve(adapter, name, trainer, texts, options, temperatures, max_tokens, see
     with Engine(name, options, make_spec(adapter, base, adapter.config.num_speculative_tokens)) as engine:
         engine.wait_until_ready()
         for temperature in temperatures:
-            run = engine.run(prompts, max_tokens=max_tokens, temperature=temperature, seed=seed)
+            run = engine.run(prompts, max_tokens=max_tokens, temperature=temperature)
             served[f"{temperature:g}"] = dataclasses.asdict(run.counts)
     return served
 
