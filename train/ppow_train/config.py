@@ -7,6 +7,7 @@ reason. Left out: paths of models and data (the command's arguments).
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,13 +84,25 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         _require(0 < self.proximity_quantile < 1, "proximity_quantile", "in 0..1", self.proximity_quantile)
         _require(0 < self.position_decay <= 1, "position_decay", "in (0, 1]", self.position_decay)
         _require(self.max_steps >= 1, "max_steps", ">= 1", self.max_steps)
-        groups = self.num_generations if self.is_rollout else 1
-        unit = self.trajectories_per_step * groups
+        _require(self.trajectories_per_step >= 1, "trajectories_per_step", ">= 1", self.trajectories_per_step)
+        _require(self.lora_rank >= 1, "lora_rank", ">= 1", self.lora_rank)
+        _require(self.proximity_weight >= 0, "proximity_weight", ">= 0", self.proximity_weight)
+        if self.is_rollout:
+            _require(self.num_generations >= 2, "num_generations", ">= 2", self.num_generations)
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        if self.is_rollout:
+            unit = self.trajectories_per_step * self.num_generations
+            why = (
+                f"trajectories_per_step {self.trajectories_per_step} × num_generations {self.num_generations}"
+            )
+        else:
+            unit = math.lcm(self.trajectories_per_step, 2)
+            why = f"trajectories_per_step {self.trajectories_per_step}, and even, since TRL wants groups"
         if self.windows_per_step < unit or self.windows_per_step % unit:
             raise UserError(
-                f"windows_per_step must be a multiple of {unit} (trajectories_per_step {self.trajectories_per_step}"
-                + (f" × num_generations {groups}" if groups > 1 else "")
-                + f"), got {self.windows_per_step}."
+                f"windows_per_step must be a multiple of {unit} ({why}), got {self.windows_per_step}."
             )
 
 
@@ -108,7 +121,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"Config {path} is not readable YAML ({error}): fix it or drop --config.") from error
     if values is None:
         return {}

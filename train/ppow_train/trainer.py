@@ -5,21 +5,24 @@ Three methods are overridden, none copied:
 - `_get_per_token_logps_and_entropies`: windows of a trajectory in one packed forward; the KL anchor is the TARGET.
 - `_compute_loss`: TRL's for ppow, `objectives` for the rest.
 
-A row's "prompt" is `[trajectory, start]`; its completion is the drafted window. Left out: everything else.
+A row's "prompt" is `[trajectory]`, and `[trajectory, start]` once its window is drawn; its completion is the drafted
+window. Left out: everything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
 
 from ppow_train.compat import TargetAnchor, ensure_generation_config, silence_rollout_warning
 from ppow_train.config import PPOWConfig
+from ppow_train.errors import UserError
 from ppow_train.objectives import make_objective
 from ppow_train.rewards import ProximityThreshold, make_reward_funcs
 from ppow_train.rollout import WindowRunner
@@ -38,7 +41,13 @@ class PPOWTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "ppow"]  # noqa: RUF012  (TRL's own attribute)
 
-    def __init__(self, runner: WindowRunner, args: PPOWConfig, processing_class, callbacks=None) -> None:
+    def __init__(
+        self,
+        runner: WindowRunner,
+        args: PPOWConfig,
+        processing_class: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
         self.runner = runner
         self._objective = None
         if not args.is_rollout:
@@ -51,6 +60,7 @@ class PPOWTrainer(GRPOTrainer):
             target_modules=args.lora_targets or runner.drafter.lora_targets,
             bias="none",
         )
+        _check_lora_targets(runner.drafter.model, lora.target_modules)
         silence_rollout_warning()
         ensure_generation_config(runner.drafter.model)
         super().__init__(
@@ -70,12 +80,11 @@ class PPOWTrainer(GRPOTrainer):
 
     def _roll_out(self, prompts: list[list[int]], trainer: GRPOTrainer) -> dict[str, Any]:
         """TRL's rollout function: prompts are `[trajectory]`, each repeated G times in a row."""
-        generator = self._generator()
         groups = self.args.num_generations
         trajectory = torch.tensor([prompt[0] for prompt in prompts[::groups]])
-        start = self._draw(trajectory, generator).repeat_interleave(groups)
-        trajectory = trajectory.repeat_interleave(groups)
-        rollout = self.runner.roll_out(trajectory, start, generator)
+        start = self._draw(trajectory).repeat_interleave(groups)
+        trajectory = trajectory.to(start.device).repeat_interleave(groups)
+        rollout = self.runner.roll_out(trajectory, start, self._generator(start.device))
         self._rollout = rollout
         epsilon = self._proximity.update(rollout.num_accepted_tokens, rollout.divergence)
         self._log_rollout(rollout, epsilon)
@@ -88,22 +97,26 @@ class PPOWTrainer(GRPOTrainer):
             "proximity_epsilon": [epsilon] * len(trajectory),
         }
 
-    def _draw(self, trajectory: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """One start per row, rows of one trajectory together: int64 [N] -> int64 [N]."""
+    def _draw(self, trajectory: torch.Tensor) -> torch.Tensor:
+        """One start per row, rows of one trajectory together: int64 [N] on the CPU -> int64 [N] on the device."""
         ids, counts = trajectory.unique_consecutive(return_counts=True)
         windows = int(counts.max())
         adaptive = self.state.global_step >= self.args.adaptive_after * self.args.max_steps
         adaptive = adaptive and self.args.is_rollout and self.args.uniform_share < 1
-        starts = self.runner.draw(ids, windows, generator, adaptive, self.args.uniform_share)
+        starts = self.runner.draw(ids, windows, self._generator(), adaptive, self.args.uniform_share)
         self._metrics["train"]["windows/adaptive"].append(float(adaptive))
         column = torch.cat([torch.arange(int(count)) for count in counts])
         return starts[torch.arange(len(ids)).repeat_interleave(counts), column]
 
-    def _generator(self) -> torch.Generator:
-        """Randomness of one update, from seed and step alone: a resumed run draws what an unbroken one would."""
+    def _generator(self, device: torch.device | None = None) -> torch.Generator:
+        """Randomness of one update, from seed and step alone: a resumed run draws what an unbroken one would.
+
+        Args:
+            device: where windows are drafted; without it, on the CPU, the one that chooses their starts.
+        """
         rank = self.accelerator.process_index
         seed = (self.args.seed * 1_000_003 + self.state.global_step) * 1_009 + rank
-        return torch.Generator(device=self.runner.trajectories.input_ids.device).manual_seed(seed)
+        return torch.Generator(device or "cpu").manual_seed(2 * seed + (device is not None))
 
     def _log_rollout(self, rollout: Rollout, epsilon: float) -> None:
         metrics = self._metrics["train"]
@@ -117,12 +130,20 @@ class PPOWTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if self._objective is None:
             return super()._generate_and_score_completions(inputs)
-        trajectory = torch.tensor([row["prompt"][0] for row in inputs])
-        return {"trajectory": trajectory, "start": self._draw(trajectory, self._generator())}
+        prompts = [row["prompt"] for row in inputs]
+        trajectory = torch.tensor([prompt[i % len(prompt)] for i, prompt in enumerate(prompts)])
+        start = self._draw(trajectory)
+        return {"trajectory": trajectory.to(start.device), "start": start}
 
     def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-    ):
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         if isinstance(model, TargetAnchor):
             if self._rollout is None:
                 raise RuntimeError("TRL asked for reference log-probabilities before any rollout")
@@ -131,27 +152,38 @@ class PPOWTrainer(GRPOTrainer):
         logps, entropies = self.runner.draft_logps(trajectory, start, tokens)
         return logps, entropies, None
 
-    def _compute_loss(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if self._objective is None:
             return super()._compute_loss(model, inputs)
         return self._objective(self.runner.path_windows(inputs["trajectory"], inputs["start"]))
 
 
+def _check_lora_targets(model: torch.nn.Module, names: Iterable[str]) -> None:
+    """PEFT passes over a name that fits nothing as long as another one fits."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for wanted in names:
+        if not any(f".{name}".endswith(f".{wanted}") for name in linear):
+            known = sorted({name.rpartition(".")[2] for name in linear if not name.startswith("verifier_")})
+            raise UserError(
+                f"lora_targets must name linear layers of the drafter ({', '.join(known)}), got {wanted!r}."
+            )
+
+
 def trajectory_rows(num_trajectories: int, args: PPOWConfig) -> Dataset:
     """TRL's dataset: for every update of the run its trajectories, each as often as it has windows.
 
+    TRL hands out every row `num_generations` times: to ppow's groups, which share a trajectory. Where nothing is
+    drafted there are no groups, so a row lists the trajectory of each of its copies instead.
     Trajectories come in a new random order each time all of them have been used.
     """
     per_step = args.trajectories_per_step
     order = _endless_order(num_trajectories, args.seed)
-    groups = 1 if args.is_rollout else args.num_generations
+    share = 1 if args.is_rollout else args.num_generations
     rows: list[list[int]] = []
     for _ in range(args.max_steps):
         chosen = [next(order) for _ in range(per_step)]
-        repeats = (
-            args.windows_per_trajectory // groups if not args.is_rollout else args.windows_per_trajectory
-        )
-        rows += [[index] for index in chosen for _ in range(repeats)]
+        windows = [index for index in chosen for _ in range(args.windows_per_trajectory)]
+        rows += [windows[begin : begin + share] for begin in range(0, len(windows), share)]
     return Dataset.from_dict({"prompt": rows})
 
 
