@@ -27,7 +27,9 @@ def read_prompts(path: Path) -> list[str]:
         UserError: missing file, malformed line (with its number), or no prompt at all.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # splitlines() also breaks at signs that JSON may hold
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"Prompts {path} cannot be read ({error}): give a UTF-8 file with one JSON object per line."

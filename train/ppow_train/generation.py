@@ -5,8 +5,10 @@ With Hugging Face generate, batched. Left out: storage (data.py), chat templates
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,8 +16,11 @@ from ppow_train.data import load_trajectories, save_trajectories, trajectory_key
 from ppow_train.errors import UserError
 from ppow_train.types import Trajectories
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def load_tokenizer(target: Path):
+
+def load_tokenizer(target: Path) -> PreTrainedTokenizerBase:
     """The target's tokenizer, padding on the left as generation needs it."""
     from transformers import AutoTokenizer
 
@@ -28,8 +33,8 @@ def load_tokenizer(target: Path):
 
 @torch.no_grad()
 def generate(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
@@ -50,11 +55,7 @@ def generate(
         Prompt ids and continuation ids, one list per prompt.
     """
     torch.manual_seed(seed)
-    sampling = (
-        {"do_sample": False}
-        if temperature == 0
-        else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    )
+    ends = _end_tokens(model, tokenizer)
     prompt_ids: list[list[int]] = []
     completion_ids: list[list[int]] = []
     for begin in range(0, len(prompts), batch_size):
@@ -62,22 +63,49 @@ def generate(
             model.device
         )
         _check_length(batch["input_ids"].shape[1] + max_new_tokens, model)
-        output = model.generate(
-            **batch, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
-        )
+        with _plain_sampling(model, temperature, ends, tokenizer.pad_token_id):
+            output = model.generate(**batch, max_new_tokens=max_new_tokens)
         width = batch["input_ids"].shape[1]
         for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], output, strict=True):
             prompt_ids.append(ids[mask.bool()].tolist())
-            completion_ids.append(_cut_at_end(row[width:].tolist(), tokenizer.eos_token_id))
+            completion_ids.append(_cut_at_end(row[width:].tolist(), ends))
         report(len(prompt_ids))
     return prompt_ids, completion_ids
 
 
-def _cut_at_end(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end) + 1] if end in ids else ids
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """End-of-text by the tokenizer and by the target: chat models name several."""
+    own = model.generation_config.eos_token_id
+    named = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    return sorted(token for token in named if token is not None)
 
 
-def _check_length(length: int, model) -> None:
+@contextlib.contextmanager
+def _plain_sampling(
+    model: PreTrainedModel, temperature: float, ends: list[int], pad_token_id: int
+) -> Iterator[None]:
+    """The bare distribution: what a target ships (top-k, repetition penalty, …) fills every option not given."""
+    from transformers import GenerationConfig
+
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    )
+    shipped = model.generation_config
+    model.generation_config = GenerationConfig(
+        eos_token_id=ends or None, pad_token_id=pad_token_id, **sampling
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = shipped
+
+
+def _cut_at_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    first = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: first + 1]
+
+
+def _check_length(length: int, model: PreTrainedModel) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise UserError(
@@ -88,8 +116,8 @@ def _check_length(length: int, model) -> None:
 
 def load_or_generate(
     cache: Path,
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     target_fingerprint: str,
