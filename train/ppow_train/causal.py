@@ -6,13 +6,14 @@ The target is scored with this and the causal LM drafter is built on it. Left ou
 from __future__ import annotations
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
+from ppow_train.errors import UserError
 from ppow_train.packing import block_mask, gather_slots
 from ppow_train.types import Encoded, Trajectories
 
 
-def encode(model, trajectories: Trajectories, tap_layers: tuple[int, ...] = ()) -> Encoded:
+def encode(model: PreTrainedModel, trajectories: Trajectories, tap_layers: tuple[int, ...] = ()) -> Encoded:
     """Run a model over trajectories and keep its cache.
 
     Args:
@@ -22,7 +23,10 @@ def encode(model, trajectories: Trajectories, tap_layers: tuple[int, ...] = ()) 
     Returns:
         `Encoded` with S = L slots; slot n−1 predicts position n.
     """
-    cache = DynamicCache(config=model.config)
+    _check_attention(model, trajectories.input_ids.shape[1])
+    cache = (
+        DynamicCache()
+    )  # given the config it would drop what sliding attention has passed: packed windows read it
     output = model.base_model(
         input_ids=trajectories.input_ids,
         past_key_values=cache,
@@ -33,8 +37,28 @@ def encode(model, trajectories: Trajectories, tap_layers: tuple[int, ...] = ()) 
     return Encoded(output.last_hidden_state, output.past_key_values, first_slot=1, taps=taps)
 
 
+def _check_attention(model: PreTrainedModel, length: int) -> None:
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if other := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise UserError(
+            f"{model.config.name_or_path} has layers of kind {', '.join(other)}, whose state windows cannot share: "
+            "use a model with attention in every layer."
+        )
+    span = getattr(config, "sliding_window", None) if kinds != {"full_attention"} else None
+    if span is not None and length > span:
+        raise UserError(
+            f"{model.config.name_or_path} attends to {span} tokens at a time, the trajectories have {length}: shorten "
+            "the prompts or lower --max-new-tokens."
+        )
+
+
 def extend(
-    model, encoded: Encoded, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
+    model: PreTrainedModel,
+    encoded: Encoded,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    mask: torch.Tensor,
 ) -> torch.Tensor:
     """Append Q tokens to the cache: int64 [B, Q] each, additive mask [B, 1, Q, keys] -> hidden [B, Q, H]."""
     output = model.base_model(
@@ -47,14 +71,18 @@ def extend(
     return output.last_hidden_state
 
 
-def path_logits(model, encoded: Encoded, starts: torch.Tensor, num_speculative_tokens: int) -> torch.Tensor:
+def path_logits(
+    model: PreTrainedModel, encoded: Encoded, starts: torch.Tensor, num_speculative_tokens: int
+) -> torch.Tensor:
     """What the model says of the trajectory's own windows: int64 [B, W] -> logits [B, W, K, V]; only the head runs."""
     offsets = torch.arange(num_speculative_tokens, device=starts.device)
     slots = starts[..., None] - encoded.first_slot + offsets
     return model.get_output_embeddings()(gather_slots(encoded.hidden, slots)).float()
 
 
-def block_logits(model, encoded: Encoded, starts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def block_logits(
+    model: PreTrainedModel, encoded: Encoded, starts: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
     """What the model says along drafted windows, all of them in one forward.
 
     Args:

@@ -41,10 +41,11 @@ class Target:
         )
         self.model.requires_grad_(False)
         layers = self.model.config.get_text_config().num_hidden_layers
-        if tap_layers and not all(0 <= tap <= layers for tap in tap_layers):
+        # The last state that transformers returns is normalised already; vLLM hands a head the one before the norm.
+        if not all(0 <= tap < layers for tap in tap_layers):
             raise UserError(
-                f"The EAGLE head reads the target after layers {tap_layers}, {directory} has {layers}: "
-                "give the target that the head was made for."
+                f"The EAGLE head reads the target after layers {tap_layers}, which must be below the {layers} of "
+                f"{directory}: give the target that the head was made for."
             )
 
     @property
