@@ -6,6 +6,7 @@ Left out: what TRL documents as public.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 
 class TargetAnchor:
@@ -24,7 +25,7 @@ def silence_rollout_warning() -> None:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
-def ensure_generation_config(model) -> None:
+def ensure_generation_config(model: Any) -> None:
     """TRL writes pad and end tokens into `model.generation_config`, which a head that cannot `generate` lacks.
 
     Can go when speculators' models carry one, or TRL stops writing to it for a `rollout_func`.

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+# ruff: noqa: RUF009  (`_option` is `field` with its help; every default is immutable)
+
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})

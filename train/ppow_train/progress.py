@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerState
 
 
 def make_progress(console: Console | None = None) -> Progress:
@@ -25,20 +27,23 @@ class ProgressBar(TrainerCallback):
     def __init__(self, description: str, progress: Progress) -> None:
         self.progress = progress
         self.description = description
-        self.task = None
+        self.task: TaskID | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the bar."""
         self.task = self.progress.add_task(self.description, total=state.max_steps, note="")
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Advance it."""
-        self.progress.update(self.task, completed=state.global_step)
+        if self.task is not None:
+            self.progress.update(self.task, completed=state.global_step)
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Show the newest loss and, when windows are drafted, accepted tokens per window."""
         logs = logs or {}
-        if "loss" not in logs:
+        if "loss" not in logs or self.task is None:
             return
         note = f"loss {logs['loss']:.4f}"
         if "windows/num_accepted_tokens" in logs:

@@ -7,6 +7,7 @@ standardises within the group), verification.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -62,11 +63,14 @@ class ProximityThreshold:
 def make_reward_funcs(draft_cost_ratio: float, proximity_weight: float) -> list[RewardFunc]:
     """PPOW's two rewards in TRL's form: they read the columns that the rollout adds to each row."""
 
-    def speedup(num_accepted_tokens: list[int], **columns) -> list[float]:
+    def speedup(num_accepted_tokens: list[int], **columns: Any) -> list[float]:
         return [speedup_reward(k, draft_cost_ratio) for k in num_accepted_tokens]
 
     def proximity(
-        num_accepted_tokens: list[int], divergence: list[float], proximity_epsilon: list[float], **columns
+        num_accepted_tokens: list[int],
+        divergence: list[float],
+        proximity_epsilon: list[float],
+        **columns: Any,
     ) -> list[float]:
         reward = proximity_reward(
             torch.tensor(num_accepted_tokens),

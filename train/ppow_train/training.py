@@ -179,7 +179,7 @@ def _runner(pair: Pair, trajectories: Trajectories, config: PPOWConfig) -> Windo
     )
 
 
-def _quiet(trainer) -> None:
+def _quiet(trainer: Any) -> None:
     """Our progress bar replaces the line-per-log printer of transformers."""
     from transformers import PrinterCallback, ProgressCallback
 
@@ -187,7 +187,7 @@ def _quiet(trainer) -> None:
         trainer.remove_callback(callback)
 
 
-def _save_peft(peft_model, directory: Path, pair: Pair) -> None:
+def _save_peft(peft_model: Any, directory: Path, pair: Pair) -> None:
     """PEFT's two files; embeddings are never saved, they are the base drafter's own."""
     with tempfile.TemporaryDirectory() as scratch:
         peft_model.save_pretrained(scratch, save_embedding_layers=False)
@@ -195,7 +195,7 @@ def _save_peft(peft_model, directory: Path, pair: Pair) -> None:
             (directory / name).write_bytes((Path(scratch) / name).read_bytes())
 
 
-def _remove_lora(peft_model) -> None:
+def _remove_lora(peft_model: Any) -> None:
     """Give the drafter its own linear layers back."""
     peft_model.unload()
 

@@ -30,8 +30,8 @@ def detect_drafter_type(directory: Path) -> str:
     if any(name.endswith("ForCausalLM") for name in architectures):
         return "causal_lm"
     raise UserError(
-        f"{directory} is neither a causal LM nor an EAGLE-3 head in speculators format (architectures {architectures}): "
-        "convert the head with the speculators library first."
+        f"{directory} is neither a causal LM nor an EAGLE-3 head in speculators format (architectures "
+        f"{architectures}): convert the head with the speculators library first."
     )
 
 

@@ -7,7 +7,8 @@ Left out: the kinds themselves, verification.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -26,11 +27,17 @@ class Drafter(Protocol):
         vocab_size: V of its logits.
     """
 
-    drafter_type: Literal["eagle3", "causal_lm"]
-    model: torch.nn.Module
+    model: Any
     lora_targets: list[str]
-    tap_layers: tuple[int, ...]
-    vocab_size: int
+
+    @property
+    def drafter_type(self) -> Literal["eagle3", "causal_lm"]: ...
+
+    @property
+    def tap_layers(self) -> tuple[int, ...]: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
     def encode(self, trajectories: Trajectories, target: Encoded) -> Encoded:
         """One causal pass over the trajectories."""
@@ -120,7 +127,11 @@ class ChainDrafter:
         return self._chain(encoded, starts, num_speculative_tokens, draw)
 
     def _chain(
-        self, encoded: Encoded, starts: torch.Tensor, length: int, choose
+        self,
+        encoded: Encoded,
+        starts: torch.Tensor,
+        length: int,
+        choose: Callable[[int, torch.Tensor], torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the chain; `choose(step, logits [B, W, V])` gives the token that is fed next."""
         anchors = starts - encoded.first_slot

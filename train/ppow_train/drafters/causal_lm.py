@@ -6,7 +6,7 @@ Left out: everything that `causal` already does for the target.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -14,16 +14,19 @@ from ppow_train import causal
 from ppow_train.drafters.base import ChainDrafter
 from ppow_train.types import Encoded, Trajectories
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class CausalLMDrafter(ChainDrafter):
     """Any `…ForCausalLM` of transformers."""
 
     drafter_type: Literal["causal_lm"] = "causal_lm"
-    lora_targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     tap_layers: tuple[int, ...] = ()
 
-    def __init__(self, model) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.lora_targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
     @classmethod
     def load(cls, directory: Path, device: str, dtype: torch.dtype) -> CausalLMDrafter:

@@ -28,10 +28,19 @@ class Eagle3Drafter(ChainDrafter):
     """EAGLE-3 and EAGLE-3.1 heads in `speculators` format."""
 
     drafter_type: Literal["eagle3"] = "eagle3"
-    lora_targets = ["fc", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.lora_targets = [
+            "fc",
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ]
         if model.use_draft_vocab:
             raise UserError(
                 f"The head drafts from a reduced vocabulary of {model.draft_vocab_size} tokens, which this version "
@@ -114,7 +123,14 @@ class Eagle3Drafter(ChainDrafter):
             taps = torch.cat([norm(chunk) for norm, chunk in zip(model.fc_norm, chunks, strict=True)], dim=-1)
         return model.fc(taps)
 
-    def _layers(self, tokens, hidden, positions, mask, cache) -> torch.Tensor:
+    def _layers(
+        self,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        cache: DynamicCache,
+    ) -> torch.Tensor:
         model = self.model
         states = torch.cat([model.embed_tokens(tokens).to(hidden.dtype), hidden], dim=-1)
         rotary = model.rotary_emb(states, positions)
