@@ -1,6 +1,6 @@
 """Windows one at a time, as anyone would run them without packing: the oracle of masks, positions and caches.
 
-Every window is an ordinary sequence of batch 1: the prefix, cut where the window starts, and the window's tokens after it.
+Every window is an ordinary sequence of batch 1: the prefix, cut where the window starts, and the window's tokens.
 No mask is built and no cache is shared. Left out: everything of packing.py, causal.py and the drafters' chains.
 """
 

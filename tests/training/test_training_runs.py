@@ -1,0 +1,215 @@
+"""Whole runs on the tiny models: losses fall, seeds repeat, the drafter comes back, the adapter reloads."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from peft import PeftModel
+from training_pair import VOCAB, K, load
+
+from ppow_train.config import PPOWConfig
+from ppow_train.data import collate
+from ppow_train.drafters import load_drafter
+from ppow_train.evaluation import simulate_acceptance
+from ppow_train.generation import generate, load_tokenizer
+from ppow_train.objectives import make_objective
+from ppow_train.rollout import WindowRunner
+from ppow_train.training import Pair, load_pair, train_adapter
+from vllm_ppow.artifact import read_adapter
+
+
+def config_for(tmp_path, **options) -> PPOWConfig:
+    defaults = {
+        "num_speculative_tokens": K,
+        "trajectories_per_step": 8,
+        "windows_per_step": 64,
+        "max_steps": 8,
+        "lora_rank": 8,
+        "learning_rate": 2e-2,
+        "warmup_steps": 0,
+        "use_cpu": True,
+        "output_dir": str(tmp_path / "out"),
+    }
+    return PPOWConfig(**{**defaults, **options})
+
+
+@pytest.fixture(scope="module")
+def continuations(directories):
+    """The target's own, at temperature 1."""
+    pair = load(directories, "causal_lm")
+    prompts = ["windows", "of draft", "tokens ", "dow"]
+    ids = generate(
+        pair.target.model,
+        load_tokenizer(directories.target),
+        prompts * 3,
+        max_new_tokens=24,
+        temperature=1.0,
+        seed=0,
+    )
+    return collate(*ids)
+
+
+def open_pair(directories, kind: str) -> Pair:
+    return load_pair(str(directories.target), str(directories.drafter[kind]))
+
+
+def weights_of(pair: Pair) -> dict[str, torch.Tensor]:
+    """All but the library's `verifier_*`, which no checkpoint fills."""
+    state = pair.drafter.model.state_dict().items()
+    return {name: tensor.clone() for name, tensor in state if not name.startswith("verifier_")}
+
+
+def merged(pair: Pair, directories, kind: str, adapter) -> Pair:
+    """The pair with the adapter read by PEFT from disk and merged."""
+    drafter = load_drafter(directories.drafter[kind])
+    drafter.model = PeftModel.from_pretrained(drafter.model, adapter).merge_and_unload()
+    return dataclasses.replace(pair, drafter=drafter)
+
+
+def runner_of(pair: Pair, trajectories) -> WindowRunner:
+    return WindowRunner(pair.target, pair.drafter, trajectories, K, temperature=1.0)
+
+
+def loss_on_all(objective, pair: Pair, trajectories) -> float:
+    """The objective on every second window of every trajectory."""
+    from ppow_train.evaluation import _strided_starts
+
+    runner = runner_of(pair, trajectories)
+    rows = _strided_starts(runner, torch.arange(len(trajectories)), 2)
+    with torch.no_grad():
+        return objective(runner.path_windows(*rows)).item()
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        ("causal_lm", "overlap"),
+        ("causal_lm", "exact"),
+        *(("eagle3", name) for name in ("overlap", "cst:ce", "cst:kl", "cst:rkl", "cst:jsd", "cst:tv")),
+        *(("eagle31", name) for name in ("exact", "cst:nla", "cst:lk_hybrid")),
+    ],
+)
+def test_an_objective_lowers_its_own_loss(kind, objective, directories, continuations, tmp_path, progress):
+    pair = open_pair(directories, kind)
+    config = config_for(tmp_path, objective=objective)
+    loss = make_objective(objective, config.draft_cost_ratio, config.position_decay)
+    before = loss_on_all(loss, pair, continuations)
+    train_adapter(pair, continuations, config, tmp_path / "adapter", progress=progress)
+    after = loss_on_all(loss, merged(pair, directories, kind, tmp_path / "adapter"), continuations)
+    assert after < before - 0.02 * abs(before)
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "eagle3"])
+def test_ppow_raises_what_windows_earn(kind, directories, continuations, tmp_path, progress):
+    pair = open_pair(directories, kind)
+    config = config_for(
+        tmp_path, objective="ppow", num_generations=8, windows_per_step=128, max_steps=10, beta=0.2
+    )
+    loss = make_objective("exact", config.draft_cost_ratio, 1.0)
+    before = loss_on_all(loss, pair, continuations)
+    result = train_adapter(pair, continuations, config, tmp_path / "adapter", progress=progress)
+    after = loss_on_all(loss, merged(pair, directories, kind, tmp_path / "adapter"), continuations)
+    assert after < before - 0.05 * abs(before)
+    assert any("windows/num_accepted_tokens" in entry for entry in result.log)
+
+
+@pytest.mark.parametrize("objective", ["overlap", "ppow"])
+def test_the_same_seed_writes_the_same_bytes(objective, directories, continuations, tmp_path, progress):
+    pair = open_pair(directories, "eagle3")
+    written = []
+    for name, seed in (("one", 3), ("same", 3), ("other", 4)):
+        options = {"num_generations": 4} if objective == "ppow" else {}
+        torch.manual_seed(len(name))  # what ran before must not matter
+        config = config_for(tmp_path, objective=objective, max_steps=2, seed=seed, **options)
+        train_adapter(pair, continuations, config, tmp_path / name, progress=progress)
+        written.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+    assert written[0] == written[1]
+    assert written[0] != written[2]
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "eagle3"])
+def test_the_drafter_comes_back_and_the_adapter_reloads(kind, directories, continuations, tmp_path, progress):
+    pair = open_pair(directories, kind)
+    before = weights_of(pair)
+    result = train_adapter(
+        pair,
+        continuations,
+        config_for(tmp_path, max_steps=3),
+        tmp_path / "adapter",
+        held_out=continuations,
+        draft_sample_method="greedy",
+        facts={"prompts": "mine"},
+        progress=progress,
+    )
+    after = weights_of(pair)
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)
+    assert not any("lora" in name for name, _ in pair.drafter.model.named_modules())
+
+    adapter = read_adapter(tmp_path / "adapter")
+    assert adapter.config == result.adapter.config
+    assert adapter.config.drafter_type == ("causal_lm" if kind == "causal_lm" else "eagle3")
+    assert adapter.config.base_drafter == pair.drafter_ref
+    assert adapter.config.target == pair.target_ref
+    assert adapter.config.draft_sample_method == "greedy"
+    assert adapter.config.num_speculative_tokens == K
+    assert adapter.config.training["prompts"] == "mine"
+    assert "torch" in adapter.config.versions
+
+    reloaded = simulate_acceptance(
+        runner_of(merged(pair, directories, kind, adapter.directory), continuations)
+    )
+    assert result.after is not None
+    assert result.before is not None
+    assert reloaded.per_position == pytest.approx(result.after.per_position, abs=1e-5)
+    assert abs(result.after.num_accepted_tokens - result.before.num_accepted_tokens) > 1e-3
+    restored = simulate_acceptance(runner_of(pair, continuations))
+    assert restored.per_position == pytest.approx(result.before.per_position, abs=1e-6)
+
+
+def test_a_run_that_fails_gives_the_drafter_back(directories, continuations, tmp_path, progress, monkeypatch):
+    from ppow_train.trainer import PPOWTrainer
+
+    pair = open_pair(directories, "causal_lm")
+    before = weights_of(pair)
+    monkeypatch.setattr(PPOWTrainer, "_compute_loss", lambda *_: (_ for _ in ()).throw(RuntimeError("lost")))
+    with pytest.raises(RuntimeError, match="lost"):
+        train_adapter(pair, continuations, config_for(tmp_path), tmp_path / "adapter", progress=progress)
+    assert weights_of(pair).keys() == before.keys()
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_generation_is_the_targets_own_distribution(directories):
+    """Greedy continuations are argmax chains whatever sampling defaults the target ships."""
+    pair = load(directories, "causal_lm")
+    model = pair.target.model
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.top_k = 1
+    tokenizer = load_tokenizer(directories.target)
+    prompts, continued = generate(
+        model, tokenizer, ["windows", "d"], max_new_tokens=12, temperature=0, seed=0
+    )
+    for prompt, continuation in zip(prompts, continued, strict=True):
+        ids = torch.tensor([prompt])
+        for token in continuation:
+            assert model(input_ids=ids).logits[0, -1].argmax() == token
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+    _, sampled = generate(model, tokenizer, ["windows"] * 20, max_new_tokens=3, temperature=1.0, seed=0)
+    assert len({tuple(row) for row in sampled}) > 1
+    assert model.generation_config.repetition_penalty == 5.0, "the target is left as it was"
+
+
+def test_generation_ends_at_any_of_the_targets_end_tokens(directories):
+    """Chat models name several; what stands after the first is padding, not text."""
+    pair = load(directories, "causal_lm")
+    model, tokenizer = pair.target.model, load_tokenizer(directories.target)
+    prompts = ["windows", "of", "draft", "tokens"]
+    _, free = generate(model, tokenizer, prompts, max_new_tokens=12, temperature=1.0, seed=1)
+    end = free[0][4]
+    model.generation_config.eos_token_id = [0, end]
+    _, ended = generate(model, tokenizer, prompts, max_new_tokens=12, temperature=1.0, seed=1)
+    assert ended[0] == free[0][: free[0].index(end) + 1]
+    assert all(end not in row[:-1] for row in ended)
+    assert VOCAB > end > 0
