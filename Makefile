@@ -1,4 +1,4 @@
-# One command per job; each makes or updates .venv first (scripts/setup.sh) and skips that when nothing changed.
+# One command per job; each makes or updates .venv first (.ci/setup.sh) and skips that when nothing changed.
 # Options: BACKEND=cpu|gpu, PYTHON=/path/to/python, ARGS="more arguments for ppow demo or pytest".
 
 .DEFAULT_GOAL := help
@@ -11,7 +11,7 @@ help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: ## make .venv
-	@scripts/setup.sh
+	@.ci/setup.sh
 
 demo: setup ## the whole loop once: train a drafter, serve it, compare
 	$(BIN)/ppow demo $(ARGS)
@@ -28,8 +28,8 @@ format: setup ## put the formatting right
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: setup ## lock new versions into requirements/
-	scripts/lock.sh
+lock: setup ## lock new versions into .ci/requirements/
+	.ci/lock.sh
 
 clean: ## remove what builds and tests leave behind
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -286,7 +286,7 @@ REGISTRY_HOSTS = tuple(
     )
 )
 INDEX_OPTIONS = ("--index" + "-url", "--extra-index" + "-url", "--find" + "-links")
-SCRIPTS = ("Makefile", "scripts/*", ".ci/*", "requirements/*")
+SCRIPTS = ("Makefile", ".ci/*", ".ci/requirements/*")
 
 
 def named_registries(file: str, text: str) -> list[str]:
@@ -316,5 +316,5 @@ def test_no_file_names_a_package_registry():
 
 def test_a_named_registry_is_found():
     assert named_registries("README.md", f"see {REGISTRY_HOSTS[0]}/simple")
-    assert named_registries("scripts/setup.sh", f"pip install {INDEX_OPTIONS[0]} somewhere")
+    assert named_registries(".ci/setup.sh", f"pip install {INDEX_OPTIONS[0]} somewhere")
     assert not named_registries("README.md", "pip install vllm-ppow")

@@ -1,4 +1,4 @@
-"""The set-up: scripts/setup.sh with stand-ins for Python and pip, the lock files, and what the wheel holds.
+"""The set-up: .ci/setup.sh with stand-ins for Python and pip, the lock files, and what the wheel holds.
 
 Left out: a real installation, which takes minutes; `make test` on a new machine is one.
 """
@@ -41,8 +41,7 @@ class Checkout:
         self.directory.mkdir()
         for name in ("Makefile", "pyproject.toml"):
             shutil.copy(ROOT / name, self.directory)
-        for name in ("scripts", "requirements", ".ci"):
-            shutil.copytree(ROOT / name, self.directory / name)
+        shutil.copytree(ROOT / ".ci", self.directory / ".ci")
         self.tools = directory / "tools"
         self.tools.mkdir()
         self.log = directory / "log"
@@ -57,7 +56,7 @@ class Checkout:
     def setup(self, **environ: str) -> subprocess.CompletedProcess[str]:
         self.log.write_text("")
         full = {"PATH": f"{self.tools}:/usr/bin:/bin", "FAKE_LOG": str(self.log), **environ}
-        script = self.directory / "scripts/setup.sh"
+        script = self.directory / ".ci/setup.sh"
         return subprocess.run([script], env=full, capture_output=True, text=True, check=False)
 
     def calls(self) -> list[str]:
@@ -76,11 +75,11 @@ def checkout(tmp_path):
     return Checkout(tmp_path)
 
 
-# ---------------------------------------------------------------- scripts/setup.sh
+# ---------------------------------------------------------------- .ci/setup.sh
 
 CPU_INSTALLS = [
-    "--requirement requirements/torch-cpu.txt",
-    "--requirement requirements/cpu.txt",
+    "--requirement .ci/requirements/torch-cpu.txt",
+    "--requirement .ci/requirements/cpu.txt",
     "--no-build-isolation --editable .",
 ]
 
@@ -98,7 +97,7 @@ def test_first_run_installs_second_run_does_nothing(checkout):
     assert second.stdout == "Set-up: .venv is up to date (cpu).\n"
 
 
-@pytest.mark.parametrize("file", ["pyproject.toml", "requirements/cpu.txt", "scripts/setup.sh"])
+@pytest.mark.parametrize("file", ["pyproject.toml", ".ci/requirements/cpu.txt", ".ci/setup.sh"])
 def test_a_changed_input_installs_again_into_the_same_environment(checkout, file):
     checkout.setup()
     with (checkout.directory / file).open("a") as stream:
@@ -111,7 +110,7 @@ def test_a_changed_input_installs_again_into_the_same_environment(checkout, file
 def test_a_gpu_takes_the_gpu_lock(checkout):
     checkout.tool("nvidia-smi", "#!/bin/sh\nexit 0\n")
     assert checkout.setup().returncode == 0
-    assert checkout.installed() == ["--requirement requirements/gpu.txt", CPU_INSTALLS[-1]]
+    assert checkout.installed() == ["--requirement .ci/requirements/gpu.txt", CPU_INSTALLS[-1]]
     assert any("torch.cuda.is_available" in call for call in checkout.calls())
 
 
@@ -120,7 +119,7 @@ def test_another_backend_makes_the_environment_anew(checkout):
     (checkout.directory / ".venv/left-over").touch()
     assert checkout.setup(BACKEND="gpu").returncode == 0
     assert not (checkout.directory / ".venv/left-over").exists()
-    assert "--requirement requirements/gpu.txt" in checkout.installed()
+    assert "--requirement .ci/requirements/gpu.txt" in checkout.installed()
 
 
 def test_a_moved_checkout_makes_the_environment_anew(checkout):
@@ -136,17 +135,17 @@ def test_a_moved_checkout_makes_the_environment_anew(checkout):
 def test_without_a_cpu_torch_in_the_index_uv_takes_pytorchs(checkout, says):
     done = checkout.setup(FAKE_FAILS="torch-cpu.txt", FAKE_SAYS=says)
     assert "has no CPU build of torch" in done.stdout
-    assert "--requirement requirements/bootstrap.txt" in checkout.installed()
+    assert "--requirement .ci/requirements/bootstrap.txt" in checkout.installed()
     uv_call = next(call for call in checkout.calls() if call.startswith("-m uv"))
     assert "--torch-backend=cpu" in uv_call
     assert "--no-deps" in uv_call
-    assert uv_call.endswith("--requirement requirements/torch-cpu.txt")
+    assert uv_call.endswith("--requirement .ci/requirements/torch-cpu.txt")
     assert done.returncode == 1, "the stand-in fails for uv too: set-up must not go on"
     assert "neither index gives torch==2.13.0+cpu" in done.stderr
 
 
 @pytest.mark.parametrize(
-    "step", ["torch-cpu.txt", "requirements/cpu.txt", "--editable", "cpu_install", "import transformers"]
+    "step", ["torch-cpu.txt", ".ci/requirements/cpu.txt", "--editable", "cpu_install", "import transformers"]
 )
 def test_a_failed_step_fails_the_set_up_and_is_tried_again(checkout, step):
     failed = checkout.setup(FAKE_FAILS=step, FAKE_SAYS="No space left on device")
@@ -220,7 +219,7 @@ def project() -> dict:
 
 
 def locked(name: str) -> list[Requirement]:
-    lines = (ROOT / "requirements" / f"{name}.txt").read_text("utf-8").splitlines()
+    lines = (ROOT / ".ci" / "requirements" / f"{name}.txt").read_text("utf-8").splitlines()
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 

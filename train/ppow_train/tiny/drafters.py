@@ -62,33 +62,49 @@ def _train(model, out: Path, target_dir: Path, known, recipe, steps: int, say) -
 
     from ppow_train.tiny.build import token_stream, write_log
 
-    model.save_pretrained(out)  # untrained: `load_drafter` is the one way in
+    tokens = token_stream(known, AutoTokenizer.from_pretrained(target_dir))
+    _save(model, out)  # untrained: `load_drafter` is the one way in
+    log: list[tuple[int, float]] = []
+    for cycle in range(recipe.drafter_cycles):
+        log += _train_cycle(out, target_dir, tokens, recipe, cycle, steps, say)
+    write_log(out, log, num_tokens=len(tokens), domain=known[0].domain)
+
+
+def _train_cycle(
+    out: Path, target_dir: Path, tokens: torch.Tensor, recipe, cycle: int, steps: int, say
+) -> list[tuple[int, float]]:
+    """One cosine cycle from the weights on disk and back; returns its loss curve."""
     drafter = load_drafter(out)
     for name, parameter in drafter.model.named_parameters():
-        parameter.requires_grad_(
-            "verifier_" not in name and not (drafter.drafter_type == "eagle3" and "embed" in name)
-        )
+        frozen = "verifier_" in name or (drafter.drafter_type == "eagle3" and "embed" in name)
+        parameter.requires_grad_(not frozen)
     target = Target(target_dir, drafter.tap_layers)
-    generator = torch.Generator().manual_seed(recipe.seed)
+    generator = torch.Generator().manual_seed(recipe.seed + cycle)
     log: list[tuple[int, float]] = []
 
     def report(step: int, loss: float) -> None:
-        log.append((step, round(loss, 4)))
-        say(f"{drafter.drafter_type}: step {step} of {steps}, KL {loss:.3f} nats per token")
+        log.append((cycle * steps + step, round(loss, 4)))
+        say(
+            f"{drafter.drafter_type}: cycle {cycle + 1} of {recipe.drafter_cycles}, step {step} of {steps}, "
+            f"KL {loss:.3f} nats per token"
+        )
 
-    tokens = token_stream(known, AutoTokenizer.from_pretrained(target_dir))
     train_language_model(
         drafter.model,
         tokens,
         steps=steps,
         learning_rate=recipe.drafter_lr,
-        seed=recipe.seed,
+        seed=recipe.seed + cycle,
         report=report,
         loss_of=lambda batch: _window_loss(target, drafter, batch, generator),
     )
-    drafter.model.to(torch.bfloat16).save_pretrained(out)
+    _save(drafter.model, out)
+    return log
+
+
+def _save(model, out: Path) -> None:
+    model.to(torch.bfloat16).save_pretrained(out)
     _drop_code(out)
-    write_log(out, log, num_tokens=len(tokens), domain=known[0].domain)
 
 
 def _drop_code(out: Path) -> None:

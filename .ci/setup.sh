@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv hold exactly what requirements/ locks, plus this package in editable mode. Run through `make setup`.
+# Makes .venv hold exactly what .ci/requirements/ locks, plus this package in editable mode. Run through `make setup`.
 #
 # Does nothing when .venv is up to date (see fingerprint). Environment:
 #   BACKEND  cpu or gpu; by default gpu where nvidia-smi works, else cpu
@@ -30,8 +30,8 @@ main() {
   if [[ $backend == cpu ]]; then
     install_cpu_torch
   fi
-  note "installing what requirements/$backend.txt locks (minutes)"
-  pip_install --requirement "requirements/$backend.txt"
+  note "installing what .ci/requirements/$backend.txt locks (minutes)"
+  pip_install --requirement ".ci/requirements/$backend.txt"
   note "installing vllm-ppow itself, editable"
   pip_install --no-build-isolation --editable .
   verify "$backend"
@@ -57,7 +57,7 @@ choose_backend() {
 
 # What .venv is made from: when one of these files changes, the next run installs again.
 fingerprint() {
-  cat pyproject.toml requirements/*.txt scripts/setup.sh | cksum
+  cat pyproject.toml .ci/requirements/*.txt .ci/setup.sh | cksum
 }
 
 # An environment for another backend or folder is made anew; one that is not ours is used, never removed.
@@ -104,19 +104,19 @@ pip_install() {
 
 # Where pip's package index has no CPU build of torch, uv finds PyTorch's own.
 install_cpu_torch() {
-  note "installing $(grep '^torch' requirements/torch-cpu.txt)"
+  note "installing $(grep '^torch' .ci/requirements/torch-cpu.txt)"
   local output
-  if output=$(pip_install --requirement requirements/torch-cpu.txt 2>&1); then
+  if output=$(pip_install --requirement .ci/requirements/torch-cpu.txt 2>&1); then
     return
   fi
   # pip says the second where a constraints file names torch too.
   [[ $output == *"No matching distribution found"* || $output == *ResolutionImpossible* ]] ||
     die "pip could not install torch:"$'\n'"$output"
   note "pip's package index has no CPU build of torch: taking it from PyTorch's, through uv"
-  pip_install --requirement requirements/bootstrap.txt
+  pip_install --requirement .ci/requirements/bootstrap.txt
   "$python" -m uv pip install --quiet --python "$python" --no-deps --torch-backend=cpu \
-    --requirement requirements/torch-cpu.txt ||
-    die "neither index gives $(grep '^torch' requirements/torch-cpu.txt): configure pip for one that has it."
+    --requirement .ci/requirements/torch-cpu.txt ||
+    die "neither index gives $(grep '^torch' .ci/requirements/torch-cpu.txt): configure pip for one that has it."
 }
 
 verify() {

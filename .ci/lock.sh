@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Locks every package of the two environments, CPU and GPU, into requirements/*.txt. Run through `make lock`.
+# Locks every package of the two environments, CPU and GPU, into .ci/requirements/*.txt. Run through `make lock`.
 #
 # Pins that still fit are kept: delete a line (or the file) to let it move. The GPU environment starts from the
 # CPU's pins, so that both differ only where they must.
@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=.venv/bin/python
-"$python" -m pip install --quiet --no-deps --requirement requirements/bootstrap.txt
+"$python" -m pip install --quiet --no-deps --requirement .ci/requirements/bootstrap.txt
 
 compile() {
   local output=$1
@@ -22,6 +22,6 @@ compile() {
     -e "s/ ; python_full_version < '3\.14'$//"
 }
 
-compile requirements/cpu.txt requirements/cpu.in --extra cpu --excludes requirements/cpu.excludes
-[[ -f requirements/gpu.txt ]] || cp requirements/cpu.txt requirements/gpu.txt
-compile requirements/gpu.txt --extra gpu
+compile .ci/requirements/cpu.txt .ci/requirements/cpu.in --extra cpu --excludes .ci/requirements/cpu.excludes
+[[ -f .ci/requirements/gpu.txt ]] || cp .ci/requirements/cpu.txt .ci/requirements/gpu.txt
+compile .ci/requirements/gpu.txt --extra gpu
