@@ -63,12 +63,14 @@ def build_eagle3(directory: Path, target: Path, seed: int, layers: int = 1, **op
 
     head = Eagle3DraftModel.from_training_args(
         qwen3(layers),
-        draft_vocab_size=VOCAB,
-        ttt_steps=3,
-        target_layer_ids=list(TAP_LAYERS),
-        verifier_name_or_path=str(target),
-        draft_attn_impl="eager",
-        **options,
+        **{
+            "draft_vocab_size": VOCAB,
+            "ttt_steps": 3,
+            "target_layer_ids": list(TAP_LAYERS),
+            "verifier_name_or_path": str(target),
+            "draft_attn_impl": "eager",
+            **options,
+        },
     )
     head.config.speculators_config.verifier.name_or_path = None
     widen(head, seed)

@@ -20,6 +20,21 @@ from ppow_train.options import PPOWOptions
 silence_version_warning()
 from trl import GRPOConfig  # noqa: E402
 
+# TRL's fields that `__post_init__` sets, with what to do instead of setting them.
+_DECIDED = {
+    "max_completion_length": "set num_speculative_tokens",
+    "temperature": "set serving_temperature",
+    "per_device_train_batch_size": "set windows_per_step",
+    "generation_batch_size": "set windows_per_step",
+    "gradient_accumulation_steps": "set windows_per_step",
+    "steps_per_generation": "drop it, there is one update per batch",
+    "loss_type": "drop it, windows all have the same length",
+    "use_vllm": "drop it, windows are drafted in this process",
+    "shuffle_dataset": "set seed",
+    "remove_unused_columns": "drop it",
+    "disable_tqdm": "drop it",
+}
+
 
 @dataclass
 class PPOWConfig(PPOWOptions, GRPOConfig):
@@ -85,6 +100,8 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         _require(0 < self.position_decay <= 1, "position_decay", "in (0, 1]", self.position_decay)
         _require(self.max_steps >= 1, "max_steps", ">= 1", self.max_steps)
         _require(self.trajectories_per_step >= 1, "trajectories_per_step", ">= 1", self.trajectories_per_step)
+        named = self.lora_targets is None or isinstance(self.lora_targets, list)
+        _require(named, "lora_targets", "a list of names", repr(self.lora_targets))
         _require(self.lora_rank >= 1, "lora_rank", ">= 1", self.lora_rank)
         _require(self.proximity_weight >= 0, "proximity_weight", ">= 0", self.proximity_weight)
         if self.is_rollout:
@@ -122,17 +139,34 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"Config {path} is not readable YAML ({error}): fix it or drop --config.") from error
+        reason = " ".join(str(error).split())  # YAML's own runs over several lines
+        raise UserError(f"Config {path} is not readable YAML ({reason}): fix it or drop --config.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"Config {path} must be a mapping of names to values, got {type(values).__name__}.")
     check_keys(values, str(path))
-    return values
+    fields = {field.name: field for field in dataclasses.fields(PPOWConfig)}
+    return {name: _typed(value, fields[name], str(path)) for name, value in values.items()}
+
+
+def _typed(value: Any, field: dataclasses.Field[Any], source: str) -> Any:
+    """A number where a number belongs: YAML reads `3e-3` as text, and TRL would fail on it late."""
+    is_number = isinstance(field.default, (int, float)) and not isinstance(field.default, bool)
+    if not is_number or (value is None and "None" in str(field.type)):
+        return value
+    wanted = "a whole number" if field.type in ("int", int) else "a number"
+    try:
+        number = float(value) if isinstance(value, str) else value
+        if isinstance(number, bool) or (wanted == "a whole number" and int(number) != number):
+            raise ValueError
+        return int(number) if wanted == "a whole number" else number + 0
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: {field.name} must be {wanted}, got {value!r}.") from error
 
 
 def check_keys(values: dict[str, Any], source: str) -> None:
-    """Refuse keys that `PPOWConfig` does not have.
+    """Refuse keys that `PPOWConfig` does not have, or decides itself.
 
     Raises:
         UserError: with the nearest known names.
@@ -145,3 +179,5 @@ def check_keys(values: dict[str, Any], source: str) -> None:
             near = difflib.get_close_matches(str(key), known, n=3)
             hint = f": did you mean {' or '.join(near)}?" if near else ": see `ppow train --help`."
             raise UserError(f"{source} has the unknown key {key!r}{hint}")
+        if key in _DECIDED:
+            raise UserError(f"{source} sets {key!r}, which follows from other options: {_DECIDED[key]}.")

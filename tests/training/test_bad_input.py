@@ -1,0 +1,380 @@
+"""What users get wrong in training, and the sentence they get: the constraint, their value, the remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_pair import KINDS, VOCAB, K, build_eagle3, load, qwen3, widen
+from unpacked import causal_window
+
+from ppow_train.config import PPOWConfig, check_keys, read_config_file
+from ppow_train.data import (
+    collate,
+    keep_long_enough,
+    load_trajectories,
+    read_prompts,
+    save_trajectories,
+    trajectory_key,
+)
+from ppow_train.drafters import detect_drafter_type, load_drafter
+from ppow_train.errors import UserError
+from ppow_train.generation import generate, load_tokenizer
+from ppow_train.objectives import parse_objective
+from ppow_train.packing import window_tokens
+from ppow_train.rollout import WindowRunner
+from ppow_train.target import Target
+from ppow_train.trainer import PPOWTrainer
+from ppow_train.training import load_pair
+from ppow_train.types import Trajectories
+
+
+def refused(*parts: str):
+    """The block raises a UserError of one sentence that holds every part."""
+    pattern = "".join(f"(?=.*{part})" for part in parts)
+    return pytest.raises(UserError, match=rf"(?s)^{pattern}[^\n]*\.?$")
+
+
+# ---------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("", ["is empty", "at least one line"]),
+        ("\n  \n", ["is empty"]),
+        ('{"prompt": "a"}\n{"prompt": \n', ["line 2", "JSON object"]),
+        ('{"prompt": "a"}\n\n["prompt"]\n', ["line 3", "JSON object"]),
+        ('{"text": "a"}\n', ["line 1", "text"]),
+        ('"prompt"\n', ["line 1", "JSON object"]),
+        ('{"prompt": 3}\n', ["line 1", "non-empty text", "got 3"]),
+        ('{"prompt": ""}\n', ["line 1", "non-empty text"]),
+    ],
+)
+def test_prompts(content, parts, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with refused("prompts.jsonl", *parts):
+        read_prompts(path)
+
+
+def test_prompts_that_cannot_be_read(tmp_path):
+    with refused("cannot be read", "UTF-8"):
+        read_prompts(tmp_path / "absent.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "ä"}'.encode("latin-1"))
+    with refused("cannot be read", "UTF-8"):
+        read_prompts(tmp_path / "latin.jsonl")
+
+
+def test_prompts_may_hold_any_sign(tmp_path):
+    texts = ["a\nb", "line\u2028separator", "next\u0085line", "form\x0cfeed", "ünï"]
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": text, "file": "x"}, ensure_ascii=False) for text in texts]
+    path.write_bytes("\r\n".join(lines).encode())
+    assert read_prompts(path) == texts
+
+
+# ---------------------------------------------------------------- trajectories
+
+
+def test_trajectories_too_short_for_a_window():
+    long = collate([[1, 2], [1]], [[3] * (K + 1), [3] * K])
+    kept = keep_long_enough(long, K)
+    assert kept.lengths.tolist() == [K + 3]
+    with refused(f"window of {K + 2} tokens", "--max-new-tokens", "--num-speculative-tokens"):
+        keep_long_enough(long, K + 2)
+
+
+def test_a_continuation_longer_than_the_target_takes(directories):
+    pair = load(directories, "causal_lm")
+    with refused("128", "--max-new-tokens"):
+        generate(
+            pair.target.model,
+            load_tokenizer(directories.target),
+            ["windows"],
+            max_new_tokens=128,
+            temperature=1.0,
+            seed=0,
+        )
+
+
+def test_trajectories_come_back_from_disk_as_they_were(tmp_path):
+    prompts, continuations = [[1, 2, 3], [4]], [[5], [6, 7, 8]]
+    for facts in ({"a": 1}, {"a": 2}):  # the second replaces the first
+        save_trajectories(tmp_path / "set", prompts, continuations, facts)
+    loaded, wanted = load_trajectories(tmp_path / "set"), collate(prompts, continuations)
+    assert loaded.input_ids.equal(wanted.input_ids)
+    assert loaded.input_ids.tolist() == [[1, 2, 3, 5], [4, 6, 7, 8]]
+    assert loaded.prompt_lengths.tolist() == [3, 1]
+    assert json.loads((tmp_path / "set" / "facts.json").read_text())["a"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_the_key_of_a_set_tells_sets_apart():
+    facts = (["a", "b"], "sha256:0", 8, 1.0, 0)
+    others = (
+        (["b", "a"], *facts[1:]),
+        (facts[0], "sha256:1", *facts[2:]),
+        (*facts[:2], 9, 1.0, 0),
+        (*facts[:4], 1),
+    )
+    keys = {trajectory_key(*f) for f in (facts, *others)}
+    assert len(keys) == 5
+    assert trajectory_key(*facts) in keys
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def write(tmp_path, text: str):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (
+            "num_speculative_token: 4",
+            ["run.yaml", "unknown key 'num_speculative_token'", "num_speculative_tokens"],
+        ),
+        ("zzzz: 4", ["unknown key 'zzzz'", "--help"]),
+        ("- a", ["mapping", "got list"]),
+        ("a: [", ["not readable YAML"]),
+        ("num_speculative_tokens: many", ["num_speculative_tokens must be a whole number", "got 'many'"]),
+        ("num_speculative_tokens: 2.5", ["num_speculative_tokens must be a whole number", "got 2.5"]),
+        ("draft_cost_ratio: [1]", ["draft_cost_ratio must be a number"]),
+        ("draft_cost_ratio: null", ["draft_cost_ratio must be a number", "got None"]),
+        ("temperature: 0.3", ["sets 'temperature'", "serving_temperature"]),
+        ("gradient_accumulation_steps: 4", ["windows_per_step"]),
+    ],
+)
+def test_config_file(text, parts, tmp_path):
+    with refused(*parts):
+        read_config_file(write(tmp_path, text))
+
+
+def test_config_files_that_cannot_be_read(tmp_path):
+    with refused("not readable", "--config"):
+        read_config_file(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfa")
+    with refused("not readable", "--config"):
+        read_config_file(tmp_path / "binary.yaml")
+
+
+def test_what_a_config_file_may_hold(tmp_path):
+    assert read_config_file(write(tmp_path, "")) == {}
+    text = "learning_rate: 3e-3\nnum_speculative_tokens: 4\nproximity_epsilon: null\nmax_grad_norm: 1\nobjective: exact"
+    values = read_config_file(write(tmp_path, text))
+    assert values["learning_rate"] == 0.003
+    assert values["num_speculative_tokens"] == 4
+    assert values["proximity_epsilon"] is None
+    config = PPOWConfig(output_dir=str(tmp_path), use_cpu=True, **values)
+    assert (config.objective, config.learning_rate) == ("exact", 0.003)
+
+
+def test_keys_are_refused_by_their_source():
+    with refused("the command line has the unknown key 'objektive'", "objective"):
+        check_keys({"objektive": 1}, "the command line")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"windows_per_step": 100}, ["windows_per_step", "multiple of 16", "got 100"]),
+        ({"windows_per_step": 0}, ["windows_per_step", "got 0"]),
+        ({"trajectories_per_step": 3, "windows_per_step": 9}, ["multiple of 6", "even", "got 9"]),
+        (
+            {"objective": "ppow", "windows_per_step": 64},
+            ["multiple of 128", "trajectories_per_step 16 × num_generations 8", "got 64"],
+        ),
+        ({"objective": "ppow", "num_generations": 1}, ["num_generations must be >= 2", "got 1"]),
+        ({"trajectories_per_step": 0}, ["trajectories_per_step must be >= 1", "got 0"]),
+        ({"num_speculative_tokens": 0}, ["num_speculative_tokens must be >= 1", "got 0"]),
+        ({"serving_temperature": -1.0}, ["serving_temperature must be >= 0", "got -1.0"]),
+        ({"greedy_sampling_temperature": 0.0}, ["greedy_sampling_temperature must be > 0"]),
+        ({"draft_cost_ratio": -0.1}, ["draft_cost_ratio must be >= 0"]),
+        ({"uniform_share": 1.5}, ["uniform_share", "got 1.5"]),
+        ({"adaptive_after": -0.5}, ["adaptive_after", "got -0.5"]),
+        ({"proximity_quantile": 1.0}, ["proximity_quantile", "got 1.0"]),
+        ({"proximity_weight": -1.0}, ["proximity_weight must be >= 0"]),
+        ({"position_decay": 0.0}, ["position_decay", "got 0.0"]),
+        ({"max_steps": 0}, ["max_steps must be >= 1"]),
+        ({"lora_rank": 0}, ["lora_rank must be >= 1"]),
+        ({"lora_targets": "q_proj"}, ["lora_targets must be a list", "q_proj"]),
+        ({"objective": "exakt"}, ["objective must be one of", "exact", "got 'exakt'"]),
+    ],
+)
+def test_options(options, parts, tmp_path):
+    with refused(*(part.replace("(", r"\(") for part in parts)):
+        PPOWConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+@pytest.mark.parametrize("name", ["cst", "cst:", "cst:mse", "overlap:tv", "PPOW", ""])
+def test_unknown_objectives(name):
+    with refused("objective must be one of ppow, exact, overlap, cst:ce", f"got '{name}'"):
+        parse_objective(name)
+
+
+def test_aliases_of_objectives():
+    assert parse_objective("cst:kl") == "cst:kl_div"
+    assert [parse_objective(name) for name in ("ppow", "exact", "cst:tv")] == ["ppow", "exact", "cst:tv"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_targets_that_the_drafter_lacks(kind, directories, trajectories, tmp_path):
+    """Also one of several: PEFT itself would pass over it."""
+    pair = load(directories, kind)
+    config = PPOWConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        num_speculative_tokens=K,
+        max_steps=1,
+        lora_targets=["q_proj", "kv_proj"],
+    )
+    runner = WindowRunner(pair.target, pair.drafter, trajectories, K, 1.0)
+    with refused("lora_targets", "o_proj", "got 'kv_proj'"):
+        PPOWTrainer(runner, config, load_tokenizer(directories.target))
+
+
+# ---------------------------------------------------------------- models
+
+
+def test_a_drafter_with_another_vocabulary(directories, tmp_path):
+    from transformers import Qwen3ForCausalLM
+
+    Qwen3ForCausalLM(qwen3(1, vocab_size=VOCAB + 8)).save_pretrained(tmp_path)
+    with refused(f"{VOCAB + 8} tokens", f"has {VOCAB}", "one tokenizer"):
+        load_pair(str(directories.target), str(tmp_path))
+
+
+def copied_head(directories, tmp_path, change):
+    out = tmp_path / "head"
+    shutil.copytree(directories.drafter["eagle3"], out)
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda tensors: tensors.pop("fc.weight"), ["lacks the tensors", "fc.weight", "save_pretrained"]),
+        (
+            lambda tensors: tensors.update(midlayer=torch.zeros(2)),
+            ["has the tensors", "midlayer", "check the key names"],
+        ),
+        (
+            lambda tensors: tensors.update({"fc.weight": torch.zeros(2, 2)}),
+            ["does not fit its own config.json"],
+        ),
+    ],
+)
+def test_a_head_with_other_tensors(change, parts, directories, tmp_path):
+    directory = copied_head(directories, tmp_path, change)
+    with pytest.raises(UserError) as caught:
+        load_drafter(directory)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def edit_config(directory, **changes) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}), encoding="utf-8")
+
+
+def test_a_head_that_does_not_say_what_it_reads(directories, tmp_path):
+    directory = copied_head(directories, tmp_path, lambda tensors: None)
+    edit_config(directory, eagle_aux_hidden_state_layer_ids=None)
+    with refused("which target layers", "eagle_aux_hidden_state_layer_ids"):
+        load_drafter(directory)
+
+
+@pytest.mark.parametrize("taps", [(2, 4, 9), (2, 4, 8), (-1, 2, 4)])
+def test_a_head_that_reads_layers_beyond_the_target(taps, directories):
+    """Layer 8 of 8 too: what transformers returns there has passed the final norm, what vLLM serves has not."""
+    with refused(str(taps[2]), "below the 8", "made for"):
+        Target(directories.target, taps)
+
+
+def test_a_head_with_a_reduced_vocabulary(directories, tmp_path):
+    t2d = torch.zeros(VOCAB, dtype=torch.bool)
+    t2d[: VOCAB // 2] = True
+    head = tmp_path / "reduced"
+    build_eagle3(
+        head,
+        directories.target,
+        seed=1,
+        draft_vocab_size=VOCAB // 2,
+        norm_before_residual=True,
+        t2d=t2d,
+        d2t=torch.zeros(VOCAB // 2, dtype=torch.long),
+    )
+    with refused(f"reduced vocabulary of {VOCAB // 2}", "full vocabulary"):
+        load_drafter(head)
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        (None, ["config.json is not readable", "drafter's own directory"]),
+        ("{", ["config.json is not readable"]),
+        (
+            '{"architectures": ["LlamaModel"]}',
+            ["neither a causal LM nor an EAGLE-3 head", "LlamaModel", "convert"],
+        ),
+        ("{}", ["neither a causal LM"]),
+    ],
+)
+def test_directories_that_hold_no_drafter(config, parts, tmp_path):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    with refused(*parts):
+        detect_drafter_type(tmp_path)
+
+
+# ---------------------------------------------------------------- attention that windows cannot share
+
+
+def sliding_target(tmp_path, span: int) -> Target:
+    """A target whose odd layers attend to `span` tokens."""
+    from transformers import Qwen3ForCausalLM
+
+    config = qwen3(4)
+    config.layer_types = ["full_attention", "sliding_attention"] * 2
+    config.use_sliding_window, config.sliding_window = True, span
+    model = Qwen3ForCausalLM(config)
+    widen(model, 11)
+    model.save_pretrained(tmp_path / "sliding")
+    return Target(tmp_path / "sliding")
+
+
+def test_sliding_attention_serves_while_it_spans_the_trajectory(trajectories, tmp_path):
+    """Packed keys may outnumber its span: they belong to many windows."""
+    target = sliding_target(tmp_path, span=24)
+    starts = torch.tensor([[4, 9, 16, 12]] * 3)
+    encoded = target.encode(trajectories)
+    for _ in range(2):  # the second pass finds the cache as it was
+        scores = target.score(encoded, starts, window_tokens(trajectories.input_ids, starts, K))
+    with torch.no_grad():
+        ids = trajectories.input_ids[0]
+        alone = causal_window(target.model, ids[:9], ids[9 : 9 + K])
+    torch.testing.assert_close(scores[0, 1], alone, atol=2e-4, rtol=1e-4)
+
+
+def test_trajectories_longer_than_sliding_attention_spans(trajectories, tmp_path):
+    with refused("attends to 12 tokens", "have 20", "--max-new-tokens"):
+        sliding_target(tmp_path, span=12).encode(trajectories)
+
+
+def test_layers_without_attention(directories):
+    pair = load(directories, "causal_lm")
+    pair.target.model.config.layer_types = ["linear_attention", "full_attention"] * 4
+    with refused("linear_attention", "attention in every layer"):
+        pair.target.encode(
+            Trajectories(torch.ones(1, 8, dtype=torch.long), torch.tensor([1]), torch.tensor([8]))
+        )
