@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from rich.console import Console
@@ -14,12 +16,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def directories(tmp_path_factory) -> Directories:
+def directories(tmp_path_factory: Any) -> Directories:
     return build(tmp_path_factory.mktemp("training"))
 
 
 @pytest.fixture(scope="session", params=KINDS)
-def loaded(request, directories) -> LoadedPair:
+def loaded(request: Any, directories: Directories) -> LoadedPair:
     """Target and drafter of every kind in turn."""
     return load(directories, request.param)
 
@@ -33,7 +35,7 @@ def trajectories() -> Trajectories:
 
 
 @pytest.fixture
-def runner(loaded, trajectories) -> WindowRunner:
+def runner(loaded: LoadedPair, trajectories: Trajectories) -> WindowRunner:
     return WindowRunner(loaded.target, loaded.drafter, trajectories, K, temperature=0.7)
 
 

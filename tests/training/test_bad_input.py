@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ from ppow_train.training import load_pair
 from ppow_train.types import Trajectories
 
 
-def refused(*parts: str):
+def refused(*parts: str) -> Any:
     """The block raises a UserError of one sentence that holds every part."""
     pattern = "".join(f"(?=.*{part})" for part in parts)
     return pytest.raises(UserError, match=rf"(?s)^{pattern}[^\n]*\.?$")
@@ -129,7 +131,7 @@ def test_the_key_of_a_set_tells_sets_apart():
 # ---------------------------------------------------------------- configuration
 
 
-def write(tmp_path, text: str):
+def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
     return path
@@ -282,7 +284,7 @@ def test_a_head_with_other_tensors(change, parts, directories, tmp_path):
     assert all(part in str(caught.value) for part in parts)
 
 
-def edit_config(directory, **changes) -> None:
+def edit_config(directory: Any, **changes: Any) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}), encoding="utf-8")
 
@@ -340,7 +342,7 @@ def test_directories_that_hold_no_drafter(config, parts, tmp_path):
 # ---------------------------------------------------------------- attention that windows cannot share
 
 
-def sliding_target(tmp_path, span: int) -> Target:
+def sliding_target(tmp_path: Path, span: int) -> Target:
     """A target whose odd layers attend to `span` tokens."""
     from transformers import Qwen3ForCausalLM
 

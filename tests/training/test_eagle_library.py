@@ -7,6 +7,7 @@ therefore ours over the windows at every start. Left out: its packed batches of 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def pair(request, directories, tmp_path_factory):
     return Target(directories.target, drafter.tap_layers), drafter
 
 
-def library_loss(target: Target, head, ids: torch.Tensor) -> torch.Tensor:
+def library_loss(target: Target, head: Any, ids: torch.Tensor) -> torch.Tensor:
     """KL summed over three teacher-forced steps, each a mean over slots, by the library's `forward`."""
     seen: list[torch.Tensor] = []
     final_norm = target.model.base_model.norm
@@ -54,7 +55,7 @@ def library_loss(target: Target, head, ids: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def our_loss(target: Target, drafter, ids: torch.Tensor, first_slot: int = 2) -> torch.Tensor:
+def our_loss(target: Target, drafter: Any, ids: torch.Tensor, first_slot: int = 2) -> torch.Tensor:
     """The same from windows at every start; a window's steps beyond the document's end do not count."""
     length = ids.shape[1]
     padded = torch.cat([ids, ids.new_zeros(1, STEPS)], dim=1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from training_pair import K
@@ -51,7 +54,9 @@ def one_row(trajectories: Trajectories, row: int) -> Trajectories:
     return trajectories.select(torch.tensor([row]))
 
 
-def logps_alone(runner, trajectory: int, start: int, window: torch.Tensor, of) -> torch.Tensor:
+def logps_alone(
+    runner: Any, trajectory: int, start: int, window: torch.Tensor, of: Callable[..., torch.Tensor]
+) -> torch.Tensor:
     """Log-probability of each token of a window, from windows run alone; `of` gives the logits."""
     logits = of(one_row(runner.trajectories, trajectory), torch.tensor([[start]]), window.view(1, 1, -1))[
         0, 0

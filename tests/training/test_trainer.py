@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from training_pair import KINDS, K, load
+from training_pair import KINDS, Directories, K, load
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 from unpacked import target_windows
@@ -17,12 +19,13 @@ from ppow_train.generation import load_tokenizer
 from ppow_train.rewards import proximity_reward
 from ppow_train.rollout import WindowRunner
 from ppow_train.trainer import PPOWTrainer, trajectory_rows
+from ppow_train.types import Trajectories
 from vllm_ppow.speedup import speedup_reward
 
 GROUP = 4
 
 
-def make_config(tmp_path, **options) -> PPOWConfig:
+def make_config(tmp_path: Path, **options: Any) -> PPOWConfig:
     defaults = {
         "objective": "ppow",
         "num_speculative_tokens": K,
@@ -37,7 +40,9 @@ def make_config(tmp_path, **options) -> PPOWConfig:
     return PPOWConfig(**{**defaults, **options})
 
 
-def make_trainer(directories, trajectories, config: PPOWConfig, kind: str = "causal_lm") -> PPOWTrainer:
+def make_trainer(
+    directories: Directories, trajectories: Trajectories, config: PPOWConfig, kind: str = "causal_lm"
+) -> PPOWTrainer:
     pair = load(directories, kind)
     runner = WindowRunner(pair.target, pair.drafter, trajectories, K, config.training_temperature)
     trainer = PPOWTrainer(runner, config, load_tokenizer(directories.target))
@@ -65,7 +70,7 @@ def trained(directories, trajectories, tmp_path_factory):
     return trainer, trainer._generate_and_score_completions(first_rows(trainer))
 
 
-def unpacked_logps(trainer: PPOWTrainer, batch: dict[str, torch.Tensor]):
+def unpacked_logps(trainer: PPOWTrainer, batch: dict[str, torch.Tensor]) -> tuple[Any, Any, Any]:
     """TRL's own log-probabilities and entropies, on rows of real tokens: left-padded prefix and drafted window."""
     all_ids = trainer.runner.trajectories.input_ids
     prefixes = [all_ids[row, :start] for row, start in batch["prompt_ids"].tolist()]
@@ -141,6 +146,7 @@ def test_advantages_are_standardised_within_the_group(kind, directories, traject
     groups = batch["prompt_ids"].view(-1, GROUP, 2)
     assert (groups == groups[:, :1]).all(), "a group shares trajectory and start"
     rollout = trainer._rollout
+    assert rollout is not None
     reward = torch.tensor(
         [speedup_reward(k, trainer.args.draft_cost_ratio) for k in rollout.num_accepted_tokens.tolist()]
     )
@@ -158,6 +164,7 @@ def test_objectives_on_target_paths_do_not_draft(directories, trajectories, tmp_
     batch = trainer._generate_and_score_completions(first_rows(trainer))
     assert sorted(batch["trajectory"].tolist()) == [0, 0, 1, 1, 2, 2]
     windows = trainer.runner.path_windows(batch["trajectory"], batch["start"])
+    assert trainer._objective is not None
     wanted = trainer._objective(windows)
     torch.testing.assert_close(trainer._compute_loss(trainer.model, batch), wanted)
     assert trainer.ref_model is None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from training_pair import VOCAB, K, load
+from training_pair import VOCAB, Directories, K, load
 
 from ppow_train.config import PPOWConfig
 from ppow_train.data import collate
@@ -17,10 +19,11 @@ from ppow_train.generation import generate, load_tokenizer
 from ppow_train.objectives import make_objective
 from ppow_train.rollout import WindowRunner
 from ppow_train.training import Pair, load_pair, train_adapter
+from ppow_train.types import Trajectories
 from vllm_ppow.artifact import read_adapter
 
 
-def config_for(tmp_path, **options) -> PPOWConfig:
+def config_for(tmp_path: Path, **options: Any) -> PPOWConfig:
     defaults = {
         "num_speculative_tokens": K,
         "trajectories_per_step": 8,
@@ -51,7 +54,7 @@ def continuations(directories):
     return collate(*ids)
 
 
-def open_pair(directories, kind: str) -> Pair:
+def open_pair(directories: Directories, kind: str) -> Pair:
     return load_pair(str(directories.target), str(directories.drafter[kind]))
 
 
@@ -61,18 +64,18 @@ def weights_of(pair: Pair) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in state if not name.startswith("verifier_")}
 
 
-def merged(pair: Pair, directories, kind: str, adapter) -> Pair:
+def merged(pair: Pair, directories: Directories, kind: str, adapter: Any) -> Pair:
     """The pair with the adapter read by PEFT from disk and merged."""
     drafter = load_drafter(directories.drafter[kind])
     drafter.model = PeftModel.from_pretrained(drafter.model, adapter).merge_and_unload()
     return dataclasses.replace(pair, drafter=drafter)
 
 
-def runner_of(pair: Pair, trajectories) -> WindowRunner:
+def runner_of(pair: Pair, trajectories: Trajectories) -> WindowRunner:
     return WindowRunner(pair.target, pair.drafter, trajectories, K, temperature=1.0)
 
 
-def loss_on_all(objective, pair: Pair, trajectories) -> float:
+def loss_on_all(objective: Any, pair: Pair, trajectories: Trajectories) -> float:
     """The objective on every second window of every trajectory."""
     from ppow_train.evaluation import _strided_starts
 

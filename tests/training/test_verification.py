@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ CASES = [(3, 3, 0), (4, 2, 1), (3, 2, 2)]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "V{}-K{}-seed{}".format(*case))
-def tables(request) -> Tables:
+def tables(request: Any) -> Tables:
     return random_tables(*request.param)
 
 
@@ -35,7 +37,7 @@ def windows_on(tables: Tables, path: tuple[int, ...]) -> PathWindows:
     return PathWindows(torch.tensor([path]), target[None], draft[None])
 
 
-def over_target_paths(tables: Tables, value_of) -> torch.Tensor:
+def over_target_paths(tables: Tables, value_of: Callable[[PathWindows], torch.Tensor]) -> torch.Tensor:
     """Expectation of a function of a `PathWindows` of one window over all target paths."""
     terms = []
     for path in tables.paths():
@@ -88,7 +90,9 @@ def test_expected_accepted_length_against_sampling(tables):
     """Monte Carlo by `sampled_accepted_length`, 4 standard errors."""
     length, count = tables.num_speculative_tokens, 40_000
     generator = torch.Generator().manual_seed(3)
-    tokens, target_logps, draft_logps = [], [], []
+    tokens: list[torch.Tensor] = []
+    target_logps: list[torch.Tensor] = []
+    draft_logps: list[torch.Tensor] = []
     for step in range(length):
         target = tables.target_logits[step][tuple(tokens)].expand(count, -1)
         draft = tables.draft_logits[step].detach()[tuple(tokens)].expand(count, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ CRITICALITY = torch.tensor(
 )
 
 
-def frequencies(draws: int, **options) -> torch.Tensor:
+def frequencies(draws: int, **options: Any) -> torch.Tensor:
     """Share of each offset among single draws, [3, 5]."""
     generator = torch.Generator().manual_seed(1)
     counts = torch.zeros(3, 5)

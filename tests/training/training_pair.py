@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ppow_train.drafters import load_drafter
 from ppow_train.target import Target
@@ -29,9 +31,7 @@ class Directories:
     drafter: dict[str, Path]
 
 
-def qwen3(layers: int, hidden_size: int = 64, vocab_size: int = VOCAB):
-    from transformers import Qwen3Config
-
+def qwen3(layers: int, hidden_size: int = 64, vocab_size: int = VOCAB) -> Qwen3Config:
     return Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -57,7 +57,7 @@ def widen(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(noise * 0.2 if parameter.ndim > 1 else 1 + 0.1 * noise)
 
 
-def build_eagle3(directory: Path, target: Path, seed: int, layers: int = 1, **options) -> None:
+def build_eagle3(directory: Path, target: Path, seed: int, layers: int = 1, **options: Any) -> None:
     """An EAGLE-3 head made by the library, in its own format; `options` as in `from_training_args`."""
     from speculators.models.eagle3 import Eagle3DraftModel
 
@@ -79,8 +79,6 @@ def build_eagle3(directory: Path, target: Path, seed: int, layers: int = 1, **op
 
 def build(root: Path) -> Directories:
     """Write target and drafters under `root`."""
-    from transformers import Qwen3ForCausalLM
-
     drafter = {kind: root / kind for kind in KINDS}
     for seed, layers, directory in ((1, TARGET_LAYERS, root / "target"), (2, 2, drafter["causal_lm"])):
         model = Qwen3ForCausalLM(qwen3(layers))
@@ -105,7 +103,7 @@ class LoadedPair:
     """A target and one drafter; tests must leave both as they were."""
 
     target: Target
-    drafter: object
+    drafter: Any  # a Drafter; tests reach for its model and its own methods
 
 
 def load(directories: Directories, kind: str) -> LoadedPair:

@@ -6,19 +6,22 @@ No mask is built and no cache is shared. Left out: everything of packing.py, cau
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from transformers import DynamicCache
 
 from ppow_train.types import Trajectories
 
 
-def causal_window(model, prefix: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def causal_window(model: Any, prefix: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [K, V] of a causal LM along one window, from one plain forward."""
     ids = torch.cat([prefix, tokens[:-1]])[None]
     return model(input_ids=ids, use_cache=False).logits[0, len(prefix) - 1 :]
 
 
-def eagle_window(head, target, prefix: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def eagle_window(head: Any, target: Any, prefix: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [K, V] of an EAGLE-3 head along one window, token by token through the head's own modules."""
     with torch.no_grad():
         states = target.model(input_ids=prefix[None], output_hidden_states=True).hidden_states
@@ -36,7 +39,7 @@ def eagle_window(head, target, prefix: torch.Tensor, tokens: torch.Tensor) -> to
 
 
 def _step(
-    head, ids: torch.Tensor, hidden: torch.Tensor, first_position: int, cache: DynamicCache
+    head: Any, ids: torch.Tensor, hidden: torch.Tensor, first_position: int, cache: DynamicCache
 ) -> torch.Tensor:
     positions = first_position + torch.arange(ids.shape[1])[None]
     states = torch.cat([head.embed_tokens(ids), hidden], dim=-1)
@@ -52,12 +55,12 @@ def _step(
     return head.norm(states) if head.config.norm_output else states
 
 
-def _logits(head, hidden: torch.Tensor) -> torch.Tensor:
+def _logits(head: Any, hidden: torch.Tensor) -> torch.Tensor:
     return head.lm_head(hidden[:, 0] if head.config.norm_output else head.norm(hidden[:, 0]))
 
 
 def draft_windows(
-    target, drafter, trajectories: Trajectories, starts: torch.Tensor, tokens: torch.Tensor
+    target: Any, drafter: Any, trajectories: Trajectories, starts: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
     """The drafter's logits [B, W, K, V] along windows, each on its own."""
 
@@ -70,7 +73,7 @@ def draft_windows(
 
 
 def target_windows(
-    target, trajectories: Trajectories, starts: torch.Tensor, tokens: torch.Tensor
+    target: Any, trajectories: Trajectories, starts: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
     """The target's logits [B, W, K, V] along windows, each on its own."""
     with torch.no_grad():
@@ -79,7 +82,9 @@ def target_windows(
         )
 
 
-def _each(one, trajectories: Trajectories, starts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def _each(
+    one: Callable[..., torch.Tensor], trajectories: Trajectories, starts: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
     return torch.stack(
         [
             torch.stack([one(ids[:start], window) for start, window in zip(row, windows, strict=True)])
