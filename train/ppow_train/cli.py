@@ -109,3 +109,7 @@ def run(args: Sequence[str] | None = None) -> int:
 def _fail(message: str) -> int:
     click.echo(f"Error: {message}", err=True)
     return 1
+
+
+if __name__ == "__main__":
+    main()
