@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import datasets
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerState
+from transformers.utils import logging as transformers_logging
 
 
 def make_progress(console: Console | None = None) -> Progress:
-    """The bar that every long command shows, on standard error unless a console is given."""
+    """The bar that every long command shows, on standard error unless a console is given.
+
+    Bars and hints that libraries print for every file they touch would tear it; their warnings stay.
+    """
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.trainer").setLevel(
+        logging.ERROR
+    )  # hints about pad tokens, at every start
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -135,7 +134,6 @@ def train_adapter(
         _runner(pair, keep_long_enough(held_out, config.num_speculative_tokens), config) if held_out else None
     )
     before = simulate_acceptance(test) if test else None
-    logging.getLogger("transformers.trainer").setLevel(logging.WARNING)
     bar = ProgressBar(f"training ({config.objective})", progress)
     trainer = PPOWTrainer(runner, config, load_tokenizer(pair.target.directory), callbacks=[bar])
     _quiet(trainer)
