@@ -55,14 +55,16 @@ def library_loss(target: Target, head: Any, ids: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def our_loss(target: Target, drafter: Any, ids: torch.Tensor, first_slot: int = 2) -> torch.Tensor:
+def our_loss(target: Target, drafter: Any, ids: torch.Tensor, first_slot: int | None = None) -> torch.Tensor:
     """The same from windows at every start; a window's steps beyond the document's end do not count."""
     length = ids.shape[1]
     padded = torch.cat([ids, ids.new_zeros(1, STEPS)], dim=1)
     trajectories = Trajectories(padded, torch.tensor([1]), torch.tensor([length]))
     starts = torch.arange(2, length + 1)[None]
     encoded = target.encode(trajectories)
-    draft = dataclasses.replace(drafter.encode(trajectories, encoded), first_slot=first_slot)
+    draft = drafter.encode(trajectories, encoded)
+    if first_slot is not None:
+        draft = dataclasses.replace(draft, first_slot=first_slot)
     p = target.path_logits(encoded, starts, STEPS).log_softmax(-1)
     q = drafter.path_logits(draft, trajectories, starts, STEPS).log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1)[0]

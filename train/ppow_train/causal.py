@@ -24,9 +24,8 @@ def encode(model: PreTrainedModel, trajectories: Trajectories, tap_layers: tuple
         `Encoded` with S = L slots; slot n−1 predicts position n.
     """
     _check_attention(model, trajectories.input_ids.shape[1])
-    cache = (
-        DynamicCache()
-    )  # given the config it would drop what sliding attention has passed: packed windows read it
+    # Given the config it would drop what sliding attention has passed, which packed windows still read.
+    cache = DynamicCache()
     output = model.base_model(
         input_ids=trajectories.input_ids,
         past_key_values=cache,
