@@ -5,6 +5,7 @@ Left out: what the subcommands do (tests of their own).
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import time
@@ -97,6 +98,11 @@ def raising(monkeypatch):
             1,
             "Error: trl.trainer is not installed: pip install 'vllm-ppow[train]'.",
         ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/x"),
+            1,
+            "No space left on device (out/x): free some room",
+        ),
         (ModuleNotFoundError("No module named 'vllm'", name="vllm"), 1, "pip install 'vllm-ppow[cpu]'"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
@@ -121,7 +127,12 @@ def test_success_is_zero(raising):
 
 
 @pytest.mark.parametrize(
-    "bug", [ValueError("a bug"), ModuleNotFoundError("No module", name="ppow_train.nope")]
+    "bug",
+    [
+        ValueError("a bug"),
+        OSError(errno.EIO, "strange"),
+        ModuleNotFoundError("No module", name="ppow_train.nope"),
+    ],
 )
 def test_a_bug_keeps_its_traceback(raising, bug):
     raising(bug)

@@ -6,6 +6,7 @@ Left out: what the subcommands do (commands/). Nothing here imports torch, trans
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,10 @@ _TRAIN_NAMES = (
 _REMEDIES = dict.fromkeys(_TRAIN_NAMES.split(), "pip install 'vllm-ppow[train]'") | {
     "vllm": "pip install 'vllm-ppow[cpu]', or 'vllm-ppow[gpu]' for an NVIDIA GPU"
 }
+
+
+# What a user can mend: no room, no permission, read-only, over quota.
+_DISK_TROUBLE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT)
 
 
 class LazyGroup(click.Group):
@@ -98,6 +103,13 @@ def run(args: Sequence[str] | None = None) -> int:
         return 130
     except (ArtifactError, UserError) as error:
         return _fail(str(error))
+    except OSError as error:
+        if error.errno not in _DISK_TROUBLE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        return _fail(
+            f"{error.strerror}{where}: free some room or name another output; what was there is untouched."
+        )
     except ModuleNotFoundError as error:
         remedy = _REMEDIES.get((error.name or "").partition(".")[0])
         if remedy is None:
