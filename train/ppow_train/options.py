@@ -29,7 +29,7 @@ class PPOWOptions:
     )
     windows_per_step: int = _option(
         128,
-        "windows per update, an even number; a multiple of trajectories_per_step, and with ppow of that times num_generations",
+        "windows per update: even, a multiple of trajectories_per_step, and with ppow of that times num_generations",
     )
     serving_temperature: float = _option(1.0, "temperature the drafter is trained to serve (0 = greedy)")
     greedy_sampling_temperature: float = _option(
