@@ -101,7 +101,7 @@ def raising(monkeypatch):
         (
             OSError(errno.ENOSPC, "No space left on device", "out/x"),
             1,
-            "No space left on device (out/x): free some room",
+            "device (out/x): free some room",
         ),
         (ModuleNotFoundError("No module named 'vllm'", name="vllm"), 1, "pip install 'vllm-ppow[cpu]'"),
     ],
