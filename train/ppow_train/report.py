@@ -117,7 +117,7 @@ def write_plot(path: Path, results: Sequence[ArmResult], title: str) -> None:
     plt.close(figure)
 
 
-def _plot_speed(axes, results: Sequence[ArmResult]) -> None:
+def _plot_speed(axes: Any, results: Sequence[ArmResult]) -> None:
     labels = [f"{result.arm.replace(' ', chr(10))}\nT = {result.temperature:g}" for result in results]
     rows = [result.as_json()["speed_ratio"] for result in results]
     medians = [row["median"] for row in rows]

@@ -190,7 +190,7 @@ def _answer(answers: TextIO, message: dict[str, Any]) -> None:
     answers.flush()
 
 
-def _start_engine(options: dict[str, Any], speculative_config: dict[str, Any] | None):
+def _start_engine(options: dict[str, Any], speculative_config: dict[str, Any] | None) -> Any:
     from vllm import LLM
 
     options = dict(options)
@@ -203,7 +203,7 @@ def _start_engine(options: dict[str, Any], speculative_config: dict[str, Any] | 
     )
 
 
-def _run_once(llm, request: dict[str, Any], speculating: bool) -> dict[str, Any]:
+def _run_once(llm: Any, request: dict[str, Any], speculating: bool) -> dict[str, Any]:
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]

@@ -10,9 +10,14 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from ppow_train.config import PPOWConfig
+    from ppow_train.serving_eval import EngineOptions
+    from vllm_ppow.artifact import Adapter
 
 OBJECTIVES = ("ppow", "exact", "overlap", "cst:tv", "cst:kl")
 BASE = "base drafter"
@@ -119,7 +124,7 @@ class _Trainer:
     def target_directory(self) -> Path:
         return self.pair.target.directory
 
-    def adapter(self, objective: str, seed: int):
+    def adapter(self, objective: str, seed: int) -> Adapter:
         """The adapter of an objective and seed, trained now if need be."""
         from ppow_train.progress import make_progress
         from ppow_train.training import get_trajectories, train_adapter
@@ -142,7 +147,7 @@ class _Trainer:
                 self.pair, trajectories, self._config(objective, seed), directory, progress=progress
             ).adapter
 
-    def _config(self, objective: str, seed: int):
+    def _config(self, objective: str, seed: int) -> PPOWConfig:
         from ppow_train.config import PPOWConfig
 
         values: dict[str, Any] = {"objective": objective, "max_steps": self.steps, "seed": seed}
@@ -156,7 +161,15 @@ class _Trainer:
         )
 
 
-def _serve(adapter, name, trainer, texts, options, temperatures, max_tokens) -> dict[str, Any]:
+def _serve(
+    adapter: Adapter,
+    name: str,
+    trainer: _Trainer,
+    texts: Sequence[str],
+    options: EngineOptions,
+    temperatures: Sequence[float],
+    max_tokens: int,
+) -> dict[str, Any]:
     """Counters of one drafter at every temperature."""
     from ppow_train.generation import load_tokenizer
     from ppow_train.serving_eval import Engine, native_spec, ppow_spec
@@ -170,6 +183,8 @@ def _serve(adapter, name, trainer, texts, options, temperatures, max_tokens) -> 
         engine.wait_until_ready()
         for temperature in temperatures:
             run = engine.run(prompts, max_tokens=max_tokens, temperature=temperature)
+            if run.counts is None:
+                raise RuntimeError(f"vLLM counted no drafts for {name}")
             served[f"{temperature:g}"] = dataclasses.asdict(run.counts)
     return served
 

@@ -6,10 +6,19 @@ Left out: training (training.py), measuring (benchmark.py).
 from __future__ import annotations
 
 import json
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ppow_train.benchmark import ArmResult
+    from vllm_ppow.artifact import Adapter
 
 # The objective that gained most in `ppow compare` on the tiny pair (README, "Which objective").
 WINNER = "cst:tv"
@@ -103,9 +112,9 @@ def demo(
     _judge(results)
 
 
-def _train(tiny: Path, output: Path, drafter: str, objective: str, steps: int, seed: int, console):
-    import tempfile
-
+def _train(
+    tiny: Path, output: Path, drafter: str, objective: str, steps: int, seed: int, console: Console
+) -> Adapter:
     from ppow_train.config import PPOWConfig
     from ppow_train.progress import make_progress
     from ppow_train.training import get_trajectories, load_pair, train_adapter
@@ -138,7 +147,7 @@ def _meaning(value: dict, objective: str) -> str:
     return f"Accepted tokens per draft with the adapter ({objective}): " + ", ".join(parts) + "."
 
 
-def _judge(results) -> None:
+def _judge(results: Sequence[ArmResult]) -> None:
     """Fail where a user must not go on."""
     from ppow_train.serving_eval import ADAPTER, BASE
 

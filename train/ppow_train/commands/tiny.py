@@ -24,8 +24,8 @@ def tiny() -> None:
 @click.option("--causal-lm-steps", type=int, help="updates of the causal LM drafter")
 def build(output: Path, **values: int | None) -> None:
     """Train the tiny pair from the standard library's source (about an hour on 2 cores)."""
-    from ppow_train.tiny.build import TinyRecipe
     from ppow_train.tiny.build import build as run
+    from ppow_train.tiny.recipe import TinyRecipe
 
     recipe = dataclasses.replace(
         TinyRecipe(), **{name: value for name, value in values.items() if value is not None}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ppow_train.commands.options import given, training_options
+
+if TYPE_CHECKING:
+    from ppow_train.training import TrainingResult
+    from ppow_train.types import Trajectories
 
 
 @click.command()
@@ -76,7 +82,7 @@ def train(
 
     values = {**(read_config_file(config_file) if config_file else {}), **given(options)}
     check_keys(values, "the command line")
-    result = _run(
+    request = _Request(
         target,
         drafter,
         prompts,
@@ -89,60 +95,64 @@ def train(
         seed,
         device,
     )
+    result = _run(request)
     _report(result, as_json)
 
 
-def _run(
-    target,
-    drafter,
-    prompts,
-    held_out,
-    output,
-    values,
-    max_new_tokens,
-    cache,
-    draft_sample_method,
-    seed,
-    device,
-):
-    import tempfile
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What the command line asked for; `values` are the training options that were given."""
 
+    target: str
+    drafter: str
+    prompts: Path
+    held_out: Path | None
+    output: Path
+    values: dict[str, Any]
+    max_new_tokens: int
+    cache: Path
+    draft_sample_method: str
+    seed: int
+    device: str | None
+
+
+def _run(request: _Request) -> TrainingResult:
     import torch
 
     from ppow_train.config import PPOWConfig
     from ppow_train.progress import make_progress
     from ppow_train.training import get_trajectories, load_pair, train_adapter
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as scratch, make_progress() as progress:
-        config = PPOWConfig(**{"output_dir": scratch, "seed": seed, "use_cpu": device == "cpu", **values})
-        pair = load_pair(target, drafter, device)
-        sets = {
-            name: get_trajectories(
+        fixed = {"output_dir": scratch, "seed": request.seed, "use_cpu": device == "cpu"}
+        config = PPOWConfig(**{**fixed, **request.values})
+        pair = load_pair(request.target, request.drafter, device)
+
+        def trajectories(file: Path, seed: int) -> Trajectories:
+            return get_trajectories(
                 pair,
                 file,
-                cache=cache,
-                max_new_tokens=max_new_tokens,
+                cache=request.cache,
+                max_new_tokens=request.max_new_tokens,
                 temperature=config.serving_temperature,
-                seed=seed + offset,
+                seed=seed,
                 progress=progress,
             )
-            for name, file, offset in (("train", prompts, 0), ("held_out", held_out, 1))
-            if file is not None
-        }
+
         return train_adapter(
             pair,
-            sets["train"],
+            trajectories(request.prompts, request.seed),
             config,
-            output,
-            held_out=sets.get("held_out"),
-            draft_sample_method=draft_sample_method,
-            facts={"prompts": str(prompts.name)},
+            request.output,
+            held_out=trajectories(request.held_out, request.seed + 1) if request.held_out else None,
+            draft_sample_method=request.draft_sample_method,
+            facts={"prompts": request.prompts.name},
             progress=progress,
         )
 
 
-def _report(result, as_json: bool) -> None:
+def _report(result: TrainingResult, as_json: bool) -> None:
     config = result.adapter.config
     if as_json:
         click.echo(json.dumps({"adapter": str(result.adapter.directory), "training": config.training}))

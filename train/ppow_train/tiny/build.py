@@ -5,46 +5,20 @@ Every stage writes under a temporary name and renames, so an interrupted build g
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from ppow_train.tiny import text
+from ppow_train.tiny.recipe import Say, TinyRecipe
 
 PROMPT_TOKENS = 96
-
-
-@dataclasses.dataclass(frozen=True)
-class TinyRecipe:
-    """Everything that decides what is built.
-
-    Attributes:
-        seed: of text sampling, initialisation and batches.
-        vocab_size: byte-level BPE entries.
-        max_bytes_per_domain: text kept of each domain.
-        target_steps, eagle_steps, causal_lm_steps: updates of 8 × 256 tokens (drafters: in each cycle).
-        drafter_cycles: cosine cycles of the drafters, each from the one before it as it is on disk.
-        target_lr, drafter_lr: peak learning rates.
-        train_prompts, held_out_prompts: prompts per domain.
-    """
-
-    seed: int = 0
-    vocab_size: int = 2048
-    max_bytes_per_domain: int = 1_500_000
-    target_steps: int = 2600
-    eagle_steps: int = 900
-    causal_lm_steps: int = 1200
-    drafter_cycles: int = 2
-    target_lr: float = 5e-3
-    drafter_lr: float = 3e-3
-    train_prompts: int = 384
-    held_out_prompts: int = 64
-
-
-Say = Callable[[str], None]
 
 
 def build(directory: Path, recipe: TinyRecipe, say: Say = print) -> None:
@@ -55,10 +29,11 @@ def build(directory: Path, recipe: TinyRecipe, say: Say = print) -> None:
     from ppow_train.tiny import drafters
 
     known = [source for source in sources if source.domain == text.KNOWN]
-    for name, make in (("eagle3", drafters.build_eagle3), ("causal_lm", drafters.build_causal_lm)):
-        _stage(
-            directory / name, say, lambda out, make=make: make(out, directory / "target", known, recipe, say)
-        )
+    target = directory / "target"
+    _stage(directory / "eagle3", say, lambda out: drafters.build_eagle3(out, target, known, recipe, say))
+    _stage(
+        directory / "causal_lm", say, lambda out: drafters.build_causal_lm(out, target, known, recipe, say)
+    )
     _stage(directory / "prompts", say, lambda out: _build_prompts(out, directory / "target", sources, recipe))
     from ppow_train.tiny.card import write_card
 
@@ -78,10 +53,8 @@ def _stage(final: Path, say: Say, make: Callable[[Path], None]) -> None:
     say(f"{final.name}: built in {time.monotonic() - started:.0f} s")
 
 
-def token_stream(sources, tokenizer):
+def token_stream(sources: Sequence[text.SourceFile], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """All texts as one stream of token ids, each closed by the end-of-text token: int64 [N]."""
-    import torch
-
     ids: list[int] = []
     for source in sources:
         ids.extend(tokenizer(source.text)["input_ids"])
@@ -89,8 +62,7 @@ def token_stream(sources, tokenizer):
     return torch.tensor(ids)
 
 
-def _build_target(out: Path, sources, recipe: TinyRecipe, say: Say) -> None:
-    import torch
+def _build_target(out: Path, sources: Sequence[text.SourceFile], recipe: TinyRecipe, say: Say) -> None:
     from transformers import AutoTokenizer, Qwen3ForCausalLM
 
     from ppow_train.tiny.target import target_config, train_language_model
@@ -117,12 +89,12 @@ def _build_target(out: Path, sources, recipe: TinyRecipe, say: Say) -> None:
     write_log(out, log, num_tokens=len(tokens))
 
 
-def write_log(out: Path, log: list[tuple[int, float]], **facts) -> None:
+def write_log(out: Path, log: list[tuple[int, float]], **facts: Any) -> None:
     """Keep the loss curve beside the weights: the plateau can be checked, not only claimed."""
     (out / "training_log.json").write_text(json.dumps({**facts, "loss": log}) + "\n", encoding="utf-8")
 
 
-def _build_prompts(out: Path, target: Path, sources, recipe: TinyRecipe) -> None:
+def _build_prompts(out: Path, target: Path, sources: Sequence[text.SourceFile], recipe: TinyRecipe) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target)

@@ -6,17 +6,19 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 from ppow_train.tiny import text
+from ppow_train.tiny.recipe import TinyRecipe
 
 
-def write_card(directory: Path, recipe, sources) -> None:
+def write_card(directory: Path, recipe: TinyRecipe, sources: Sequence[text.SourceFile]) -> None:
     """Write README.md next to the parts."""
     (directory / "README.md").write_text(_card(directory, recipe, sources), encoding="utf-8")
 
 
-def _card(directory: Path, recipe, sources) -> str:
+def _card(directory: Path, recipe: TinyRecipe, sources: Sequence[text.SourceFile]) -> str:
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "speculators")
     )

@@ -7,22 +7,29 @@ is how it will draft. Left out: reinforcement learning; the point of the tiny pa
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from ppow_train.drafters import load_drafter
+from ppow_train.drafters import Drafter, load_drafter
 from ppow_train.objectives import PathWindows, continued_supervised
 from ppow_train.packing import window_tokens
 from ppow_train.target import Target
+from ppow_train.tiny.recipe import Say, TinyRecipe
 from ppow_train.tiny.target import target_config, train_language_model
+from ppow_train.tiny.text import SourceFile
 from ppow_train.types import Trajectories
 
 _WINDOW, _WINDOWS_PER_BLOCK = 5, 48
 TAP_LAYERS = (2, 4, 5)  # vLLM's default for 8 layers: 2, n // 2, n − 3
 
 
-def build_eagle3(out: Path, target_dir: Path, known, recipe, say) -> None:
+def build_eagle3(
+    out: Path, target_dir: Path, known: Sequence[SourceFile], recipe: TinyRecipe, say: Say
+) -> None:
     """Train the EAGLE-3 head and save it in speculators format."""
     from speculators.models.eagle3 import Eagle3DraftModel
 
@@ -42,7 +49,9 @@ def build_eagle3(out: Path, target_dir: Path, known, recipe, say) -> None:
     _train(model, out, target_dir, known, recipe, recipe.eagle_steps, say)
 
 
-def build_causal_lm(out: Path, target_dir: Path, known, recipe, say) -> None:
+def build_causal_lm(
+    out: Path, target_dir: Path, known: Sequence[SourceFile], recipe: TinyRecipe, say: Say
+) -> None:
     """Train the causal LM drafter, two narrow layers with the target's tokenizer."""
     import shutil
 
@@ -57,7 +66,15 @@ def build_causal_lm(out: Path, target_dir: Path, known, recipe, say) -> None:
     _train(model, out, target_dir, known, recipe, recipe.causal_lm_steps, say)
 
 
-def _train(model, out: Path, target_dir: Path, known, recipe, steps: int, say) -> None:
+def _train(
+    model: PreTrainedModel,
+    out: Path,
+    target_dir: Path,
+    known: Sequence[SourceFile],
+    recipe: TinyRecipe,
+    steps: int,
+    say: Say,
+) -> None:
     from transformers import AutoTokenizer
 
     from ppow_train.tiny.build import token_stream, write_log
@@ -71,7 +88,7 @@ def _train(model, out: Path, target_dir: Path, known, recipe, steps: int, say) -
 
 
 def _train_cycle(
-    out: Path, target_dir: Path, tokens: torch.Tensor, recipe, cycle: int, steps: int, say
+    out: Path, target_dir: Path, tokens: torch.Tensor, recipe: TinyRecipe, cycle: int, steps: int, say: Say
 ) -> list[tuple[int, float]]:
     """One cosine cycle from the weights on disk and back; returns its loss curve."""
     drafter = load_drafter(out)
@@ -102,7 +119,7 @@ def _train_cycle(
     return log
 
 
-def _save(model, out: Path) -> None:
+def _save(model: Any, out: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(out)
     _drop_code(out)
 
@@ -115,7 +132,9 @@ def _drop_code(out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _window_loss(target: Target, drafter, batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _window_loss(
+    target: Target, drafter: Drafter, batch: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
     """KL of drafter from target over random windows of the text, int64 [B, L] -> scalar."""
     size, length = batch.shape
     trajectories = Trajectories(batch, torch.full((size,), 2), torch.full((size,), length))

@@ -6,18 +6,18 @@ Eight layers, so that EAGLE-3's three default taps exist. Left out: drafters.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from transformers import Qwen3Config
 
 NUM_LAYERS = 8
 
 
 def target_config(
     vocab_size: int, num_layers: int = NUM_LAYERS, hidden_size: int = 192, intermediate_size: int = 576
-):
+) -> Qwen3Config:
     """Qwen3 configuration of the tiny models; 2 KV heads, so that tensor parallelism of 2 works."""
-    from transformers import Qwen3Config
-
     return Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -50,7 +50,7 @@ def sample_blocks(
 
 
 def train_language_model(
-    model,
+    model: Any,
     tokens: torch.Tensor,
     *,
     steps: int,
@@ -92,7 +92,7 @@ def train_language_model(
     model.eval()
 
 
-def _optimizers(model, learning_rate: float) -> list[torch.optim.Optimizer]:
+def _optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon learns the hidden matrices of a small model in about half the tokens; the rest is AdamW's."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [

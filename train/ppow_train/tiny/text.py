@@ -12,6 +12,7 @@ import random
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 KNOWN, NEW = "library", "tests"
 END_OF_TEXT = "<|endoftext|>"
@@ -98,7 +99,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
 
 
 def make_prompts(
-    sources: Sequence[SourceFile], domain: str, split: str, count: int, tokenizer, num_tokens: int, seed: int
+    sources: Sequence[SourceFile],
+    domain: str,
+    split: str,
+    count: int,
+    tokenizer: Any,
+    num_tokens: int,
+    seed: int,
 ) -> Iterator[dict[str, str]]:
     """Prompts that start at a line of a file of the given domain and split.
 
