@@ -281,6 +281,19 @@ def _read_json(path: Path) -> Any:
 # ---------------------------------------------------------------- write
 
 
+def check_output(directory: str | os.PathLike[str]) -> Path:
+    """Whether an adapter may be written there; asked before hours of training, and again when it is written.
+
+    Raises:
+        ArtifactError: something that is not an adapter stands there.
+    """
+    final = Path(directory)
+    empty = final.is_dir() and not any(final.iterdir())
+    if final.exists() and not empty and not (final / PPOW_CONFIG).is_file():
+        raise ArtifactError(f"{final} exists and is not a PPOW adapter: name another output directory.")
+    return final
+
+
 def write_adapter(
     directory: str | os.PathLike[str], config: AdapterConfig, write_peft: Callable[[Path], None]
 ) -> Adapter:
@@ -298,9 +311,7 @@ def write_adapter(
         ArtifactError: `directory` exists and is not an adapter (nothing of it is touched).
         OSError: no room or no permission; the old directory is left as it was.
     """
-    final = Path(directory)
-    if final.exists() and not (final / PPOW_CONFIG).is_file() and any(final.iterdir()):
-        raise ArtifactError(f"{final} exists and is not a PPOW adapter: name another output directory.")
+    final = check_output(directory)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:

@@ -17,10 +17,11 @@ from ppow_train.drafters import load_drafter
 from ppow_train.evaluation import simulate_acceptance
 from ppow_train.generation import generate, load_tokenizer
 from ppow_train.objectives import make_objective
+from ppow_train.progress import make_progress
 from ppow_train.rollout import WindowRunner
 from ppow_train.training import Pair, load_pair, train_adapter
 from ppow_train.types import Trajectories
-from vllm_ppow.artifact import read_adapter
+from vllm_ppow.artifact import ArtifactError, read_adapter
 
 
 def config_for(tmp_path: Path, **options: Any) -> PPOWConfig:
@@ -216,3 +217,17 @@ def test_generation_ends_at_any_of_the_targets_end_tokens(directories):
     assert ended[0] == free[0][: free[0].index(end) + 1]
     assert all(end not in row[:-1] for row in ended)
     assert VOCAB > end > 0
+
+
+def test_an_output_that_is_something_else_is_refused_before_training(
+    tmp_path, directories, continuations, monkeypatch
+):
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter1.txt").write_text("mine")
+    monkeypatch.setattr("ppow_train.trainer.PPOWTrainer.train", lambda self: pytest.fail("trained first"))
+    with make_progress() as progress, pytest.raises(ArtifactError, match="name another output"):
+        train_adapter(
+            open_pair(directories, "causal_lm"), continuations, config_for(tmp_path), out, progress=progress
+        )
+    assert (out / "chapter1.txt").read_text() == "mine"

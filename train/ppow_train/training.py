@@ -28,6 +28,7 @@ from vllm_ppow.artifact import (
     Adapter,
     AdapterConfig,
     ModelRef,
+    check_output,
     fingerprint_model,
     resolve_directory,
     write_adapter,
@@ -128,6 +129,7 @@ def train_adapter(
     """
     from ppow_train.trainer import PPOWTrainer
 
+    check_output(output)
     trajectories = keep_long_enough(trajectories, config.num_speculative_tokens)
     runner = _runner(pair, trajectories, config)
     test = (
@@ -142,20 +144,7 @@ def train_adapter(
         peft_model = trainer.accelerator.unwrap_model(trainer.model)
         peft_model.eval()
         after = simulate_acceptance(test) if test else None
-        training = {
-            "objective": config.objective,
-            "seed": config.seed,
-            "updates": config.max_steps,
-            "windows_per_update": config.windows_per_step,
-            "learning_rate": config.learning_rate,
-            "trajectories": len(trajectories),
-            "simulated_accepted_tokens": {
-                name: round(value.num_accepted_tokens, 4)
-                for name, value in (("before", before), ("after", after))
-                if value
-            },
-            **(facts or {}),
-        }
+        training = _facts(config, len(trajectories), before, after) | (facts or {})
         adapter = write_adapter(
             output,
             _adapter_config(pair, config, draft_sample_method, training),
@@ -164,6 +153,27 @@ def train_adapter(
         return TrainingResult(adapter, before, after, trainer.state.log_history)
     finally:
         _remove_lora(trainer.model)
+
+
+def _facts(
+    config: PPOWConfig,
+    num_trajectories: int,
+    before: SimulatedAcceptance | None,
+    after: SimulatedAcceptance | None,
+) -> dict[str, Any]:
+    """What the adapter's card tells of its training."""
+    simulated = {"before": before, "after": after}
+    return {
+        "objective": config.objective,
+        "seed": config.seed,
+        "updates": config.max_steps,
+        "windows_per_update": config.windows_per_step,
+        "learning_rate": config.learning_rate,
+        "trajectories": num_trajectories,
+        "simulated_accepted_tokens": {
+            name: round(value.num_accepted_tokens, 4) for name, value in simulated.items() if value
+        },
+    }
 
 
 def _runner(pair: Pair, trajectories: Trajectories, config: PPOWConfig) -> WindowRunner:
