@@ -20,6 +20,10 @@ from ppow_train.errors import UserError
 from ppow_train.types import Trajectories
 
 
+# Part of every set's name: counted up when generation changes what it writes, so that no old set is taken for a new one.
+_GENERATION = 2
+
+
 def read_prompts(path: Path) -> list[str]:
     """Read a JSONL file with one `{"prompt": text}` per line; other keys are ignored.
 
@@ -112,5 +116,5 @@ def trajectory_key(
     prompts: Sequence[str], target_fingerprint: str, max_new_tokens: int, temperature: float, seed: int
 ) -> str:
     """Short name for a set of trajectories, the same whenever the same ones would be generated."""
-    facts = json.dumps([list(prompts), target_fingerprint, max_new_tokens, temperature, seed])
+    facts = json.dumps([_GENERATION, list(prompts), target_fingerprint, max_new_tokens, temperature, seed])
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

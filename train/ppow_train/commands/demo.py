@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ppow_train.options import PPOWOptions
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ppow_train.benchmark import ArmResult
     from vllm_ppow.artifact import Adapter
-
-# The objective that gained most in `ppow compare` on the tiny pair (README, "Which objective").
-WINNER = "cst:tv"
 
 
 @click.command()
@@ -34,7 +33,12 @@ WINNER = "cst:tv"
     help="directory for the adapter, demo.json and demo.png",
 )  # fmt: skip
 @click.option("--drafter", type=click.Choice(["eagle3", "causal_lm"]), default="eagle3", show_default=True)
-@click.option("--objective", default=WINNER, show_default=True, help="what is minimised, as in `ppow train`")
+@click.option(
+    "--objective",
+    default=PPOWOptions.objective,
+    show_default=True,
+    help="what is minimised, as in `ppow train`",
+)
 @click.option("--steps", default=100, show_default=True, help="updates of 128 windows")
 @click.option("--prompts", "num_prompts", default=32, show_default=True, help="held-out prompts to serve")
 @click.option("--max-tokens", default=64, show_default=True, help="output tokens per prompt")
