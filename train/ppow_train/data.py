@@ -19,8 +19,7 @@ import torch
 from ppow_train.errors import UserError
 from ppow_train.types import Trajectories
 
-
-# Part of every set's name: counted up when generation changes what it writes, so that no old set is taken for a new one.
+# Part of every set's name: counted up when generation changes what it writes, so that no old set passes for a new one.
 _GENERATION = 2
 
 
