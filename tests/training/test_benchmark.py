@@ -17,7 +17,15 @@ COUNTS = SpecDecodeCounts(10, 40, 20, (9, 6, 4, 1))
 def arm(
     name: str, temperature: float, counts: SpecDecodeCounts | None = COUNTS, identical: bool | None = True
 ) -> ArmResult:
-    return ArmResult(name, temperature, counts, 100, [1.5, 1.0, 2.0], identical if temperature == 0 else None)
+    return ArmResult(
+        name,
+        temperature,
+        counts,
+        100,
+        [1.5, 1.0, 2.0],
+        [1.1, 1.0, 1.2],
+        identical if temperature == 0 else None,
+    )
 
 
 def table(adapter_counts=COUNTS, identical=True) -> list[ArmResult]:
@@ -105,6 +113,8 @@ def test_identity_and_ratios_are_against_no_speculation(monkeypatch, different):
     by_arm = {result.arm: result for result in results}
     assert by_arm[NONE].speed_ratios == [1.0] * 3
     assert by_arm[BASE].speed_ratios == [2.0] * 3
+    assert by_arm[NONE].speed_over_base == [0.5] * 3
+    assert by_arm[ADAPTER].speed_over_base == [1.0] * 3
     assert by_arm[BASE].counts.num_drafts == 30
     assert by_arm[BASE].identical is True
     assert by_arm[ADAPTER].identical is not different

@@ -27,6 +27,7 @@ class ArmResult:
         counts: vLLM's counters, summed over the rounds; None without speculation.
         num_tokens: output tokens of one round.
         speed_ratios: output tokens per second over those of the no-speculation run next to it, one per round.
+        speed_over_base: the same over those of the base drafter's run.
         identical: greedy output equal to no speculation, token by token; None when sampling.
     """
 
@@ -35,6 +36,7 @@ class ArmResult:
     counts: SpecDecodeCounts | None
     num_tokens: int
     speed_ratios: list[float]
+    speed_over_base: list[float]
     identical: bool | None
 
     def as_json(self) -> dict[str, Any]:
@@ -43,11 +45,8 @@ class ArmResult:
             "arm": self.arm,
             "temperature": self.temperature,
             "output_tokens": self.num_tokens,
-            "speed_ratio": {
-                "median": statistics.median(self.speed_ratios),
-                "min": min(self.speed_ratios),
-                "max": max(self.speed_ratios),
-            },
+            "speed_ratio": _spread(self.speed_ratios),
+            "speed_over_base": _spread(self.speed_over_base),
             "greedy_output_identical": self.identical,
         }
         if self.counts is not None:
@@ -59,6 +58,10 @@ class ArmResult:
                 **dataclasses.asdict(self.counts),
             }
         return row
+
+
+def _spread(ratios: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def run_benchmark(
@@ -124,11 +127,15 @@ def _summarise(arm: str, temperature: float, runs: dict[str, list[Run]]) -> ArmR
         temperature=temperature,
         counts=sum_counts(counted) if counted else None,
         num_tokens=own[0].num_tokens,
-        speed_ratios=[
-            run.tokens_per_second / other.tokens_per_second for run, other in zip(own, plain, strict=True)
-        ],
+        speed_ratios=_ratios(own, plain),
+        speed_over_base=_ratios(own, runs[BASE]),
         identical=all(run.tokens == plain[0].tokens for run in own) if temperature == 0 else None,
     )
+
+
+def _ratios(own: Sequence[Run], other: Sequence[Run]) -> list[float]:
+    """Speed of each run over its neighbour's in the same round."""
+    return [a.tokens_per_second / b.tokens_per_second for a, b in zip(own, other, strict=True)]
 
 
 def sum_counts(counts: Sequence[SpecDecodeCounts]) -> SpecDecodeCounts:

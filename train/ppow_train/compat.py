@@ -36,11 +36,14 @@ def ensure_generation_config(model: Any) -> None:
         model.generation_config = GenerationConfig()
 
 
-def silence_version_warning() -> None:
-    """TRL 1.16 warns of every vLLM past 0.31 on import, though it does not use vLLM here (`use_vllm` stays off).
+def silence_import_warnings() -> None:
+    """What importing TRL beside a vLLM prints, though vLLM is not used here (`use_vllm` stays off).
 
-    Can go when TRL warns only if vLLM is used.
+    TRL 1.16 warns of every vLLM past 0.31, and the import of vLLM that it sets off tells a CPU that Triton cannot use it.
+    Can go when TRL looks at vLLM only if it is used.
     """
+    import logging
     import warnings
 
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppow_train.compat import silence_version_warning
+from ppow_train.compat import silence_import_warnings
 from ppow_train.errors import UserError
 from ppow_train.objectives import parse_objective
 from ppow_train.options import PPOWOptions
 
-silence_version_warning()
+silence_import_warnings()
 from trl import GRPOConfig  # noqa: E402
 
 # TRL's fields that `__post_init__` sets, with what to do instead of setting them.

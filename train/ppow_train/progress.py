@@ -12,16 +12,17 @@ from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
 
-def make_progress(console: Console | None = None) -> Progress:
-    """The bar that every long command shows, on standard error unless a console is given.
-
-    Bars and hints that libraries print for every file they touch would tear it; their warnings stay.
-    """
+def quiet_libraries() -> None:
+    """Turn off the bars and hints that libraries print for every file they touch; their warnings stay."""
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers.trainer").setLevel(
-        logging.ERROR
-    )  # hints about pad tokens, at every start
+    # A hint that the tokenizer's pad token was written into the model's config, at every start.
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
+
+
+def make_progress(console: Console | None = None) -> Progress:
+    """The bar that every long command shows, on standard error unless a console is given."""
+    quiet_libraries()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),

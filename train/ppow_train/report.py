@@ -14,14 +14,14 @@ from rich.table import Table
 
 from ppow_train.benchmark import ArmResult
 
-_TABLE_WIDTH = 116  # characters; at 8 positions nothing wraps
+_TABLE_WIDTH = 132  # characters; at 8 positions nothing wraps
 
 
 def print_table(results: Sequence[ArmResult], title: str, console: Console) -> None:
     """One row per arm and temperature; wide enough for nobody to have to guess a column."""
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("T")
-    table.add_column("arm")
+    table.add_column("arm", no_wrap=True)
     for column in (
         "acceptance\nlength",
         "drafts accepted up to\nposition 1, 2, …",
@@ -29,7 +29,8 @@ def print_table(results: Sequence[ArmResult], title: str, console: Console) -> N
         "tokens\naccepted",
     ):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("output tok/s\n÷ none (range)", justify="right", no_wrap=True)
+    for other in ("none", "base"):
+        table.add_column(f"tok/s ÷ {other}\n(range)", justify="right", no_wrap=True)
     table.add_column("same greedy\noutput", justify="right", no_wrap=True)
     for result in results:
         table.add_row(*_cells(result))
@@ -39,7 +40,11 @@ def print_table(results: Sequence[ArmResult], title: str, console: Console) -> N
 
 
 def _cells(result: ArmResult) -> list[str]:
-    speed = result.as_json()["speed_ratio"]
+    row = result.as_json()
+    speeds = [
+        f"{s['median']:.2f} ({s['min']:.2f}–{s['max']:.2f})"
+        for s in (row["speed_ratio"], row["speed_over_base"])
+    ]
     shown = [f"{result.temperature:g}", result.arm]
     if result.counts is None:
         shown += ["–"] * 4
@@ -52,7 +57,7 @@ def _cells(result: ArmResult) -> list[str]:
             f"{counts.num_accepted_tokens:,}",
         ]
     identical = {None: "–", True: "yes", False: "NO"}[result.identical]
-    return [*shown, f"{speed['median']:.2f} ({speed['min']:.2f}–{speed['max']:.2f})", identical]
+    return [*shown, *speeds, identical]
 
 
 def as_json(results: Sequence[ArmResult], facts: dict[str, Any]) -> dict[str, Any]:

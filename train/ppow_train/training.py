@@ -20,7 +20,7 @@ from ppow_train.drafters import Drafter, load_drafter
 from ppow_train.errors import UserError
 from ppow_train.evaluation import SimulatedAcceptance, simulate_acceptance
 from ppow_train.generation import load_or_generate, load_tokenizer
-from ppow_train.progress import ProgressBar
+from ppow_train.progress import ProgressBar, quiet_libraries
 from ppow_train.rollout import WindowRunner
 from ppow_train.target import Target
 from ppow_train.types import Trajectories
@@ -56,6 +56,7 @@ def load_pair(target: str, drafter: str, device: str = "cpu", dtype: torch.dtype
     Raises:
         UserError, ArtifactError: cannot be found, or do not belong together.
     """
+    quiet_libraries()
     target_dir, _ = resolve_directory(target)
     drafter_dir, _ = resolve_directory(drafter)
     refs = [_reference(name, directory) for name, directory in ((target, target_dir), (drafter, drafter_dir))]

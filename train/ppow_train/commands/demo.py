@@ -139,16 +139,26 @@ def _train(
 
 
 def _meaning(value: dict, objective: str) -> str:
-    """The table in one sentence."""
+    """The table in three sentences, whatever it says."""
     rows = {(row["arm"], row["temperature"]): row for row in value["arms"]}
-    parts = []
+    accepted, speed = [], []
     for temperature in (1.0, 0.0):
         base = rows["base drafter", temperature]["accepted_per_draft"]
-        ours = rows["adapter", temperature]["accepted_per_draft"]
-        parts.append(
-            f"{base:.2f} -> {ours:.2f} ({100 * (ours / base - 1):+.1f} %) at temperature {temperature:g}"
+        ours = rows["adapter", temperature]
+        gain = 100 * (ours["accepted_per_draft"] / base - 1)
+        at = f"at temperature {temperature:g}"
+        accepted.append(f"{base:.2f} -> {ours['accepted_per_draft']:.2f} ({gain:+.1f} %) {at}")
+        speed.append(f"{ours['speed_over_base']['median']:.2f}× {at}")
+    sentences = [
+        f"Accepted tokens per draft with the adapter ({objective}): {', '.join(accepted)}.",
+        f"Output tokens per second over the base drafter's: {', '.join(speed)}.",
+    ]
+    if any(rows["adapter", temperature]["speed_ratio"]["median"] < 1 for temperature in (1.0, 0.0)):
+        sentences.append(
+            "No speculation is faster still on this pair: its target is so small that a draft step costs nearly as much as "
+            "a target step, which no target worth speculating for does."
         )
-    return f"Accepted tokens per draft with the adapter ({objective}): " + ", ".join(parts) + "."
+    return "\n".join(sentences)
 
 
 def _judge(results: Sequence[ArmResult]) -> None:
