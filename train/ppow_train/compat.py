@@ -39,8 +39,8 @@ def ensure_generation_config(model: Any) -> None:
 def silence_import_warnings() -> None:
     """What importing TRL beside a vLLM prints, though vLLM is not used here (`use_vllm` stays off).
 
-    TRL 1.16 warns of every vLLM past 0.31, and the import of vLLM that it sets off tells a CPU that Triton cannot use it.
-    Can go when TRL looks at vLLM only if it is used.
+    TRL 1.16 warns of every vLLM past 0.31, and the import of vLLM that it sets off tells a CPU that Triton cannot use
+    it. Can go when TRL looks at vLLM only if it is used.
     """
     import logging
     import warnings

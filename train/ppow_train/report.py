@@ -14,24 +14,22 @@ from rich.table import Table
 
 from ppow_train.benchmark import ArmResult
 
-_TABLE_WIDTH = 132  # characters; at 8 positions nothing wraps
+_TABLE_WIDTH = 120  # characters; at 8 positions nothing wraps
+_CAPTION = (
+    "T: temperature · length: tokens per target step, as vLLM counts them · accepted up to position: share of drafts · "
+    "drafted, accepted: tokens · ÷ none, ÷ base: output tokens/s over that arm's, median ± half the range · "
+    "same: greedy output token-identical to no speculation"
+)
 
 
 def print_table(results: Sequence[ArmResult], title: str, console: Console) -> None:
     """One row per arm and temperature; wide enough for nobody to have to guess a column."""
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("T")
+    table = Table(title=title, caption=_CAPTION, box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("T", no_wrap=True)
     table.add_column("arm", no_wrap=True)
-    for column in (
-        "acceptance\nlength",
-        "drafts accepted up to\nposition 1, 2, …",
-        "tokens\ndrafted",
-        "tokens\naccepted",
-    ):
+    columns = ("length", "accepted up to position 1, 2, …", "drafted", "accepted", "÷ none", "÷ base", "same")
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    for other in ("none", "base"):
-        table.add_column(f"tok/s ÷ {other}\n(range)", justify="right", no_wrap=True)
-    table.add_column("same greedy\noutput", justify="right", no_wrap=True)
     for result in results:
         table.add_row(*_cells(result))
     if console.width < _TABLE_WIDTH:
@@ -42,7 +40,7 @@ def print_table(results: Sequence[ArmResult], title: str, console: Console) -> N
 def _cells(result: ArmResult) -> list[str]:
     row = result.as_json()
     speeds = [
-        f"{s['median']:.2f} ({s['min']:.2f}–{s['max']:.2f})"
+        f"{s['median']:.2f} ±{(s['max'] - s['min']) / 2:.2f}"
         for s in (row["speed_ratio"], row["speed_over_base"])
     ]
     shown = [f"{result.temperature:g}", result.arm]

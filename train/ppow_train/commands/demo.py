@@ -102,7 +102,7 @@ def demo(
     write_json(output / "demo.json", value)
     write_plot(output / "demo.png", results, title)
     print_table(results, title, console)
-    console.print(_meaning(value, objective), highlight=False)
+    console.print(_meaning(value, objective), highlight=False, soft_wrap=True)
     spec = json.dumps({"method": "ppow", "model": str(adapter.directory)})
     console.print(
         f"Details: {output / 'demo.json'}, {output / 'demo.png'} ({time.monotonic() - started:.0f} s in all)"
@@ -155,8 +155,8 @@ def _meaning(value: dict, objective: str) -> str:
     ]
     if any(rows["adapter", temperature]["speed_ratio"]["median"] < 1 for temperature in (1.0, 0.0)):
         sentences.append(
-            "No speculation is faster still on this pair: its target is so small that a draft step costs nearly as much as "
-            "a target step, which no target worth speculating for does."
+            "No speculation is faster still on this pair: its target is so small that a draft step costs nearly as "
+            "much as a target step, which no target worth speculating for does."
         )
     return "\n".join(sentences)
 
