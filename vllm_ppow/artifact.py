@@ -27,6 +27,8 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 
 DrafterType = Literal["eagle3", "causal_lm"]
 DRAFTER_TYPES: tuple[str, ...] = ("eagle3", "causal_lm")
+# vLLM's own name for the speculative method of each kind.
+NATIVE_METHOD = {"eagle3": "eagle3", "causal_lm": "draft_model"}
 SAMPLE_METHODS: tuple[str, ...] = ("greedy", "probabilistic")
 
 _SAMPLED_BYTES = 4096  # per tensor and place; enough to notice any fine-tuning, cheap for a 70B target

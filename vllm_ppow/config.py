@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ppow.artifact import (
+    NATIVE_METHOD,
     Adapter,
     ArtifactError,
     fingerprint_model,
@@ -30,7 +31,6 @@ LOAD_FORMAT = "ppow"
 ADAPTER_KEY = "ppow_adapter"  # inside model_loader_extra_config: directory of the adapter
 FINGERPRINT_KEY = "ppow_fingerprint"  # inside model_loader_extra_config: the adapter that was checked here
 
-_NATIVE_METHOD = {"eagle3": "eagle3", "causal_lm": "draft_model"}
 # vLLM takes these for another method when they occur anywhere in a draft model's path, even if a method is given
 # (vllm/config/speculative.py, "Automatically detect the method"; 0.26 to 0.33).
 _PATHS_TAKEN_FOR_ANOTHER_METHOD = ("eagle-", "eagle3", "dflash", "dspark")
@@ -139,7 +139,7 @@ def rewrite(
     else:
         _check_draft_model_path(base)
 
-    native["method"] = _NATIVE_METHOD[adapter.config.drafter_type]
+    native["method"] = NATIVE_METHOD[adapter.config.drafter_type]
     native["model"] = str(base)
     native["draft_load_config"] = _load_config(adapter, native.get("draft_load_config"))
     native.setdefault("num_speculative_tokens", adapter.config.num_speculative_tokens)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ppow_train.errors import UserError
-from vllm_ppow.artifact import Adapter
+from vllm_ppow.artifact import NATIVE_METHOD, Adapter
 from vllm_ppow.metrics import SpecDecodeCounts
 
 NONE, BASE, ADAPTER = "no speculation", "base drafter", "adapter"
@@ -74,7 +74,7 @@ class Run:
 def native_spec(adapter: Adapter, base_drafter: Path, num_speculative_tokens: int) -> dict[str, Any]:
     """vLLM's own speculative config for the bare drafter of an adapter, drafting as the adapter's arm does."""
     return {
-        "method": {"eagle3": "eagle3", "causal_lm": "draft_model"}[adapter.config.drafter_type],
+        "method": NATIVE_METHOD[adapter.config.drafter_type],
         "model": str(base_drafter),
         "num_speculative_tokens": num_speculative_tokens,
         "draft_sample_method": adapter.config.draft_sample_method,
