@@ -1,0 +1,130 @@
+"""Does vLLM accept what training thinks it accepts? The trap behind "good validation, useless in serving".
+
+The same adapter, the same prompts: acceptance by position as simulated along the target's trajectories, against vLLM's
+own counters. Left out: what a difference is due to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppow_train.drafters import load_drafter
+from ppow_train.evaluation import simulate_walk
+from ppow_train.generation import load_tokenizer
+from ppow_train.rollout import WindowRunner
+from ppow_train.serving_eval import ADAPTER, Engine, EngineOptions, ppow_spec
+from ppow_train.training import Pair
+from ppow_train.types import Trajectories
+from vllm_ppow.artifact import Adapter
+from vllm_ppow.metrics import SpecDecodeCounts
+
+FLOOR = 0.03  # of acceptance at a position: bf16 in vLLM against fp32 here, and what ends a text
+STANDARD_ERRORS = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """Simulated and served acceptance of one adapter on the same prompts."""
+
+    simulated: SpecDecodeCounts
+    served: SpecDecodeCounts
+
+    @property
+    def differences(self) -> list[float]:
+        """Served minus simulated share of drafts accepted up to each position, [K]."""
+        pairs = zip(self.served.acceptance_per_position, self.simulated.acceptance_per_position, strict=True)
+        return [served - simulated for served, simulated in pairs]
+
+    @property
+    def tolerances(self) -> list[float]:
+        """What chance and numerics allow at each position, [K]: FLOOR plus four standard errors of the difference."""
+        return [
+            FLOOR
+            + STANDARD_ERRORS
+            * math.sqrt(_variance(served, self.served) + _variance(simulated, self.simulated))
+            for served, simulated in zip(
+                self.served.acceptance_per_position, self.simulated.acceptance_per_position, strict=True
+            )
+        ]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every position agrees within its tolerance."""
+        return all(abs(d) <= t for d, t in zip(self.differences, self.tolerances, strict=True))
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "holds": self.holds,
+            "simulated_accepted_per_draft": self.simulated.mean_accepted,
+            "served_accepted_per_draft": self.served.mean_accepted,
+            "differences": self.differences,
+            "tolerances": self.tolerances,
+        }
+
+
+def _variance(share: float, counts: SpecDecodeCounts) -> float:
+    return share * (1.0 - share) / counts.num_drafts
+
+
+def merged_pair(pair: Pair, adapter: Adapter, drafter_directory: Path) -> Pair:
+    """The pair with the adapter merged into a fresh copy of its drafter, by PEFT."""
+    from peft import PeftModel
+
+    device = str(pair.target.model.device)
+    drafter = load_drafter(drafter_directory, device)
+    drafter.model = PeftModel.from_pretrained(drafter.model, str(adapter.directory)).merge_and_unload()
+    return dataclasses.replace(pair, drafter=drafter)
+
+
+def check_parity(
+    pair: Pair,
+    adapter: Adapter,
+    drafter_directory: Path,
+    prompts: Sequence[str],
+    trajectories: Trajectories,
+    *,
+    max_tokens: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> Parity:
+    """Simulate and serve an adapter on the same prompts at the temperature it was trained for.
+
+    Args:
+        pair: target and drafter, without the adapter.
+        trajectories: the target's continuations of the prompts at that temperature, K tokens longer than max_tokens.
+        max_tokens: output tokens per prompt.
+
+    Returns:
+        The two counts; the pair's models are on the CPU afterwards.
+    """
+    config = adapter.config
+    greedy = config.temperature == 0 or config.draft_sample_method == "greedy"
+    merged = merged_pair(pair, adapter, drafter_directory)
+    runner = WindowRunner(
+        pair.target,
+        merged.drafter,
+        trajectories.to(pair.target.model.device),
+        config.num_speculative_tokens,
+        config.temperature or 1.0,
+    )
+    simulated = simulate_walk(runner, max_tokens, greedy)
+    for model in (pair.target.model, pair.drafter.model, merged.drafter.model):
+        model.to("cpu")  # vLLM wants the GPU's memory to itself
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    say("starting vLLM to count the same prompts")
+    token_ids = load_tokenizer(pair.target.directory)(list(prompts))["input_ids"]
+    longest = max(map(len, token_ids)) + max_tokens + config.num_speculative_tokens + 1
+    spec = ppow_spec(adapter, drafter_directory, config.num_speculative_tokens)
+    with Engine(ADAPTER, EngineOptions(str(pair.target.directory), max_model_len=longest), spec) as engine:
+        engine.wait_until_ready()
+        served = engine.run(token_ids, max_tokens=max_tokens, temperature=config.temperature).counts
+    if served is None:
+        raise RuntimeError("vLLM counted no drafts")
+    return Parity(simulated, served)
