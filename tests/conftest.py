@@ -10,6 +10,9 @@ import pytest
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault(
+    "VLLM_LOGGING_LEVEL", "INFO"
+)  # importing TRL sets ERROR, and log lines are part of what is tested
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +234,14 @@ def test_an_output_that_is_something_else_is_refused_before_training(
             open_pair(directories, "causal_lm"), continuations, config_for(tmp_path), out, progress=progress
         )
     assert (out / "chapter1.txt").read_text() == "mine"
+
+
+def test_training_leaves_the_log_of_vllm_alone():
+    """TRL puts VLLM_LOGGING_LEVEL=ERROR into the environment on import; engines started later would fall silent."""
+
+    code = "import ppow_train.trainer, os; print(os.environ.get('VLLM_LOGGING_LEVEL'))"
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_LOGGING_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-1] == "INFO"

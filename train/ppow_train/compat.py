@@ -37,7 +37,7 @@ def ensure_generation_config(model: Any) -> None:
 
 
 def silence_import_warnings() -> None:
-    """What importing TRL beside a vLLM prints, though vLLM is not used here (`use_vllm` stays off).
+    """What importing TRL does to vLLM and prints of it, though vLLM is not used here (`use_vllm` stays off).
 
     TRL 1.16 warns of every vLLM past 0.31, and the import of vLLM that it sets off tells a CPU that Triton cannot use
     it. Can go when TRL looks at vLLM only if it is used.
@@ -46,4 +46,6 @@ def silence_import_warnings() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+    # vLLM's own default: TRL would put ERROR into the environment, and every engine started from here would inherit it.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)

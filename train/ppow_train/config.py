@@ -18,7 +18,7 @@ from ppow_train.objectives import parse_objective
 from ppow_train.options import PPOWOptions
 
 silence_import_warnings()
-from trl import GRPOConfig  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402, F401  (trainer.py takes it from here: TRL is imported in one place)
 
 # TRL's fields that `__post_init__` sets, with what to do instead of setting them.
 _DECIDED = {

@@ -120,7 +120,8 @@ def check_parity(
         torch.cuda.empty_cache()
     say("starting vLLM to count the same prompts")
     token_ids = load_tokenizer(pair.target.directory)(list(prompts))["input_ids"]
-    longest = max(map(len, token_ids)) + max_tokens + config.num_speculative_tokens + 1
+    # Room to spare: within two drafts of max_model_len vLLM stops drafting, for all requests of the batch.
+    longest = max(map(len, token_ids)) + max_tokens + 4 * (config.num_speculative_tokens + 1)
     spec = ppow_spec(adapter, drafter_directory, config.num_speculative_tokens)
     with Engine(ADAPTER, EngineOptions(str(pair.target.directory), max_model_len=longest), spec) as engine:
         engine.wait_until_ready()

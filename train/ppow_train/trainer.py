@@ -18,10 +18,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from trl import GRPOTrainer
 
 from ppow_train.compat import TargetAnchor, ensure_generation_config, silence_rollout_warning
-from ppow_train.config import PPOWConfig
+from ppow_train.config import GRPOTrainer, PPOWConfig
 from ppow_train.errors import UserError
 from ppow_train.objectives import make_objective
 from ppow_train.rewards import ProximityThreshold, make_reward_funcs
