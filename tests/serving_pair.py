@@ -2,14 +2,16 @@
 
 Token x is always followed by x + 1 (mod V): the row of lm_head for x + 1 is the embedding of x, and layers are close to
 nothing. A causal LM drafter with the same two matrices is always right; an EAGLE-3 head is right at the first position,
-where it sees the hidden state of the target, and wrong after it. A second head, in the original EAGLE format, can draft
-two of three tokens only and shares the target's embeddings. Left out: training, and drafters of real quality.
+where it sees the hidden state of the target, and wrong after it. Two more heads, EAGLE-3 and EAGLE-3.1, are in the
+original EAGLE format, can draft two of three tokens only and share the target's embeddings. Left out: training, and
+drafters of real quality.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,10 +35,16 @@ class Pair:
     eagle3: Path
     causal_lm: Path
     original: Path
+    original31: Path
 
     def drafter(self, kind: str) -> Path:
-        """Directory of the drafter of a kind: "eagle3", "causal_lm" or "original" (a head in the original format)."""
-        return {"eagle3": self.eagle3, "causal_lm": self.causal_lm, "original": self.original}[kind]
+        """Directory of the drafter of a kind: "eagle3", "causal_lm", "original" or "original31"."""
+        return {
+            "eagle3": self.eagle3,
+            "causal_lm": self.causal_lm,
+            "original": self.original,
+            "original31": self.original31,
+        }[kind]
 
 
 def qwen3_config(layers: int) -> Qwen3Config:
@@ -74,7 +82,8 @@ def _fill(model: torch.nn.Module, lm_head_shift: int) -> None:
 
 def build_pair(root: Path) -> Pair:
     """Write the target and both drafters under `root`, in bfloat16."""
-    pair = Pair(root, root / "target", root / "head3", root / "drafter", root / "head3_original")
+    names = ("target", "head3", "drafter", "head3_original", "head31_original")
+    pair = Pair(root, *(root / name for name in names))
     torch.manual_seed(1)
     target = Qwen3ForCausalLM(qwen3_config(LAYERS))
     _fill(target, 1)
@@ -86,6 +95,13 @@ def build_pair(root: Path) -> Pair:
     head = build_head(pair.target)
     head.to(torch.bfloat16).save_pretrained(pair.eagle3)
     write_original_head(pair.original)
+    write_original_head(
+        pair.original31,
+        [f"fc_norm.{i}" for i in range(3)],
+        fc_norm=True,
+        norm_output=True,
+        norm_before_residual=True,
+    )
     return pair
 
 
@@ -111,10 +127,14 @@ def build_head(target: Path) -> torch.nn.Module:
     return head
 
 
-def write_original_head(directory: Path) -> None:
+def write_original_head(directory: Path, more_norms: Sequence[str] = (), **switches: bool) -> None:
     """An EAGLE-3 head in the original format, right at the first draft position wherever it can draft the token.
 
     Its layer is large enough to sway the tokens after the first.
+
+    Args:
+        more_norms: names of norms that the switches bring with them.
+        switches: further keys of config.json.
     """
     shapes = {
         "mlp.down_proj": (HIDDEN, 128),
@@ -135,6 +155,7 @@ def write_original_head(directory: Path) -> None:
         "midlayer.hidden_norm",
         "midlayer.input_layernorm",
         "midlayer.post_attention_layernorm",
+        *more_norms,
     ):
         tensors[f"{name}.weight"] = torch.ones(HIDDEN)
     tensors["fc.weight"] = torch.eye(HIDDEN).repeat(1, 3) / 3
@@ -158,6 +179,7 @@ def write_original_head(directory: Path) -> None:
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
+        **switches,
     }
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -179,7 +201,7 @@ def load_drafter(kind: str, directory: Path, target: Path | None = None) -> torc
     """The drafter as the training library holds it, in bfloat16; a head in the original format needs its target."""
     if kind == "causal_lm":
         return Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    if kind == "original":
+    if kind.startswith("original"):
         from ppow_train.drafters import load_drafter
 
         return load_drafter(directory, dtype=torch.bfloat16, target=target).model
@@ -229,7 +251,7 @@ def random_adapter(root: Path, kind: str, pair: Pair, scale: float = 0.3, **opti
 
 def checkpoint_name(kind: str, name: str) -> str:
     """The name in the drafter's checkpoint of what the training library calls `name`."""
-    return name.replace("layers.0.", "midlayer.") if kind == "original" else name
+    return name.replace("layers.0.", "midlayer.") if kind.startswith("original") else name
 
 
 def restoring_adapter(root: Path, kind: str, pair: Pair) -> tuple[Path, Adapter]:

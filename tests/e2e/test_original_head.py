@@ -22,10 +22,15 @@ pytestmark = pytest.mark.engine
 PROMPT = [250, 3, 77, 120]  # for the drafts that are compared; its tokens are all different
 
 
+@pytest.fixture(scope="module", params=["original", "original31"])
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def restoring(pair, tmp_path_factory):
+def restoring(kind, pair, tmp_path_factory):
     """The head spoiled, and the adapter that restores it."""
-    return restoring_adapter(tmp_path_factory.mktemp("original"), "original", pair)
+    return restoring_adapter(tmp_path_factory.mktemp("original"), kind, pair)
 
 
 def counted(llm) -> tuple[list[list[int]], SpecDecodeCounts]:
@@ -61,7 +66,7 @@ def our_drafts(drafter: Eagle3Drafter, target: Target, tokens: list[int]) -> dic
     return {tokens[start - 1]: row for start, row in zip(starts[0].tolist(), drafts[0].tolist(), strict=True)}
 
 
-def test_an_adapter_on_an_original_head(pair, restoring, monkeypatch):
+def test_an_adapter_on_an_original_head(pair, kind, restoring, monkeypatch):
     from vllm import SamplingParams
     from vllm.model_executor.model_loader import base_loader
     from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
@@ -95,10 +100,13 @@ def test_an_adapter_on_an_original_head(pair, restoring, monkeypatch):
     assert (counts.num_drafts, counts.num_accepted_tokens) == accepted_drafts()
     assert counts.acceptance_per_position[1:] == (0.0,) * (K - 1)
 
-    model = PeftModel.from_pretrained(load_drafter("original", spoiled, pair.target), adapter.directory)
+    model = PeftModel.from_pretrained(load_drafter(kind, spoiled, pair.target), adapter.directory)
     merged = model.merge_and_unload().float()
     check_weights(loaded[-1], merged)
-    tokens = [*PROMPT, *(PROMPT[-1] + 1 + i for i in range(MAX_TOKENS + K + 1))]  # the engine looks past the end
+    tokens = [
+        *PROMPT,
+        *(PROMPT[-1] + 1 + i for i in range(MAX_TOKENS + K + 1)),
+    ]  # the engine looks past the end
     assert continuation == tokens[len(PROMPT) :][:MAX_TOKENS]
     ours = our_drafts(Eagle3Drafter(merged), Target(pair.target, (2, 4, 5)), tokens)
     assert len(seen) >= MAX_TOKENS // 2
