@@ -1,13 +1,17 @@
-"""Small models whose behaviour is known beforehand, for serving tests: a target, its two kinds of drafter, adapters.
+"""Small models whose behaviour is known beforehand, for serving tests: a target, its drafters, adapters.
 
 Token x is always followed by x + 1 (mod V): the row of lm_head for x + 1 is the embedding of x, and layers are close to
 nothing. A causal LM drafter with the same two matrices is always right; an EAGLE-3 head is right at the first position,
-where it sees the hidden state of the target, and wrong after it. Left out: training, and drafters of real quality.
+where it sees the hidden state of the target, and wrong after it. Two more heads, EAGLE-3 and EAGLE-3.1, are in the
+original EAGLE format, can draft two of three tokens only and share the target's embeddings. Left out: training, and
+drafters of real quality.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from vllm_ppow.artifact import Adapter, AdapterConfig, ModelRef, fingerprint_model, write_adapter
 
 VOCAB, HIDDEN, LAYERS, K = 320, 64, 8, 3
+ORIGINAL_IDS = [token for token in range(VOCAB) if token % 3]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -29,10 +34,17 @@ class Pair:
     target: Path
     eagle3: Path
     causal_lm: Path
+    original: Path
+    original31: Path
 
     def drafter(self, kind: str) -> Path:
-        """Directory of the drafter of a kind, "eagle3" or "causal_lm"."""
-        return self.eagle3 if kind == "eagle3" else self.causal_lm
+        """Directory of the drafter of a kind: "eagle3", "causal_lm", "original" or "original31"."""
+        return {
+            "eagle3": self.eagle3,
+            "causal_lm": self.causal_lm,
+            "original": self.original,
+            "original31": self.original31,
+        }[kind]
 
 
 def qwen3_config(layers: int) -> Qwen3Config:
@@ -70,7 +82,8 @@ def _fill(model: torch.nn.Module, lm_head_shift: int) -> None:
 
 def build_pair(root: Path) -> Pair:
     """Write the target and both drafters under `root`, in bfloat16."""
-    pair = Pair(root, root / "target", root / "head3", root / "drafter")
+    names = ("target", "head3", "drafter", "head3_original", "head31_original")
+    pair = Pair(root, *(root / name for name in names))
     torch.manual_seed(1)
     target = Qwen3ForCausalLM(qwen3_config(LAYERS))
     _fill(target, 1)
@@ -81,6 +94,14 @@ def build_pair(root: Path) -> Pair:
     drafter.to(torch.bfloat16).save_pretrained(pair.causal_lm)
     head = build_head(pair.target)
     head.to(torch.bfloat16).save_pretrained(pair.eagle3)
+    write_original_head(pair.original)
+    write_original_head(
+        pair.original31,
+        [f"fc_norm.{i}" for i in range(3)],
+        fc_norm=True,
+        norm_output=True,
+        norm_before_residual=True,
+    )
     return pair
 
 
@@ -106,6 +127,65 @@ def build_head(target: Path) -> torch.nn.Module:
     return head
 
 
+def write_original_head(directory: Path, more_norms: Sequence[str] = (), **switches: bool) -> None:
+    """An EAGLE-3 head in the original format, right at the first draft position wherever it can draft the token.
+
+    Its layer is large enough to sway the tokens after the first.
+
+    Args:
+        more_norms: names of norms that the switches bring with them.
+        switches: further keys of config.json.
+    """
+    shapes = {
+        "mlp.down_proj": (HIDDEN, 128),
+        "mlp.gate_proj": (128, HIDDEN),
+        "mlp.up_proj": (128, HIDDEN),
+        "self_attn.k_proj": (64, 2 * HIDDEN),
+        "self_attn.o_proj": (HIDDEN, 128),
+        "self_attn.q_proj": (128, 2 * HIDDEN),
+        "self_attn.v_proj": (64, 2 * HIDDEN),
+    }
+    generator = torch.Generator().manual_seed(2)
+    tensors = {
+        f"midlayer.{name}.weight": torch.randn(shape, generator=generator) * 0.1
+        for name, shape in shapes.items()
+    }
+    for name in (
+        "norm",
+        "midlayer.hidden_norm",
+        "midlayer.input_layernorm",
+        "midlayer.post_attention_layernorm",
+        *more_norms,
+    ):
+        tensors[f"{name}.weight"] = torch.ones(HIDDEN)
+    tensors["fc.weight"] = torch.eye(HIDDEN).repeat(1, 3) / 3
+    tensors["lm_head.weight"] = _embeddings().roll(2, 0)[ORIGINAL_IDS]
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
+    tensors["d2t"] = torch.tensor(ORIGINAL_IDS) - torch.arange(len(ORIGINAL_IDS))
+    tensors["t2d"] = torch.arange(VOCAB) % 3 > 0
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "draft_vocab_size": len(ORIGINAL_IDS),
+        "hidden_size": HIDDEN,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        **switches,
+    }
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
 def write_tokenizer(directory: Path) -> None:
     """A word-level tokenizer whose token x is the text "tx"."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -117,10 +197,14 @@ def write_tokenizer(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-def load_drafter(kind: str, directory: Path) -> torch.nn.Module:
-    """The drafter as the training library holds it, in bfloat16."""
+def load_drafter(kind: str, directory: Path, target: Path | None = None) -> torch.nn.Module:
+    """The drafter as the training library holds it, in bfloat16; a head in the original format needs its target."""
     if kind == "causal_lm":
         return Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    if kind.startswith("original"):
+        from ppow_train.drafters import load_drafter
+
+        return load_drafter(directory, dtype=torch.bfloat16, target=target).model
     from speculators.models.eagle3 import Eagle3DraftModel
 
     return Eagle3DraftModel.from_pretrained(directory, dtype=torch.bfloat16)
@@ -144,7 +228,7 @@ def save_adapter(
     """Write an adapter directory for `base` and `target`."""
     config = AdapterConfig(
         **{
-            "drafter_type": kind,
+            "drafter_type": "causal_lm" if kind == "causal_lm" else "eagle3",
             "base_drafter": ModelRef(str(base), fingerprint_model(base)),
             "target": ModelRef(str(target), fingerprint_model(target)),
             "num_speculative_tokens": K,
@@ -161,8 +245,13 @@ def save_adapter(
 
 def random_adapter(root: Path, kind: str, pair: Pair, scale: float = 0.3, **options: object) -> Adapter:
     """An adapter of random deltas on the pair's drafter."""
-    model = random_lora(load_drafter(kind, pair.drafter(kind)), scale, **options)
+    model = random_lora(load_drafter(kind, pair.drafter(kind), pair.target), scale, **options)
     return save_adapter(root / f"adapter_{kind}", model, kind, pair.drafter(kind), pair.target)
+
+
+def checkpoint_name(kind: str, name: str) -> str:
+    """The name in the drafter's checkpoint of what the training library calls `name`."""
+    return name.replace("layers.0.", "midlayer.") if kind.startswith("original") else name
 
 
 def restoring_adapter(root: Path, kind: str, pair: Pair) -> tuple[Path, Adapter]:
@@ -177,13 +266,15 @@ def restoring_adapter(root: Path, kind: str, pair: Pair) -> tuple[Path, Adapter]
         if kind == "causal_lm"
         else {"target_modules": ["fc", "o_proj", "lm_head"], "exclude_modules": "verifier_lm_head"}
     )
-    model = random_lora(load_drafter(kind, original), 1.0, **options)
+    model = random_lora(load_drafter(kind, original, pair.target), 1.0, **options)
     spoiled = root / f"spoiled_{kind}"
     spoiled.mkdir(parents=True)
     (spoiled / "config.json").write_text((original / "config.json").read_text())
     tensors = load_file(original / "model.safetensors")
     for name, module in model.base_model.model.named_modules():
         if hasattr(module, "get_delta_weight"):
-            tensors[f"{name}.weight"] -= module.get_delta_weight("default").to(torch.bfloat16)
+            tensors[f"{checkpoint_name(kind, name)}.weight"] -= module.get_delta_weight("default").to(
+                torch.bfloat16
+            )
     save_file(tensors, spoiled / "model.safetensors", metadata={"format": "pt"})
     return spoiled, save_adapter(root / f"restoring_{kind}", model, kind, spoiled, pair.target)

@@ -112,6 +112,48 @@ def test_head_in_the_original_format_takes_an_adapter_of_the_speculators_format(
     assert all(torch.equal(original[name.replace("layers.0.", "midlayer.")], merged[name]) for name in base)
 
 
+def test_adapter_of_an_original_head_merges_into_its_own_checkpoint(pair, tmp_path):
+    """PEFT names it by the library's `layers.0.`, the checkpoint by `midlayer.`; equal to PEFT bit for bit."""
+    peft_model = random_lora(
+        load_drafter("original", pair.original, pair.target),
+        target_modules=[*LINEAR, "fc", "lm_head"],
+        exclude_modules="verifier_lm_head",
+    )
+    adapter = save_adapter(tmp_path / "a", peft_model, "original", pair.original, pair.target)
+    assert all("midlayer" not in name for name in load_file(adapter.weights))
+    Merger(adapter).check_base(pair.original)
+    base = load_file(pair.original / "model.safetensors")
+    merged, report = merge(adapter, base)
+    assert report.num_merged == len(LINEAR) + 2
+    reference = peft_model.merge_and_unload().state_dict()
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, reference[name.replace("midlayer.", "layers.0.")]), name
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert {name for name in changed if name.startswith("midlayer.")} == {
+        name for name in base if name.startswith("midlayer.") and "proj" in name
+    }
+    assert changed == {"fc.weight", "lm_head.weight"} | {name for name in changed if "midlayer." in name}
+
+
+def test_adapter_of_an_original_head_merges_into_a_head_with_the_librarys_names(pair, tmp_path):
+    adapter = random_adapter(tmp_path, "original", pair)
+    base = load_file(pair.original / "model.safetensors")
+    merged, _ = merge(adapter, base)
+    renamed, report = merge(
+        adapter, {name.replace("midlayer.", "layers.0."): tensor for name, tensor in base.items()}
+    )
+    assert report.num_merged == len(LINEAR)
+    assert all(torch.equal(merged[name], renamed[name.replace("midlayer.", "layers.0.")]) for name in base)
+
+
+def test_a_checkpoint_that_names_the_layer_both_ways(pair, tmp_path):
+    adapter = random_adapter(tmp_path, "original", pair)
+    base = load_file(pair.original / "model.safetensors")
+    base |= {name.replace("midlayer.", "layers.0."): tensor for name, tensor in base.items()}
+    with pytest.raises(MergeError, match="twice, as midlayer"):
+        merge(adapter, base)
+
+
 # ---------------------------------------------------------------- refused adapters
 
 

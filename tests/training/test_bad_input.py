@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_pair import KINDS, VOCAB, K, build_eagle3, load, qwen3, widen
+from training_pair import KINDS, VOCAB, K, load, qwen3, widen
 from unpacked import causal_window
 
 from ppow_train.config import PPOWConfig, check_keys, read_config_file
@@ -301,23 +301,6 @@ def test_a_head_that_reads_layers_beyond_the_target(taps, directories):
     """Layer 8 of 8 too: what transformers returns there has passed the final norm, what vLLM serves has not."""
     with refused(str(taps[2]), "below the 8", "made for"):
         Target(directories.target, taps)
-
-
-def test_a_head_with_a_reduced_vocabulary(directories, tmp_path):
-    t2d = torch.zeros(VOCAB, dtype=torch.bool)
-    t2d[: VOCAB // 2] = True
-    head = tmp_path / "reduced"
-    build_eagle3(
-        head,
-        directories.target,
-        seed=1,
-        draft_vocab_size=VOCAB // 2,
-        norm_before_residual=True,
-        t2d=t2d,
-        d2t=torch.zeros(VOCAB // 2, dtype=torch.long),
-    )
-    with refused(f"reduced vocabulary of {VOCAB // 2}", "full vocabulary"):
-        load_drafter(head)
 
 
 @pytest.mark.parametrize(

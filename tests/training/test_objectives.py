@@ -5,29 +5,67 @@ That `exact` and `overlap` are what they claim is shown by enumeration in test_v
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from ppow_train.objectives import CST_LOSSES, PathWindows, make_objective
+from ppow_train.vocabulary import reduced_vocabulary
+
+IDS = (6, 0, 3, 4)  # of 7 tokens, those that a reduced vocabulary can draft
+
+
+@dataclasses.dataclass
+class Case:
+    """Random windows with the two distributions of every token as lists over the target's vocabulary."""
+
+    windows: PathWindows
+    draft_logits: torch.Tensor
+    p: list[list[list[float]]]
+    q: list[list[list[float]]]
+    ids: tuple[int, ...]
+
+
+def make_case(reduced: bool) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    target, draft = torch.randn(2, 5, 3, 7, generator=generator) * 1.5
+    tokens = torch.randint(7, (5, 3), generator=generator)
+    p = target.softmax(-1).tolist()
+    if not reduced:
+        draft.requires_grad_()
+        return Case(PathWindows(tokens, target, draft), draft, p, draft.softmax(-1).tolist(), tuple(range(7)))
+    vocabulary = reduced_vocabulary(torch.tensor(IDS), 7)
+    draft = draft[..., :4].clone().requires_grad_()
+    q = torch.zeros(5, 3, 7)
+    q[..., list(IDS)] = draft.detach().softmax(-1)
+    windows = PathWindows(
+        vocabulary.columns(tokens), vocabulary.with_rest(target), vocabulary.with_empty_rest(draft), True
+    )
+    return Case(windows, draft, p, q.tolist(), IDS)
+
+
+@pytest.fixture(params=[False, True], ids=["full", "reduced"])
+def case(request: Any) -> Case:
+    return make_case(request.param)
 
 
 @pytest.fixture
 def windows() -> PathWindows:
-    generator = torch.Generator().manual_seed(0)
-    target, draft = torch.randn(2, 5, 3, 7, generator=generator) * 1.5
-    tokens = torch.randint(7, (5, 3), generator=generator)
-    return PathWindows(tokens, target, draft.requires_grad_())
+    return make_case(reduced=False).windows
 
 
-def per_token(name: str, p: list[float], q: list[float]) -> float:
-    """Each loss of one token from its definition."""
+def per_token(name: str, whole_p: list[float], whole_q: list[float], ids: tuple[int, ...]) -> float:
+    """Each loss of one token from its definition; p is renormalised on what can be drafted, but not for the overlap."""
+    inside = sum(whole_p[i] for i in ids)
+    p, q = [whole_p[i] / inside for i in ids], [whole_q[i] for i in ids]
 
     def kl(one: list[float], other: list[float]) -> float:
         return sum(x * math.log(x / y) for x, y in zip(one, other, strict=True))
 
-    overlap = sum(min(x, y) for x, y in zip(p, q, strict=True))
+    overlap = sum(min(x, y) for x, y in zip(whole_p, whole_q, strict=True))
     middle = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
     return {
         "ce": -math.log(q[p.index(max(p))]),
@@ -42,17 +80,14 @@ def per_token(name: str, p: list[float], q: list[float]) -> float:
 
 @pytest.mark.parametrize("decay", [1.0, 0.7])
 @pytest.mark.parametrize("name", CST_LOSSES)
-def test_supervised_losses(name, decay, windows):
+def test_supervised_losses(name, decay, case):
     """Mean over windows of Σ_i decay^i · loss_i, the weights summing to one."""
     total = 0.0
     weights = [decay**i / sum(decay**j for j in range(3)) for i in range(3)]
     for n in range(5):
         for i in range(3):
-            p, q = (
-                logits[n, i].softmax(-1).tolist() for logits in (windows.target_logits, windows.draft_logits)
-            )
-            total += weights[i] * per_token(name, p, q) / 5
-    ours = make_objective(f"cst:{name}", 0.12, decay)(windows)
+            total += weights[i] * per_token(name, case.p[n][i], case.q[n][i], case.ids) / 5
+    ours = make_objective(f"cst:{name}", 0.12, decay)(case.windows)
     assert ours.item() == pytest.approx(total, rel=1e-4)
 
 
@@ -62,13 +97,20 @@ def test_an_alias_is_the_same_loss(windows):
 
 
 @pytest.mark.parametrize("name", ["exact", "overlap", *(f"cst:{loss}" for loss in CST_LOSSES)])
-def test_every_objective_moves_every_position(name, windows):
-    """And is lower at the target itself."""
+def test_every_objective_moves_every_position(name, case):
+    """With finite gradients, also where its tokens cannot be drafted; and is lower at the target itself."""
+    windows = case.windows
     objective = make_objective(name, 0.12, 0.7)
-    (gradient,) = torch.autograd.grad(objective(windows), windows.draft_logits)
+    (gradient,) = torch.autograd.grad(objective(windows), case.draft_logits)
+    assert gradient.isfinite().all()
     assert (gradient.abs().amax(dim=(0, 2)) > 1e-4).all()
-    agreed = PathWindows(windows.tokens, windows.target_logits, windows.target_logits)
-    assert objective(agreed) < objective(windows)
+    agreed = windows.target_logits.clone()
+    if windows.has_rest:
+        assert (windows.tokens == len(IDS)).any(dim=0).all(), (
+            "a token that cannot be drafted at every position"
+        )
+        agreed[..., -1] = float("-inf")
+    assert objective(dataclasses.replace(windows, draft_logits=agreed)) < objective(windows)
 
 
 def test_window_objectives_weigh_the_cost(windows):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from training_pair import KINDS, VOCAB, K, LoadedPair, load
-from unpacked import draft_windows, target_windows
+from unpacked import draft_windows, over_target_vocabulary, target_windows
 
 from ppow_train.drafters.base import ChainDrafter
 from ppow_train.packing import window_tokens
@@ -65,9 +65,10 @@ def test_gradients_equal_those_of_windows_run_alone(kind, directories, trajector
         parameter.requires_grad_("verifier_" not in name)
         if parameter.requires_grad:
             trained[name] = parameter
-    weights = torch.randn(*tokens.shape, VOCAB, generator=generator)
     _, draft = encode(pair, trajectories)
-    packed = (pair.drafter.score(draft, starts, tokens) * weights).mean()
+    logits = pair.drafter.score(draft, starts, tokens)
+    weights = torch.randn(logits.shape, generator=generator)
+    packed = (logits * weights).mean()
     alone = (draft_windows(pair.target, pair.drafter, trajectories, starts, tokens) * weights).mean()
     ours = torch.autograd.grad(packed, list(trained.values()))
     wanted = torch.autograd.grad(alone, list(trained.values()))
@@ -129,7 +130,7 @@ def test_greedy_samples_are_the_argmax_chain(loaded, trajectories, starts):
             logits = draft_windows(
                 loaded.target, loaded.drafter, trajectories, starts, drafted[..., : step + 1]
             )
-        drafted[..., step] = logits[..., step, :].argmax(-1)
+        drafted[..., step] = over_target_vocabulary(loaded.drafter, logits[..., step, :]).argmax(-1)
     assert sampled.equal(drafted)
 
 
@@ -149,9 +150,9 @@ def test_samples_follow_the_temperature(loaded, trajectories):
     _, draft = encode(loaded, trajectories)
     many = torch.full((3, 500), 7)
     sampled, logits = loaded.drafter.sample(draft, many, 1, 0.5, torch.Generator().manual_seed(2))
-    logp = (logits[:, 0, 0] / 0.5).log_softmax(-1)
+    logp = (over_target_vocabulary(loaded.drafter, logits[:, 0, 0]) / 0.5).log_softmax(-1)
     seen = logp.gather(-1, sampled[..., 0])
-    wanted = (logp.exp() * logp).sum(-1)
+    wanted = -torch.special.entr(logp.exp()).sum(-1)
     assert ((seen.mean(-1) - wanted).abs() < 4 * seen.std(-1) / 500**0.5 + 1e-6).all()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from training_pair import K
-from unpacked import draft_windows, target_windows
+from unpacked import draft_windows, over_target_vocabulary, target_windows
 
 from ppow_train.evaluation import simulate_acceptance
 from ppow_train.rollout import WindowRunner, pack_rows
@@ -71,7 +71,9 @@ def rollout(runner):
 
 def test_rollout_scores_every_row_under_its_own_prefix(runner, rollout):
     by_target = lambda *window: target_windows(runner.target, *window)  # noqa: E731
-    by_drafter = lambda *window: draft_windows(runner.target, runner.drafter, *window)  # noqa: E731
+    by_drafter = lambda *window: over_target_vocabulary(  # noqa: E731
+        runner.drafter, draft_windows(runner.target, runner.drafter, *window)
+    )
     for row, (trajectory, start) in enumerate(zip(TRAJECTORY.tolist(), START.tolist(), strict=True)):
         window = rollout.tokens[row]
         with torch.no_grad():
@@ -142,13 +144,22 @@ def test_path_windows_are_rows_in_order(runner, trajectories):
     windows = runner.path_windows(TRAJECTORY, START)
     for row, (trajectory, start) in enumerate(zip(TRAJECTORY.tolist(), START.tolist(), strict=True)):
         own = trajectories.input_ids[trajectory, start : start + K]
-        assert windows.tokens[row].equal(own)
         alone = one_row(trajectories, trajectory), torch.tensor([[start]]), own.view(1, 1, -1)
         with torch.no_grad():
             p = target_windows(runner.target, *alone)[0, 0] / runner.temperature
             q = draft_windows(runner.target, runner.drafter, *alone)[0, 0] / runner.temperature
-        torch.testing.assert_close(windows.target_logits[row], p, atol=1e-3, rtol=1e-4)
-        torch.testing.assert_close(windows.draft_logits[row], q, atol=1e-3, rtol=1e-4)
+        if not windows.has_rest:
+            assert windows.tokens[row].equal(own)
+            torch.testing.assert_close(windows.target_logits[row], p, atol=1e-3, rtol=1e-4)
+            torch.testing.assert_close(windows.draft_logits[row], q, atol=1e-3, rtol=1e-4)
+            continue
+        ids = (torch.arange(q.shape[-1]) + runner.drafter.model.d2t).tolist()
+        assert windows.tokens[row].tolist() == [ids.index(t) if t in ids else len(ids) for t in own.tolist()]
+        torch.testing.assert_close(windows.target_logits[row, :, :-1], p[:, ids], atol=1e-3, rtol=1e-4)
+        rest = 1 - p.softmax(-1)[:, ids].sum(-1)
+        torch.testing.assert_close(windows.target_logits[row].softmax(-1)[:, -1], rest, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(windows.draft_logits[row, :, :-1], q, atol=1e-3, rtol=1e-4)
+        assert (windows.draft_logits[row, :, -1] == float("-inf")).all()
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])

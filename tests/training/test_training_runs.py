@@ -70,7 +70,7 @@ def weights_of(pair: Pair) -> dict[str, torch.Tensor]:
 
 def merged(pair: Pair, directories: Directories, kind: str, adapter: Any) -> Pair:
     """The pair with the adapter read by PEFT from disk and merged."""
-    drafter = load_drafter(directories.drafter[kind])
+    drafter = load_drafter(directories.drafter[kind], target=directories.target)
     drafter.model = PeftModel.from_pretrained(drafter.model, adapter).merge_and_unload()
     return dataclasses.replace(pair, drafter=drafter)
 
@@ -96,6 +96,8 @@ def loss_on_all(objective: Any, pair: Pair, trajectories: Trajectories) -> float
         ("causal_lm", "exact"),
         *(("eagle3", name) for name in ("overlap", "cst:ce", "cst:kl", "cst:rkl", "cst:jsd", "cst:tv")),
         *(("eagle31", name) for name in ("exact", "cst:nla", "cst:lk_hybrid")),
+        *(("reduced", name) for name in ("overlap", "cst:ce", "cst:kl", "cst:rkl", "cst:jsd")),
+        *(("original", name) for name in ("exact", "cst:tv", "cst:nla", "cst:lk_hybrid")),
     ],
 )
 def test_an_objective_lowers_its_own_loss(kind, objective, directories, continuations, tmp_path, progress):
@@ -108,11 +110,13 @@ def test_an_objective_lowers_its_own_loss(kind, objective, directories, continua
     assert after < before - 0.02 * abs(before)
 
 
-@pytest.mark.parametrize("kind", ["causal_lm", "eagle3"])
-def test_ppow_raises_what_windows_earn(kind, directories, continuations, tmp_path, progress):
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("causal_lm", 10), ("eagle3", 10), ("reduced", 10), ("original", 30)]
+)
+def test_ppow_raises_what_windows_earn(kind, steps, directories, continuations, tmp_path, progress):
     pair = open_pair(directories, kind)
     config = config_for(
-        tmp_path, objective="ppow", num_generations=8, windows_per_step=128, max_steps=10, beta=0.2
+        tmp_path, objective="ppow", num_generations=8, windows_per_step=128, max_steps=steps, beta=0.2
     )
     loss = make_objective("exact", config.draft_cost_ratio, 1.0)
     before = loss_on_all(loss, pair, continuations)
@@ -136,7 +140,7 @@ def test_the_same_seed_writes_the_same_bytes(objective, directories, continuatio
     assert written[0] != written[2]
 
 
-@pytest.mark.parametrize("kind", ["causal_lm", "eagle3"])
+@pytest.mark.parametrize("kind", ["causal_lm", "eagle3", "original"])
 def test_the_drafter_comes_back_and_the_adapter_reloads(kind, directories, continuations, tmp_path, progress):
     pair = open_pair(directories, kind)
     before = weights_of(pair)

@@ -21,20 +21,36 @@ from ppow_train.verification import (
     survival_product,
     token_logps,
 )
+from ppow_train.vocabulary import FULL_VOCABULARY, DraftVocabulary, reduced_vocabulary
 from vllm_ppow.speedup import speedup_reward
 
 COST = 0.12
-CASES = [(3, 3, 0), (4, 2, 1), (3, 2, 2)]
+# V, K, seed, tokens that can be drafted
+CASES = [(3, 3, 0, None), (4, 2, 1, None), (3, 2, 2, None), (4, 3, 3, (2, 0)), (5, 2, 4, (1, 4, 2))]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: "V{}-K{}-seed{}".format(*case))
+@pytest.fixture(params=CASES, ids=lambda case: "V{}-K{}-seed{}-drafts{}".format(*case))
 def tables(request: Any) -> Tables:
-    return random_tables(*request.param)
+    *shape, draftable = request.param
+    return random_tables(*shape, draftable=draftable)
+
+
+def vocabulary_of(tables: Tables) -> DraftVocabulary:
+    if tables.draftable is None:
+        return FULL_VOCABULARY
+    return reduced_vocabulary(torch.tensor(tables.draftable), tables.vocab_size)
 
 
 def windows_on(tables: Tables, path: tuple[int, ...]) -> PathWindows:
+    """One window, as `WindowRunner.path_windows` makes it."""
     target, draft = tables.along(path)
-    return PathWindows(torch.tensor([path]), target[None], draft[None])
+    vocabulary = vocabulary_of(tables)
+    return PathWindows(
+        vocabulary.columns(torch.tensor([path])),
+        vocabulary.with_rest(target[None]),
+        vocabulary.with_empty_rest(draft[None]),
+        has_rest=vocabulary.is_reduced,
+    )
 
 
 def over_target_paths(tables: Tables, value_of: Callable[[PathWindows], torch.Tensor]) -> torch.Tensor:
@@ -96,9 +112,10 @@ def test_expected_accepted_length_against_sampling(tables):
     for step in range(length):
         target = tables.target_logits[step][tuple(tokens)].expand(count, -1)
         draft = tables.draft_logits[step].detach()[tuple(tokens)].expand(count, -1)
-        tokens.append(torch.multinomial(draft.softmax(-1), 1, generator=generator)[:, 0])
+        column = torch.multinomial(draft.softmax(-1), 1, generator=generator)[:, 0]
+        tokens.append(vocabulary_of(tables).to_target(column))
         target_logps.append(token_logps(target, tokens[-1]))
-        draft_logps.append(token_logps(draft, tokens[-1]))
+        draft_logps.append(token_logps(draft, vocabulary_of(tables).columns(tokens[-1])))
     ratio = acceptance_ratio(torch.stack(target_logps, -1), torch.stack(draft_logps, -1))
     uniforms = torch.rand(ratio.shape, generator=generator, dtype=ratio.dtype)
     accepted = sampled_accepted_length(ratio, uniforms).double()
@@ -108,7 +125,8 @@ def test_expected_accepted_length_against_sampling(tables):
 
 def test_rejection_sampling_is_lossless(tables):
     """The first emitted token, drafted and kept or recovered from max(p − q, 0), is distributed as p."""
-    p, q = tables.target_logits[0].softmax(-1), tables.draft_logits[0].detach().softmax(-1)
+    p, q = tables.target_logits[0].softmax(-1), torch.zeros(tables.vocab_size, dtype=torch.float64)
+    q[list(tables.draft_tokens)] = tables.draft_logits[0].detach().softmax(-1)
     keep = acceptance_ratio(p.log(), q.log())
     residual = (p - q).clamp(min=0)
     emitted = q * keep + (q * (1 - keep)).sum() * residual / residual.sum()

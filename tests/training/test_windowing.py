@@ -9,6 +9,7 @@ import pytest
 import torch
 from training_pair import K
 
+from ppow_train.vocabulary import reduced_vocabulary
 from ppow_train.windowing import draw_starts, token_criticality, window_criticality
 
 
@@ -22,6 +23,20 @@ def test_token_criticality_is_confidence_times_divergence():
             entropy = -sum(x * math.log(x) for x in p)
             divergence = sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
             assert ours[b, t].item() == pytest.approx((1 - entropy / math.log(5)) * divergence)
+
+
+def test_token_criticality_where_not_every_token_can_be_drafted():
+    """Confidence of the target as it is, divergence from the target renormalised on what can be drafted."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(6, 5, generator=generator, dtype=torch.float64) * 2
+    draft = torch.randn(6, 2, generator=generator, dtype=torch.float64) * 2
+    ours = token_criticality(target, draft, reduced_vocabulary(torch.tensor([3, 1]), 5))
+    for t in range(6):
+        p, q = target[t].softmax(-1).tolist(), draft[t].softmax(-1).tolist()
+        entropy = -sum(x * math.log(x) for x in p)
+        inside = p[3] + p[1]
+        divergence = sum(x / inside * math.log(x / inside / y) for x, y in zip((p[3], p[1]), q, strict=True))
+        assert ours[t].item() == pytest.approx((1 - entropy / math.log(5)) * divergence)
 
 
 def test_where_the_target_is_unsure_or_agreed_with_nothing_is_critical():
@@ -51,7 +66,8 @@ def test_runner_criticality_is_that_of_whole_windows(runner, trajectories):
             p = runner.target.path_logits(target, everywhere, 1)[row, :, 0] / runner.temperature
             first = torch.zeros(*everywhere.shape, 1, dtype=torch.long)  # one token: the value is not read
             q = runner.drafter.score(draft, everywhere, first)[row, :, 0] / runner.temperature
-            assert ours[row, offset].item() == pytest.approx(token_criticality(p, q).mean().item(), rel=1e-4)
+            wanted = token_criticality(p, q, runner.drafter.vocabulary)
+            assert ours[row, offset].item() == pytest.approx(wanted.mean().item(), rel=1e-4)
 
 
 NUM_STARTS = torch.tensor([5, 3, 1])

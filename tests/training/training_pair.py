@@ -1,4 +1,4 @@
-"""Models of a few thousand weights for the training tests: a target, a causal LM drafter, EAGLE-3 heads of two makes.
+"""Models of a few thousand weights for the training tests: a target, a causal LM drafter, EAGLE-3 heads of all makes.
 
 Their weights are drawn wide, so that distributions are far from uniform and every position and token matters. Left out:
 anything trained.
@@ -7,10 +7,12 @@ anything trained.
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ppow_train.drafters import load_drafter
@@ -18,7 +20,8 @@ from ppow_train.target import Target
 from ppow_train.tiny.text import train_tokenizer
 
 VOCAB, TARGET_LAYERS, TAP_LAYERS = 288, 8, (2, 4, 5)
-KINDS = ("causal_lm", "eagle3", "eagle31")
+KINDS = ("causal_lm", "eagle3", "eagle31", "reduced", "original")
+DRAFT_VOCAB = 120
 K = 4
 
 
@@ -77,6 +80,71 @@ def build_eagle3(directory: Path, target: Path, seed: int, layers: int = 1, **op
     head.save_pretrained(directory)
 
 
+def vocabulary_map(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """d2t, int64 [DRAFT_VOCAB], and t2d, bool [VOCAB], of a random choice of the target's tokens."""
+    ids = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(seed))[:DRAFT_VOCAB].sort().values
+    t2d = torch.zeros(VOCAB, dtype=torch.bool)
+    t2d[ids] = True
+    return ids - torch.arange(DRAFT_VOCAB), t2d
+
+
+ORIGINAL_CONFIG = {
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "model_type": "llama",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 2,
+    "pad_token_id": -1,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "vocab_size": VOCAB,
+}
+
+
+def original_tensors(
+    seed: int, hidden: int = 64, tapped: int = 64, d2t: Any = None
+) -> dict[str, torch.Tensor]:
+    """Tensors of a head in the original format, under its own names, without embeddings; reduced with a `d2t`."""
+    draft_vocab = VOCAB if d2t is None else len(d2t)
+    shapes = {
+        "fc": (hidden, 3 * tapped),
+        "lm_head": (draft_vocab, hidden),
+        "midlayer.mlp.down_proj": (hidden, 96),
+        "midlayer.mlp.gate_proj": (96, hidden),
+        "midlayer.mlp.up_proj": (96, hidden),
+        "midlayer.self_attn.k_proj": (hidden // 2, 2 * hidden),
+        "midlayer.self_attn.o_proj": (hidden, hidden),
+        "midlayer.self_attn.q_proj": (hidden, 2 * hidden),
+        "midlayer.self_attn.v_proj": (hidden // 2, 2 * hidden),
+        "midlayer.hidden_norm": (hidden,),
+        "midlayer.input_layernorm": (hidden,),
+        "midlayer.post_attention_layernorm": (hidden,),
+        "norm": (hidden,),
+    }
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        tensors[f"{name}.weight"] = noise * 0.2 if len(shape) > 1 else 1 + 0.1 * noise
+    return tensors
+
+
+def write_original(directory: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    """A head in the original format, as published ones are laid out."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps({**ORIGINAL_CONFIG, **config}), encoding="utf-8")
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
 def build(root: Path) -> Directories:
     """Write target and drafters under `root`."""
     drafter = {kind: root / kind for kind in KINDS}
@@ -95,6 +163,21 @@ def build(root: Path) -> Directories:
         norm_output=True,
         fc_norm=True,
     )
+    d2t, t2d = vocabulary_map(seed=5)
+    build_eagle3(
+        drafter["reduced"],
+        root / "target",
+        seed=5,
+        norm_before_residual=True,
+        draft_vocab_size=DRAFT_VOCAB,
+        d2t=d2t,
+        t2d=t2d,
+    )
+    d2t, t2d = vocabulary_map(seed=6)
+    tensors = {**original_tensors(6, d2t=d2t), "d2t": d2t, "t2d": t2d}
+    write_original(
+        drafter["original"], tensors, draft_vocab_size=DRAFT_VOCAB
+    )  # its embeddings are the target's
     return Directories(root, root / "target", drafter)
 
 
@@ -108,5 +191,5 @@ class LoadedPair:
 
 def load(directories: Directories, kind: str) -> LoadedPair:
     """A fresh pair."""
-    drafter = load_drafter(directories.drafter[kind])
+    drafter = load_drafter(directories.drafter[kind], target=directories.target)
     return LoadedPair(Target(directories.target, drafter.tap_layers), drafter)

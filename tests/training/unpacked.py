@@ -59,10 +59,21 @@ def _logits(head: Any, hidden: torch.Tensor) -> torch.Tensor:
     return head.lm_head(hidden[:, 0] if head.config.norm_output else head.norm(hidden[:, 0]))
 
 
+def over_target_vocabulary(drafter: Any, logits: torch.Tensor) -> torch.Tensor:
+    """A drafter's logits [..., D] among all of the target's tokens, −inf for those it cannot draft: [..., V]."""
+    d2t = getattr(drafter.model, "d2t", None)
+    if d2t is None:
+        return logits
+    full = logits.new_full((*logits.shape[:-1], drafter.model.embed_tokens.num_embeddings), float("-inf"))
+    for draft_id, difference in enumerate(d2t.tolist()):
+        full[..., draft_id + difference] = logits[..., draft_id]
+    return full
+
+
 def draft_windows(
     target: Any, drafter: Any, trajectories: Trajectories, starts: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """The drafter's logits [B, W, K, V] along windows, each on its own."""
+    """The drafter's logits [B, W, K, D] along windows, each on its own."""
 
     def one(prefix: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
         if drafter.drafter_type == "eagle3":

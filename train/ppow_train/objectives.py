@@ -2,7 +2,9 @@
 
 Published PPOW is not here: its clipped group-relative loss is TRL's own, fed by rollout.py and rewards.py. Every
 objective here is a mean over windows and needs no sampling: y is the target's trajectory, p and q the target and
-draft distributions along it.
+draft distributions along it. Where a head drafts from a reduced vocabulary, what is about acceptance (exact, overlap,
+tv, nla) takes p as it is, what is about likeness (ce, kl_div, rkl, jsd) p renormalised on the draft vocabulary, and
+lk_hybrid each of its parts in its own form; vocabulary.py tells why.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from vllm_ppow.speedup import speedup_increments
 
 CST_LOSSES = ("ce", "kl_div", "rkl", "jsd", "tv", "nla", "lk_hybrid")
 CST_ALIASES = {"kl": "kl_div"}
+_ACCEPTANCE_LOSSES = ("tv", "nla")
 OBJECTIVES = ("ppow", "exact", "overlap", "cst:LOSS")
 
 
@@ -26,13 +29,21 @@ class PathWindows:
     """N windows on target trajectories, at the training temperature.
 
     Attributes:
-        tokens: int64 [N, K], the trajectory's.
-        target_logits, draft_logits: [N, K, V], divided by the temperature.
+        tokens: int64 [N, K], the trajectory's, as columns of the logits.
+        target_logits, draft_logits: [N, K, V], divided by the temperature; [N, K, D + 1] with a reduced vocabulary.
+        has_rest: the last column stands for all tokens that cannot be drafted (see vocabulary.py).
     """
 
     tokens: torch.Tensor
     target_logits: torch.Tensor
     draft_logits: torch.Tensor
+    has_rest: bool = False
+
+    def without_rest(self) -> PathWindows:
+        """The same on the draft vocabulary alone, whose softmax is p renormalised; tokens may lie beyond it."""
+        if not self.has_rest:
+            return self
+        return PathWindows(self.tokens, self.target_logits[..., :-1], self.draft_logits[..., :-1])
 
 
 Objective = Callable[[PathWindows], torch.Tensor]
@@ -79,16 +90,33 @@ def continued_supervised(windows: PathWindows, loss_name: str, position_decay: f
     Returns:
         scalar.
     """
+    if loss_name == "lk_hybrid" and windows.has_rest:
+        per_token = _lk_hybrid_with_rest(windows)
+    else:
+        per_token = _library_loss(
+            loss_name, windows if loss_name in _ACCEPTANCE_LOSSES else windows.without_rest()
+        )
+    length = per_token.shape[-1]
+    weights = position_decay ** torch.arange(length, device=per_token.device, dtype=per_token.dtype)
+    return (per_token * (weights / weights.sum())).sum(-1).mean()
+
+
+def _library_loss(name: str, windows: PathWindows) -> torch.Tensor:
     from speculators.losses import resolve_loss_config
 
-    (loss, _weight), *_ = resolve_loss_config(loss_name, "eager").values()
+    (loss, _weight), *_ = resolve_loss_config(name, "eager").values()
     batch, length, vocab = windows.draft_logits.shape
-    per_token = loss(
+    return loss(
         windows.draft_logits.reshape(1, batch * length, vocab),
         windows.target_logits.reshape(1, batch * length, vocab),
     ).view(batch, length)
-    weights = position_decay ** torch.arange(length, device=per_token.device, dtype=per_token.dtype)
-    return (per_token * (weights / weights.sum())).sum(-1).mean()
+
+
+def _lk_hybrid_with_rest(windows: PathWindows) -> torch.Tensor:
+    """λ·KL + (1 − λ)·TV, λ = exp(−3 · overlap), the library's blend of its own losses, each with its own form of p."""
+    variation = _library_loss("tv", windows)
+    weight = torch.exp(-3.0 * (1.0 - variation.detach()))
+    return weight * _library_loss("kl_div", windows.without_rest()) + (1.0 - weight) * variation
 
 
 def parse_objective(name: str) -> str:

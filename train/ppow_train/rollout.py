@@ -129,6 +129,7 @@ class WindowRunner:
         values = token_criticality(
             self.target.path_logits(target, position, 1)[:, :, 0] / self.temperature,
             self.drafter.slot_logits(draft, position - draft.first_slot) / self.temperature,
+            self.drafter.vocabulary,
         )
         return window_criticality(values, self.num_speculative_tokens)
 
@@ -142,7 +143,7 @@ class WindowRunner:
         tokens, draft_logits = self.drafter.sample(
             draft, packed.starts, self.num_speculative_tokens, self.temperature, generator
         )
-        draft_logps = token_logps(draft_logits / self.temperature, tokens)
+        draft_logps = token_logps(draft_logits / self.temperature, self.drafter.vocabulary.columns(tokens))
         target_logits = self.target.score(target, packed.starts, tokens) / self.temperature
         target_logps = token_logps(target_logits, tokens)
         own = window_tokens(packed.trajectories.input_ids, packed.starts, self.num_speculative_tokens)
@@ -169,21 +170,25 @@ class WindowRunner:
         logits = self.drafter.score(draft, packed.starts, packed.pack(tokens)) / self.temperature
         logp = packed.unpack(logits).log_softmax(-1)
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-        return logp.gather(-1, tokens[..., None]).squeeze(-1), entropy
+        columns = self.drafter.vocabulary.columns(tokens)
+        return logp.gather(-1, columns[..., None]).squeeze(-1), entropy
 
     def path_windows(self, trajectory: torch.Tensor, start: torch.Tensor) -> PathWindows:
         """Both distributions along the target's own windows: int64 [N], int64 [N] -> N windows."""
         packed = pack_rows(self.trajectories, trajectory, start)
         target, draft = self._encode(packed.trajectories)
-        length = self.num_speculative_tokens
+        length, vocabulary = self.num_speculative_tokens, self.drafter.vocabulary
+        tokens = window_tokens(packed.trajectories.input_ids, packed.starts, length)
+        target_logits = self.target.path_logits(target, packed.starts, length) / self.temperature
+        target_logits = vocabulary.with_rest(
+            target_logits
+        )  # at once: the full ones may be four times as many
+        draft_logits = self.drafter.path_logits(draft, packed.trajectories, packed.starts, length)
         return PathWindows(
-            tokens=packed.unpack(window_tokens(packed.trajectories.input_ids, packed.starts, length)),
-            target_logits=packed.unpack(self.target.path_logits(target, packed.starts, length))
-            / self.temperature,
-            draft_logits=packed.unpack(
-                self.drafter.path_logits(draft, packed.trajectories, packed.starts, length)
-            )
-            / self.temperature,
+            tokens=packed.unpack(vocabulary.columns(tokens)),
+            target_logits=packed.unpack(target_logits),
+            draft_logits=packed.unpack(vocabulary.with_empty_rest(draft_logits / self.temperature)),
+            has_rest=vocabulary.is_reduced,
         )
 
     def _encode(self, trajectories: Trajectories) -> tuple[Encoded, Encoded]:

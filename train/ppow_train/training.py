@@ -60,11 +60,11 @@ def load_pair(target: str, drafter: str, device: str = "cpu", dtype: torch.dtype
     target_dir, _ = resolve_directory(target)
     drafter_dir, _ = resolve_directory(drafter)
     refs = [_reference(name, directory) for name, directory in ((target, target_dir), (drafter, drafter_dir))]
-    loaded = load_drafter(drafter_dir, device, dtype)
+    loaded = load_drafter(drafter_dir, device, dtype, target_dir)
     pair = Pair(Target(target_dir, loaded.tap_layers, device, dtype), loaded, *refs)
     if pair.target.vocab_size != loaded.vocab_size:
         raise UserError(
-            f"Drafter {drafter} drafts from {loaded.vocab_size} tokens, target {target} has {pair.target.vocab_size}: "
+            f"Drafter {drafter} reads {loaded.vocab_size} tokens, target {target} has {pair.target.vocab_size}: "
             "they must share one tokenizer."
         )
     return pair

@@ -9,12 +9,19 @@ import math
 
 import torch
 
+from ppow_train.vocabulary import FULL_VOCABULARY, DraftVocabulary
 
-def token_criticality(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
+
+def token_criticality(
+    target_logits: torch.Tensor, draft_logits: torch.Tensor, vocabulary: DraftVocabulary = FULL_VOCABULARY
+) -> torch.Tensor:
     """v_t = C(P_t) · KL(P_t ‖ Q_t), C(P_t) = 1 − H(P_t)/log|V| (PPOW, adaptive windowing section).
 
+    The entropy is that of P; where the drafter cannot draft every token, KL is to P renormalised on those it can.
+
     Args:
-        target_logits, draft_logits: [..., V], divided by the temperature.
+        target_logits, draft_logits: [..., V] and [..., D], divided by the temperature.
+        vocabulary: the D tokens that can be drafted.
 
     Returns:
         [...], nats, >= 0.
@@ -24,7 +31,8 @@ def token_criticality(target_logits: torch.Tensor, draft_logits: torch.Tensor) -
     p = target_logp.exp()
     entropy = -(p * target_logp).sum(-1)
     confidence = 1.0 - entropy / math.log(target_logits.shape[-1])
-    divergence = (p * (target_logp - draft_logp)).sum(-1)
+    target_logp = vocabulary.renormalised(target_logp)
+    divergence = (target_logp.exp() * (target_logp - draft_logp)).sum(-1)
     return confidence * divergence.clamp(min=0.0)
 
 

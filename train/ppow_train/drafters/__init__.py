@@ -10,6 +10,8 @@ import torch
 from ppow_train.drafters.base import Drafter
 from ppow_train.errors import UserError
 
+_ORIGINAL_EAGLE3 = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")  # read by vLLM as one and the same
+
 __all__ = ["Drafter", "detect_drafter_type", "load_drafter"]
 
 
@@ -24,23 +26,30 @@ def detect_drafter_type(directory: Path) -> str:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is not readable ({error}): give the drafter's own directory.") from error
-    if config.get("speculators_model_type") == "eagle3":
-        return "eagle3"
     architectures = config.get("architectures") or []
-    if any(name.endswith("ForCausalLM") for name in architectures):
+    if config.get("speculators_model_type") == "eagle3" or set(architectures) & set(_ORIGINAL_EAGLE3):
+        return "eagle3"
+    is_eagle = any("eagle" in name.lower() for name in architectures)  # some end in ForCausalLM too
+    if not is_eagle and any(name.endswith("ForCausalLM") for name in architectures):
         return "causal_lm"
     raise UserError(
-        f"{directory} is neither a causal LM nor an EAGLE-3 head in speculators format (architectures "
-        f"{architectures}): convert the head with the speculators library first."
+        f"{directory} is neither a causal LM nor an EAGLE-3 head in speculators format or of Llama layers in the "
+        f"original format (architectures {architectures}): convert the head with the speculators library first."
     )
 
 
-def load_drafter(directory: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Drafter:
-    """Load a drafter of any supported kind, trainable, on a device."""
+def load_drafter(
+    directory: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, target: Path | None = None
+) -> Drafter:
+    """Load a drafter of any supported kind, trainable, on a device.
+
+    Args:
+        target: directory of its target; an EAGLE-3 head that leaves its taps or its embeddings to the target needs it.
+    """
     if detect_drafter_type(directory) == "eagle3":
         from ppow_train.drafters.eagle3 import Eagle3Drafter
 
-        return Eagle3Drafter.load(directory, device, dtype)
+        return Eagle3Drafter.load(directory, device, dtype, target)
     from ppow_train.drafters.causal_lm import CausalLMDrafter
 
     return CausalLMDrafter.load(directory, device, dtype)

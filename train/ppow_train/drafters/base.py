@@ -2,7 +2,9 @@
 
 A window at position n is drafted as a chain: the prefix's last slot predicts the first token, then each drafted
 token is fed back. `ChainDrafter` runs that chain with or without gradient from three primitives that a kind supplies.
-Left out: the kinds themselves, verification.
+Tokens are
+target ids; logits are over the draft vocabulary (vocabulary.py), D = V unless a head reduces it. Left out: the kinds
+themselves, verification.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 
 from ppow_train.packing import chain_mask, gather_slots, window_slots
 from ppow_train.types import Encoded, Trajectories
+from ppow_train.vocabulary import FULL_VOCABULARY, DraftVocabulary
 
 
 class Drafter(Protocol):
@@ -24,11 +27,13 @@ class Drafter(Protocol):
         model: the PreTrainedModel that LoRA is injected into (in place).
         lora_targets: names of the linear layers to adapt by default.
         tap_layers: residual streams of the target that it reads, or ().
-        vocab_size: V of its logits.
+        vocab_size: V, tokens of the target's vocabulary that it reads.
+        vocabulary: the D of them that it drafts, D of its logits.
     """
 
     model: Any
     lora_targets: list[str]
+    vocabulary: DraftVocabulary
 
     @property
     def drafter_type(self) -> Literal["eagle3", "causal_lm"]: ...
@@ -44,17 +49,17 @@ class Drafter(Protocol):
         ...
 
     def slot_logits(self, encoded: Encoded, slots: torch.Tensor) -> torch.Tensor:
-        """First-token logits at given slots, int64 [B, M] -> [B, M, V]."""
+        """First-token logits at given slots, int64 [B, M] -> [B, M, D]."""
         ...
 
     def score(self, encoded: Encoded, starts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits along given windows, int64 [B, W], [B, W, K] -> [B, W, K, V], differentiable."""
+        """Logits along given windows, int64 [B, W], [B, W, K] -> [B, W, K, D], differentiable."""
         ...
 
     def path_logits(
         self, encoded: Encoded, trajectories: Trajectories, starts: torch.Tensor, num_speculative_tokens: int
     ) -> torch.Tensor:
-        """Logits along the trajectories' own windows, int64 [B, W] -> [B, W, K, V], differentiable."""
+        """Logits along the trajectories' own windows, int64 [B, W] -> [B, W, K, D], differentiable."""
         ...
 
     def sample(
@@ -65,7 +70,7 @@ class Drafter(Protocol):
         temperature: float,
         generator: torch.Generator | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draft windows: tokens int64 [B, W, K] and their logits [B, W, K, V], without gradient."""
+        """Draft windows: tokens int64 [B, W, K] and their logits [B, W, K, D], without gradient."""
         ...
 
 
@@ -74,6 +79,8 @@ class ChainDrafter:
 
     Subclasses supply `encode`, `extend` (one more token of every window) and `head` (hidden -> logits).
     """
+
+    vocabulary: DraftVocabulary = FULL_VOCABULARY
 
     def extend(
         self,
@@ -87,21 +94,21 @@ class ChainDrafter:
         raise NotImplementedError
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., H] -> logits float32 [..., V]."""
+        """Hidden states [..., H] -> logits float32 [..., D]."""
         raise NotImplementedError
 
     def slot_logits(self, encoded: Encoded, slots: torch.Tensor) -> torch.Tensor:
-        """First-token logits at given slots, int64 [B, M] -> [B, M, V]."""
+        """First-token logits at given slots, int64 [B, M] -> [B, M, D]."""
         return self.head(gather_slots(encoded.hidden, slots))
 
     def score(self, encoded: Encoded, starts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits along given windows, int64 [B, W], [B, W, K] -> [B, W, K, V]."""
+        """Logits along given windows, int64 [B, W], [B, W, K] -> [B, W, K, D]."""
         return self._chain(encoded, starts, tokens.shape[-1], lambda step, logits: tokens[..., step])[1]
 
     def path_logits(
         self, encoded: Encoded, trajectories: Trajectories, starts: torch.Tensor, num_speculative_tokens: int
     ) -> torch.Tensor:
-        """Logits along the trajectories' own windows, int64 [B, W] -> [B, W, K, V]."""
+        """Logits along the trajectories' own windows, int64 [B, W] -> [B, W, K, D]."""
         slots = window_slots(starts, num_speculative_tokens)
         rows = torch.arange(len(starts), device=starts.device)[:, None, None]
         return self.score(encoded, starts, trajectories.input_ids[rows, slots])
@@ -115,14 +122,14 @@ class ChainDrafter:
         temperature: float,
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draft windows at a temperature (0: argmax): tokens int64 [B, W, K], logits [B, W, K, V]."""
+        """Draft windows at a temperature (0: argmax): tokens int64 [B, W, K], logits [B, W, K, D]."""
 
         def draw(step: int, logits: torch.Tensor) -> torch.Tensor:
             if temperature == 0:
-                return logits.argmax(-1)
+                return self.vocabulary.to_target(logits.argmax(-1))
             probabilities = (logits / temperature).softmax(-1)
             flat = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
-            return flat.view(logits.shape[:2])
+            return self.vocabulary.to_target(flat.view(logits.shape[:2]))
 
         return self._chain(encoded, starts, num_speculative_tokens, draw)
 
@@ -133,7 +140,7 @@ class ChainDrafter:
         length: int,
         choose: Callable[[int, torch.Tensor], torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the chain; `choose(step, logits [B, W, V])` gives the token that is fed next."""
+        """Run the chain; `choose(step, logits [B, W, D])` gives the token that is fed next."""
         anchors = starts - encoded.first_slot
         hidden = gather_slots(encoded.hidden, anchors)
         all_logits, all_tokens = [self.head(hidden)], []

@@ -3,7 +3,7 @@
 The model class, its weights and key names are the library's own. Its `forward` cannot be used for windows: it returns
 argmax tokens and a summed loss, no logits, and starts a chain at every position of a document, so sampled or off-path
 windows cannot be fed. The chain of `ChainDrafter` is therefore run through the library's own modules (embed_tokens, fc,
-layers, rotary_emb, norm, lm_head). Left out: the original EAGLE checkpoint format, reduced draft vocabularies.
+layers, rotary_emb, norm, lm_head). Left out: how a head is read from disk (eagle3_checkpoint.py).
 
 Slot s reads the target's state at s and the token at s+1, and predicts the token at s+2.
 """
@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
-from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
 from transformers import DynamicCache
 
 from ppow_train.drafters.base import ChainDrafter
+from ppow_train.drafters.eagle3_checkpoint import read_head
 from ppow_train.errors import UserError
 from ppow_train.types import Encoded, Trajectories
-from vllm_ppow.artifact import model_weight_files
+from ppow_train.vocabulary import FULL_VOCABULARY, reduced_vocabulary
 
 
 class Eagle3Drafter(ChainDrafter):
-    """EAGLE-3 and EAGLE-3.1 heads in `speculators` format."""
+    """EAGLE-3 and EAGLE-3.1 heads, with the target's full vocabulary or a part of it."""
 
     drafter_type: Literal["eagle3"] = "eagle3"
 
@@ -41,38 +40,21 @@ class Eagle3Drafter(ChainDrafter):
             "up_proj",
             "down_proj",
         ]
-        if model.use_draft_vocab:
-            raise UserError(
-                f"The head drafts from a reduced vocabulary of {model.draft_vocab_size} tokens, which this version "
-                "serves but does not train: use a head with the target's full vocabulary."
-            )
         if model.sliding_window_indices:
             raise UserError(
                 "The head uses sliding-window attention, which is not supported: use one without."
             )
+        self.vocabulary = FULL_VOCABULARY
+        if model.use_draft_vocab:
+            target_ids = torch.arange(model.draft_vocab_size, device=model.d2t.device) + model.d2t
+            self.vocabulary = reduced_vocabulary(target_ids, model.verifier_vocab_size)
 
     @classmethod
-    def load(cls, directory: Path, device: str, dtype: torch.dtype) -> Eagle3Drafter:
-        """Load a head saved by `speculators`, every tensor by its exact name.
-
-        The library's `from_pretrained` is not used: it fetches the target that the head's config names (which its user
-        may not have named), and fills tensors that are missing with the target's.
-
-        Raises:
-            UserError: tensors are missing, unknown or of another shape, or the taps are not recorded.
-        """
-        config = Eagle3SpeculatorConfig.from_pretrained(directory)
-        config.transformer_layer_config._attn_implementation = (
-            "sdpa"  # its default builds flex masks for its own forward
-        )
-        model = Eagle3DraftModel(config)
-        _load_exactly(model, directory)
-        if not config.eagle_aux_hidden_state_layer_ids:
-            raise UserError(
-                f"{directory}/config.json does not say which target layers the head reads: set "
-                "eagle_aux_hidden_state_layer_ids, usually [2, n // 2, n - 3] for n target layers."
-            )
-        return cls(model.to(device=device, dtype=dtype))
+    def load(
+        cls, directory: Path, device: str, dtype: torch.dtype, target: Path | None = None
+    ) -> Eagle3Drafter:
+        """Load a head in either format (see `read_head`)."""
+        return cls(read_head(directory, target).to(device=device, dtype=dtype))
 
     @property
     def tap_layers(self) -> tuple[int, ...]:
@@ -81,8 +63,8 @@ class Eagle3Drafter(ChainDrafter):
 
     @property
     def vocab_size(self) -> int:
-        """V of the logits."""
-        return int(self.model.draft_vocab_size)
+        """V, tokens of the target's vocabulary that it reads."""
+        return int(self.model.verifier_vocab_size)
 
     def encode(self, trajectories: Trajectories, target: Encoded) -> Encoded:
         """One causal pass over L−1 slots, reading the target's taps [B, L, T·H]."""
@@ -143,23 +125,3 @@ class Eagle3Drafter(ChainDrafter):
                 position_embeddings=rotary,
             )
         return model.norm(states) if model.config.norm_output else states
-
-
-def _load_exactly(model: torch.nn.Module, directory: Path) -> None:
-    """Copy a checkpoint into the model; what only training of the library reads (`verifier_*`) may be absent."""
-    tensors = {
-        name: tensor for file in model_weight_files(directory) for name, tensor in load_file(file).items()
-    }
-    expected = {name for name in model.state_dict() if not name.startswith("verifier_")}
-    if missing := sorted(expected - set(tensors)):
-        raise UserError(
-            f"{directory} lacks the tensors {missing}: save the head again with save_pretrained()."
-        )
-    if unknown := sorted(set(tensors) - set(model.state_dict())):
-        raise UserError(
-            f"{directory} has the tensors {unknown}, which an EAGLE-3 head does not: check the key names."
-        )
-    try:
-        model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"{directory} does not fit its own config.json: {error}") from error

@@ -1,0 +1,209 @@
+"""EAGLE-3 heads on disk, in the `speculators` format and in the original EAGLE format, read into the library's model.
+
+The two differ in config.json and in the name of the first layer (`layers.0.` and `midlayer.`). Every tensor is taken by
+its exact name; the library's own loading is not used, because it fetches the target that a head's config names (which
+its user may not have named) and fills what is missing without a word. Three things may be absent, and each has one
+source: `embed_tokens` (then the head shares the TARGET's, as vLLM serves it, and a log line says so), `t2d` (it repeats
+`d2t`) and what only the library's training reads (`verifier_*`). Left out: what a head computes (eagle3.py), heads of
+other layer types, pickled checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+from transformers import LlamaConfig
+
+from ppow_train.errors import UserError
+from vllm_ppow.artifact import model_weight_files, read_model_config
+
+logger = logging.getLogger(__name__)
+
+_EMBEDDING = "embed_tokens.weight"
+
+
+def read_head(directory: Path, target: Path | None = None) -> Any:
+    """The head in a directory as an `Eagle3DraftModel` on the CPU, its taps recorded in its config.
+
+    Args:
+        directory: config.json and *.safetensors of the head.
+        target: directory of its target, needed where the head leaves something to it: its taps or its embeddings.
+
+    Raises:
+        UserError: tensors are missing, unknown, or contradict the config or each other; the head needs something of
+            its target that it cannot have; the kind of head is not supported.
+    """
+    raw = read_model_config(directory)
+    config = (
+        Eagle3SpeculatorConfig.from_pretrained(directory)
+        if "speculators_model_type" in raw
+        else _original_config(raw, directory)
+    )
+    config.eagle_aux_hidden_state_layer_ids = _taps(
+        config.eagle_aux_hidden_state_layer_ids, directory, target
+    )
+    config.transformer_layer_config._attn_implementation = (
+        "sdpa"  # its default builds flex masks for its own forward
+    )
+    model = Eagle3DraftModel(config)
+    _fit_target_width(model, directory, target)
+    _load_exactly(model, directory, target)
+    return model
+
+
+# ---------------------------------------------------------------- config.json
+
+
+def _original_config(raw: dict[str, Any], directory: Path) -> Any:
+    """A config of the original format in the library's terms, absent switches as vLLM reads them."""
+    eagle = raw.get("eagle_config") or {}
+    if raw.get("model_type", "llama") != "llama" or eagle.get("use_aux_hidden_state", True) is not True:
+        raise UserError(
+            f"{directory} is an EAGLE-3 head with model_type {raw.get('model_type')!r} and eagle_config {eagle}: only "
+            "Llama layers that read hidden states of the target are supported in the original format."
+        )
+    layer = LlamaConfig.from_dict({key: value for key, value in raw.items() if key != "eagle_config"})
+    layer.tie_word_embeddings, layer.pad_token_id = False, None
+    return Eagle3SpeculatorConfig(
+        transformer_layer_config=layer,
+        draft_vocab_size=raw.get("draft_vocab_size") or layer.vocab_size,
+        norm_before_residual=raw.get("norm_before_residual", False),
+        norm_before_fc=eagle.get("norm_before_fc", raw.get("norm_before_fc", False)),
+        fc_norm=raw.get("fc_norm", False),
+        norm_output=raw.get("norm_output", False),
+        target_hidden_size=raw.get("target_hidden_size"),
+        eagle_aux_hidden_state_layer_ids=raw.get("eagle_aux_hidden_state_layer_ids")
+        or eagle.get("eagle_aux_hidden_state_layer_ids"),
+    )
+
+
+def _taps(named: list[int] | None, directory: Path, target: Path | None) -> list[int]:
+    """The target layers that the head reads; where it names none, those that EAGLE-3 defines and vLLM takes."""
+    if not named and target is None:
+        raise UserError(
+            f"{directory}/config.json does not say which target layers the head reads: set "
+            "eagle_aux_hidden_state_layer_ids, usually [2, n // 2, n - 3] for n target layers."
+        )
+    layers = 0 if named or target is None else int(_text_config(target)["num_hidden_layers"])
+    taps = named or [2, layers // 2, layers - 3]
+    if sorted(set(taps)) != list(taps):
+        raise UserError(
+            f"The head {directory} reads the target after layers {taps}, which must ascend, as vLLM hands them over: "
+            "set eagle_aux_hidden_state_layer_ids to what the head was trained on."
+        )
+    return list(taps)
+
+
+def _fit_target_width(model: Any, directory: Path, target: Path | None) -> None:
+    """Rebuild what reads the target's states where they are not as wide as the head's (`target_hidden_size`)."""
+    width = model.config.target_hidden_size or model.hidden_size
+    if target is not None and (found := _text_config(target)["hidden_size"]) != width:
+        raise UserError(
+            f"The head {directory} reads hidden states of size {width}, those of target {target} have size {found}: "
+            "give the target that the head was made for."
+        )
+    if width == model.hidden_size:
+        return
+    count, eps = len(model.target_layer_ids), model.config.transformer_layer_config.rms_norm_eps
+    model.fc = torch.nn.Linear(count * width, model.hidden_size, bias=False)
+    if model.input_norm is not None:
+        model.input_norm = type(model.input_norm)(count * width, eps=eps)
+    if model.fc_norm is not None:
+        model.fc_norm = torch.nn.ModuleList([type(norm)(width, eps=eps) for norm in model.fc_norm])
+
+
+def _text_config(target: Path) -> dict[str, Any]:
+    config = read_model_config(target)
+    return config.get("text_config") or config
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def _load_exactly(model: Any, directory: Path, target: Path | None) -> None:
+    """Copy a checkpoint into the model, every tensor by its exact name."""
+    tensors = _read_tensors(directory)
+    if model.use_draft_vocab and "d2t" in tensors:
+        tensors["t2d"] = _checked_t2d(tensors, model.verifier_vocab_size, directory)
+    if _EMBEDDING not in tensors and target is not None:
+        tensors[_EMBEDDING] = _target_embedding(target, tuple(model.embed_tokens.weight.shape), directory)
+        logger.warning(
+            "The head %s has no embeddings of its own: it uses those of target %s.", directory, target
+        )
+    state = model.state_dict()
+    expected = {name for name in state if not name.startswith("verifier_")}
+    if missing := sorted(expected - set(tensors)):
+        remedy = " (name the target, whose embeddings it shares)" if missing == [_EMBEDDING] else ""
+        raise UserError(
+            f"{directory} lacks the tensors {missing}: save the head again with save_pretrained(){remedy}."
+        )
+    if unknown := sorted(set(tensors) - set(state)):
+        raise UserError(
+            f"{directory} has the tensors {unknown}, which an EAGLE-3 head with a draft vocabulary of "
+            f"{model.draft_vocab_size} out of {model.verifier_vocab_size} does not: check the key names."
+        )
+    wrong = [
+        f"{name} {list(tensor.shape)} instead of {list(state[name].shape)}"
+        for name, tensor in sorted(tensors.items())
+        if tensor.shape != state[name].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{directory} does not fit its own config.json, it has {', '.join(wrong)}: copy the head again."
+        )
+    model.load_state_dict(tensors, strict=False)
+
+
+def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by the library's names: `midlayer.` of the original format is `layers.0.`."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in model_weight_files(directory):
+        for name, tensor in load_file(file).items():
+            known = "layers.0." + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name
+            if known in tensors:
+                raise UserError(
+                    f"{directory} has the tensor {known} twice, as {name} too: save the head again."
+                )
+            tensors[known] = tensor
+    return tensors
+
+
+def _checked_t2d(tensors: dict[str, torch.Tensor], vocab_size: int, directory: Path) -> torch.Tensor:
+    """`t2d`, bool [V], that follows from `d2t` (target id − draft id, int64 [D]); an own one must say the same."""
+    d2t, own = tensors["d2t"], tensors.get("t2d")
+    ids = torch.arange(d2t.numel()) + d2t.flatten()
+    fits = d2t.dtype == torch.int64 and bool(((ids >= 0) & (ids < vocab_size)).all())
+    if not fits or len(ids.unique()) != len(ids):
+        raise UserError(
+            f"d2t of {directory} must hold int64 differences target id − draft id that lead to distinct target ids "
+            f"below {vocab_size}, got {d2t.dtype} {list(d2t.shape)}: convert the head again."
+        )
+    t2d = torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, ids, True)
+    if own is not None and not t2d.equal(own.bool()):
+        raise UserError(
+            f"t2d and d2t of {directory} name different tokens of the target: convert the head again."
+        )
+    return t2d
+
+
+def _target_embedding(target: Path, shape: tuple[int, ...], directory: Path) -> torch.Tensor:
+    """The target's one tensor `….embed_tokens.weight`, [V, H], for a head without."""
+    found: dict[str, torch.Tensor] = {}
+    for file in model_weight_files(target):
+        with safe_open(file, framework="pt") as checkpoint:
+            for name in checkpoint.keys():  # noqa: SIM118 (safe_open is no mapping)
+                if name == _EMBEDDING or name.endswith(f".{_EMBEDDING}"):
+                    found[name] = checkpoint.get_tensor(name)
+    if [tuple(tensor.shape) for tensor in found.values()] != [shape]:
+        have = {name: list(tensor.shape) for name, tensor in found.items()}
+        raise UserError(
+            f"The head {directory} has no {_EMBEDDING} and needs one of shape {list(shape)} from its target, but "
+            f"{target} has {have}: give the target that the head was made for."
+        )
+    return next(iter(found.values()))
