@@ -13,7 +13,9 @@ import click
 from ppow_train.commands.options import given, training_options
 
 if TYPE_CHECKING:
-    from ppow_train.training import TrainingResult
+    from rich.progress import Progress
+
+    from ppow_train.training import Pair, TrainingResult
     from ppow_train.types import Trajectories
 
 
@@ -24,9 +26,13 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--prompts",
-    required=True,
     type=click.Path(path_type=Path),
     help='JSONL file, one {"prompt": "…"} per line',
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="directory that `ppow data` wrote, instead of --prompts and --held-out",
 )
 @click.option(
     "--held-out",
@@ -53,10 +59,13 @@ if TYPE_CHECKING:
 @click.option("--device", default=None, help="cpu or cuda  [default: cuda where there is one]")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
 @training_options
+@click.pass_context
 def train(
+    ctx: click.Context,
     target: str,
     drafter: str,
-    prompts: Path,
+    prompts: Path | None,
+    data: Path | None,
     held_out: Path | None,
     output: Path,
     config_file: Path | None,
@@ -70,9 +79,10 @@ def train(
 ) -> None:
     """Train a LoRA adapter for a drafter on prompts of your own.
 
-    The target continues every prompt once; windows of its continuations are what the drafter is trained on. The adapter
-    directory is what vLLM is given as "model" of method ppow.
+    The target continues every prompt once, now or in `ppow data`; windows of its continuations are what the drafter is
+    trained on. The adapter directory is what vLLM is given as "model" of method ppow.
     """
+    _check_usage(ctx, prompts, data)
     from ppow_train.data import read_prompts
 
     for file in (prompts, held_out):
@@ -86,6 +96,7 @@ def train(
         target,
         drafter,
         prompts,
+        data,
         held_out,
         output,
         values,
@@ -99,13 +110,24 @@ def train(
     _report(result, as_json)
 
 
+def _check_usage(ctx: click.Context, prompts: Path | None, data: Path | None) -> None:
+    if (prompts is None) == (data is None):
+        raise click.UsageError("give exactly one of --prompts and --data.")
+    for name in ("held_out", "max_new_tokens", "cache") if data is not None else ():
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} was settled by `ppow data`: drop it, or give --prompts."
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Request:
     """What the command line asked for; `values` are the training options that were given."""
 
     target: str
     drafter: str
-    prompts: Path
+    prompts: Path | None
+    data: Path | None
     held_out: Path | None
     output: Path
     values: dict[str, Any]
@@ -121,35 +143,51 @@ def _run(request: _Request) -> TrainingResult:
 
     from ppow_train.config import PPOWConfig
     from ppow_train.progress import make_progress
-    from ppow_train.training import get_trajectories, load_pair, train_adapter
+    from ppow_train.training import load_pair, train_adapter
 
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as scratch, make_progress() as progress:
         fixed = {"output_dir": scratch, "seed": request.seed, "use_cpu": device == "cpu"}
         config = PPOWConfig(**{**fixed, **request.values})
         pair = load_pair(request.target, request.drafter, device)
-
-        def trajectories(file: Path, seed: int) -> Trajectories:
-            return get_trajectories(
-                pair,
-                file,
-                cache=request.cache,
-                max_new_tokens=request.max_new_tokens,
-                temperature=config.serving_temperature,
-                seed=seed,
-                progress=progress,
-            )
-
+        trajectories, held_out = _splits(request, pair, config.serving_temperature, progress)
+        source = request.data or request.prompts
         return train_adapter(
             pair,
-            trajectories(request.prompts, request.seed),
+            trajectories,
             config,
             request.output,
-            held_out=trajectories(request.held_out, request.seed + 1) if request.held_out else None,
+            held_out=held_out,
             draft_sample_method=request.draft_sample_method,
-            facts={"prompts": request.prompts.name},
+            facts={"prompts": source.name if source else None},
             progress=progress,
         )
+
+
+def _splits(
+    request: _Request, pair: Pair, temperature: float, progress: Progress
+) -> tuple[Trajectories, Trajectories | None]:
+    """What is trained and what is measured on, from disk or generated now."""
+    from ppow_train.training import get_trajectories
+    from ppow_train.trajectory_store import load_splits
+
+    if request.data is not None:
+        return load_splits(request.data, pair.target_ref.fingerprint, temperature)
+
+    def generated(file: Path, seed: int) -> Trajectories:
+        return get_trajectories(
+            pair,
+            file,
+            cache=request.cache,
+            max_new_tokens=request.max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            progress=progress,
+        )
+
+    assert request.prompts is not None
+    trajectories = generated(request.prompts, request.seed)
+    return trajectories, generated(request.held_out, request.seed + 1) if request.held_out else None
 
 
 def _report(result: TrainingResult, as_json: bool) -> None:
