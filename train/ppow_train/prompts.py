@@ -232,15 +232,13 @@ def read_dataset(name: str, split: str, column: str, subset: str | None = None) 
     except (DatasetsError, OSError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"Dataset {name} (subset {subset}, split {split}) cannot be had ({first}): check --dataset, --subset, "
+            f"Dataset {name}, split {split}, cannot be had ({first}): check --dataset, --subset, "
             "--split and the network."
         ) from error
     if column not in rows.column_names:
         raise UserError(
             f"Dataset {name} has no column {column!r}: name one of {rows.column_names} with --column."
         )
-    if not len(rows):
-        raise UserError(f"Dataset {name}, split {split}, is empty: name another split.")
     for number, row in enumerate(rows.select_columns([column])):
         yield from prompts_of(row[column], f"{name}, row {number}")
 

@@ -72,11 +72,9 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--compile/--eager", "compiled", default=False, help="vllm: compile and capture graphs")
 @click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    help="of hf and vllm, such as bfloat16 (auto: the target's own)",
-)
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
+    help="of hf and vllm; auto is the target's own",
+)  # fmt: skip
 @click.option("--device", default=None, help="hf: cpu or cuda  [default: cuda where there is one]")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
 @click.pass_context
