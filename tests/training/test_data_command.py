@@ -167,8 +167,10 @@ def changed(arguments: list[str], flag: str, value: str | None) -> list[str]:
         (None, ["--endpoint", "http://127.0.0.1:1/v1"], "--endpoint and --model"),
         (None, ["--model", "m"], "--endpoint and --model"),
         (None, ["--split", "test"], "--split belongs to --dataset"),
-        (None, ["--api-key-env", "X"], "--api-key-env belongs to --endpoint"),
-        (None, ["--endpoint", "http://127.0.0.1:1/v1", "--model", "m", "--engine", "hf"], "--engine is the server's"),
+        (None, ["--api-key-env", "X"], "--api-key-env has no effect with hf"),
+        (None, ["--compile"], "--compile has no effect with hf"),
+        (None, ["--endpoint", "http://127.0.0.1:1/v1", "--model", "m", "--engine", "hf"], "one of --engine and"),
+        (None, ["--endpoint", "http://127.0.0.1:1/v1", "--model", "m"], "--batch-size has no effect with endpoint"),
         (None, ["--temperature", "-1"], "--temperature"),
         (None, ["--engine", "magic"], "--engine"),
     ],
@@ -207,6 +209,22 @@ def test_other_options_do_not_resume(arguments, tmp_path, capsys):
         assert run([*limited, *extra]) == 1
         assert "was begun with" in capsys.readouterr().err
     assert files(tmp_path / "set") == before
+
+
+def test_data_that_is_none_is_refused_before_models_are_loaded(tmp_path, capsys):
+    train = [
+        "train",
+        "--target",
+        "t",
+        "--drafter",
+        "d",
+        "--output",
+        str(tmp_path / "a"),
+        "--data",
+        str(tmp_path),
+    ]
+    assert run(train) == 1
+    assert "not the manifest" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

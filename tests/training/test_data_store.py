@@ -178,6 +178,12 @@ def test_a_directory_that_holds_something_else(tmp_path):
     assert files(tmp_path) == {"thesis.txt": b"mine"}
 
 
+def test_an_output_that_is_a_file(tmp_path):
+    (tmp_path / "set").write_text("mine")
+    with refused("is a file", "another output"):
+        write(tmp_path / "set")
+
+
 def test_two_writers(tmp_path):
     with open_store(tmp_path / "set", FACTS, len(PROMPTS)), refused("another process"):
         write(tmp_path / "set")

@@ -10,7 +10,7 @@ import concurrent.futures
 import dataclasses
 import http.client
 import json
-import time
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -73,10 +73,10 @@ class EndpointBackend:
         Raises:
             UserError: the server cannot be reached, refuses, or does not answer with the ids asked for.
         """
-        pool = concurrent.futures.ThreadPoolExecutor(self.concurrency)
+        pool, stop = concurrent.futures.ThreadPoolExecutor(self.concurrency), threading.Event()
         try:
             futures = [
-                pool.submit(self._continue, list(ids), derive_seed(seed, i))
+                pool.submit(self._continue, list(ids), derive_seed(seed, i), stop)
                 for i, ids in enumerate(prompt_ids)
             ]
             for done, future in enumerate(concurrent.futures.as_completed(futures), start=1):
@@ -84,9 +84,10 @@ class EndpointBackend:
                 report(done)
             return [future.result() for future in futures]
         finally:
+            stop.set()  # of requests that wait for another attempt, when one has failed for good
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _continue(self, ids: list[int], seed: int) -> list[int]:
+    def _continue(self, ids: list[int], seed: int, stop: threading.Event) -> list[int]:
         answer = self._post(
             {
                 "model": self.model,
@@ -103,7 +104,8 @@ class EndpointBackend:
                 "repetition_penalty": 1.0,
                 "presence_penalty": 0.0,
                 "frequency_penalty": 0.0,
-            }
+            },
+            stop,
         )
         return self._checked(answer, ids)
 
@@ -135,19 +137,19 @@ class EndpointBackend:
             )
         return tokens
 
-    def _post(self, body: dict[str, Any]) -> Any:
+    def _post(self, body: dict[str, Any], stop: threading.Event) -> Any:
         for attempt in range(1, self.attempts + 1):
             try:
                 return self._post_once(body)
             except urllib.error.HTTPError as error:
-                if error.code not in _PASSING or attempt == self.attempts:
+                if error.code not in _PASSING or attempt == self.attempts or stop.is_set():
                     raise UserError(self._refusal(error)) from error
             except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-                if attempt == self.attempts:
+                if attempt == self.attempts or stop.is_set():
                     raise UserError(
                         f"{self.url} cannot be reached ({error}): start the server, then run the same command again."
                     ) from error
-            time.sleep(self.first_wait_s * 2 ** (attempt - 1))
+            stop.wait(self.first_wait_s * 2 ** (attempt - 1))
         raise AssertionError("the last attempt returns or raises")
 
     def _post_once(self, body: dict[str, Any]) -> Any:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ppow_train.types import Trajectories
 
 MANIFEST = "manifest.json"
+_LOCK = ".lock"
 FORMAT = 1  # of the directory; counted up when shards or manifest change
 BYTES_PER_TOKEN = 4
 _BYTES_PER_RECORD = 9  # two lengths and the split
@@ -106,10 +107,10 @@ def open_store(directory: Path, facts: dict[str, Any], num_records: int) -> Iter
     Raises:
         UserError: it was begun with other facts, is something else, is damaged, or another process writes it.
     """
+    _check_ours(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    # The kernel drops this lock with the process, however that ends; a lock file would survive a kill.
-    handle = os.open(directory, os.O_RDONLY)
-    try:
+    with (directory / _LOCK).open("w") as handle:
+        # The kernel drops the lock with the process, however that ends; the file itself may stay.
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -117,17 +118,21 @@ def open_store(directory: Path, facts: dict[str, Any], num_records: int) -> Iter
                 f"{directory} is being written by another process: wait for it, or name another output directory."
             ) from None
         yield TrajectoryStore(directory, _begin(directory, facts, num_records))
-    finally:
-        os.close(handle)
+
+
+def _check_ours(directory: Path) -> None:
+    """Nothing is put among files that are not ours."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file: name another output directory.")
+    ours = {MANIFEST, _LOCK, _partial(MANIFEST)}
+    names = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    if MANIFEST not in names and names - ours:
+        raise UserError(f"{directory} is not empty and holds no {MANIFEST}: name another output directory.")
 
 
 def _begin(directory: Path, facts: dict[str, Any], num_records: int) -> Manifest:
     wanted = Manifest(json.loads(json.dumps(facts)), num_records)
     if not (directory / MANIFEST).exists():
-        if any(path.name != _partial(MANIFEST) for path in directory.iterdir()):
-            raise UserError(
-                f"{directory} is not empty and holds no {MANIFEST}: name another output directory."
-            )
         _write_manifest(directory, wanted)
         return wanted
     found = read_manifest(directory)

@@ -90,27 +90,38 @@ def data(ctx: click.Context, as_json: bool, **options: Any) -> None:
     _report(request, _run(request, prompts), as_json)
 
 
+# Options that only some ways of continuing have.
+_OWNERS = {
+    "batch_size": ("hf",),
+    "device": ("hf",),
+    "dtype": ("hf", "vllm"),
+    "compiled": ("vllm",),
+    "concurrency": ("vllm", "endpoint"),
+    "api_key_env": ("endpoint",),
+}
+
+
 def _check_usage(ctx: click.Context, options: dict[str, Any]) -> None:
-    def was_given(name: str) -> bool:
-        return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+    def given(*names: str) -> list[str]:
+        default = click.core.ParameterSource.DEFAULT
+        flags = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
+        return [flags[name] for name in names if ctx.get_parameter_source(name) is not default]
 
     if (options["prompts"] is None) == (options["dataset"] is None):
         raise click.UsageError("give exactly one of --prompts and --dataset.")
     if (options["endpoint"] is None) != (options["model"] is None):
         raise click.UsageError("--endpoint and --model go together: give both or neither.")
-    only_with = {
-        "--dataset": (options["dataset"], ("subset", "split", "column")),
-        "--endpoint": (options["endpoint"], ("api_key_env",)),
-    }
-    for flag, (value, names) in only_with.items():
-        if stray := [name for name in names if value is None and was_given(name)]:
-            raise click.UsageError(
-                f"--{stray[0].replace('_', '-')} belongs to {flag}: give {flag} too, or drop it."
-            )
-    if options["endpoint"] is not None and (
-        stray := [n for n in ("engine", "dtype", "device") if was_given(n)]
-    ):
-        raise click.UsageError(f"--{stray[0]} is the server's with --endpoint: drop one of the two.")
+    if options["endpoint"] is not None and given("engine"):
+        raise click.UsageError("give at most one of --engine and --endpoint.")
+    if options["dataset"] is None and (stray := given("subset", "split", "column")):
+        raise click.UsageError(f"{stray[0]} belongs to --dataset: give that too, or drop it.")
+    backend = _backend_name(options["endpoint"], options["engine"])
+    if stray := given(*(name for name, owners in _OWNERS.items() if backend not in owners)):
+        raise click.UsageError(f"{stray[0]} has no effect with {backend}: drop it.")
+
+
+def _backend_name(endpoint: str | None, engine: str) -> str:
+    return "endpoint" if endpoint is not None else engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +234,7 @@ def _facts(
     facts: dict[str, Any] = {
         "target_fingerprint": fingerprint,
         "prompts_sha256": tokenized.digest(),
-        "backend": "endpoint" if request.endpoint else request.engine,
+        "backend": _backend_name(request.endpoint, request.engine),
         **{
             name: getattr(request, name)
             for name in ("temperature", "max_new_tokens", "seed", "shard_size", "held_out_share")

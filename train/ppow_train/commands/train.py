@@ -88,6 +88,10 @@ def train(
     for file in (prompts, held_out):
         if file is not None:
             read_prompts(file)  # a malformed line is reported before models are loaded
+    if data is not None:
+        from ppow_train.trajectory_store import read_manifest
+
+        read_manifest(data)
     from ppow_train.config import check_keys, read_config_file
 
     values = {**(read_config_file(config_file) if config_file else {}), **given(options)}
