@@ -354,7 +354,7 @@ def resolve_directory(
 ) -> tuple[Path, bool]:
     """Turn a directory or Hub repo id into a local directory.
 
-    Only JSON, safetensors and tokenizer text are fetched, and only from the repo that was named.
+    Only JSON, safetensors, tokenizer text and chat templates are fetched, and only from the repo that was named.
 
     Args:
         name_or_path: directory or Hub repo id.
@@ -380,7 +380,7 @@ def resolve_directory(
             name_or_path,
             revision=revision,
             cache_dir=cache_dir,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
         )
     except Exception as error:  # the Hub client raises a dozen kinds; each means "cannot be had"
         raise ArtifactError(

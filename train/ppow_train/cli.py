@@ -20,6 +20,7 @@ from vllm_ppow.artifact import ArtifactError
 
 # name -> (module:attribute of the click command, its line in `ppow --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "data": ("ppow_train.commands.data:data", "Let the target continue prompts, and keep it on disk."),
     "train": ("ppow_train.commands.train:train", "Train a LoRA adapter for a drafter."),
     "demo": ("ppow_train.commands.demo:demo", "The whole loop once: train, serve, compare."),
     "bench": ("ppow_train.commands.bench:bench", "Measure a drafter in vLLM, with and without its adapter."),

@@ -17,42 +17,11 @@ from pathlib import Path
 import torch
 
 from ppow_train.errors import UserError
+from ppow_train.prompts import read_prompts as read_prompts
 from ppow_train.types import Trajectories
 
 # Part of every set's name: counted up when generation changes what it writes, so that no old set passes for a new one.
 _GENERATION = 2
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Read a JSONL file with one `{"prompt": text}` per line; other keys are ignored.
-
-    Raises:
-        UserError: missing file, malformed line (with its number), or no prompt at all.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split(
-            "\n"
-        )  # splitlines() also breaks at signs that JSON may hold
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"Prompts {path} cannot be read ({error}): give a UTF-8 file with one JSON object per line."
-        ) from error
-    prompts = [_prompt(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not prompts:
-        raise UserError(f'Prompts {path} is empty: give at least one line like {{"prompt": "…"}}.')
-    return prompts
-
-
-def _prompt(line: str, path: Path, number: int) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f'{path}, line {number}: expected a JSON object like {{"prompt": "…"}}, got {line[:60]!r}.'
-        ) from error
-    if not isinstance(prompt, str) or not prompt:
-        raise UserError(f"{path}, line {number}: prompt must be a non-empty text, got {prompt!r}.")
-    return prompt
 
 
 def collate(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Trajectories:

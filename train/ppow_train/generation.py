@@ -1,23 +1,62 @@
 """The target continues the prompts: how trajectories come to be.
 
-With Hugging Face generate, batched. Left out: storage (data.py), chat templates.
+Behind one Protocol: Hugging Face generate, batched, or a vLLM engine in a process of its own; a server (endpoint.py)
+fits it too. Left out: storage (data.py, trajectory_store.py), chat templates (prompts.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from ppow_train.data import load_trajectories, save_trajectories, trajectory_key
 from ppow_train.errors import UserError
+from ppow_train.trajectory_store import derive_seed
 from ppow_train.types import Trajectories
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ppow_train.serving_eval import Engine
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What is asked of every backend: the bare distribution, no top-k, no top-p, no penalties.
+
+    Attributes:
+        max_new_tokens: tokens per continuation at most.
+        temperature: 0 is greedy.
+        end_token_ids: a continuation ends with the first of these, which is kept.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    end_token_ids: tuple[int, ...]
+
+
+class Backend(Protocol):
+    """What continues prompts with the target."""
+
+    def continue_prompts(
+        self, prompt_ids: Sequence[Sequence[int]], *, seed: int, report: Callable[[int], None]
+    ) -> list[list[int]]:
+        """Continue each prompt once.
+
+        Args:
+            prompt_ids: token ids, one sequence per prompt.
+            seed: the same prompts and seed are asked to give the same continuations.
+            report: called with the number of finished prompts.
+
+        Returns:
+            Continuation ids, one list per prompt, in order.
+        """
+        ...
 
 
 def load_tokenizer(target: Path) -> PreTrainedTokenizerBase:
@@ -31,7 +70,6 @@ def load_tokenizer(target: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -54,28 +92,116 @@ def generate(
     Returns:
         Prompt ids and continuation ids, one list per prompt.
     """
-    torch.manual_seed(seed)
-    ends = _end_tokens(model, tokenizer)
-    prompt_ids: list[list[int]] = []
-    completion_ids: list[list[int]] = []
-    for begin in range(0, len(prompts), batch_size):
-        batch = tokenizer(list(prompts[begin : begin + batch_size]), return_tensors="pt", padding=True).to(
-            model.device
+    prompt_ids = tokenizer(list(prompts))["input_ids"]
+    sampling = Sampling(max_new_tokens, temperature, tuple(_end_tokens(model, tokenizer)))
+    backend = HuggingFaceBackend(model, tokenizer, sampling, batch_size)
+    return prompt_ids, backend.continue_prompts(prompt_ids, seed=seed, report=report)
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceBackend:
+    """Hugging Face generate on a loaded target, `batch_size` prompts at a time in the order given."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    batch_size: int = 64
+
+    @torch.no_grad()
+    def continue_prompts(
+        self, prompt_ids: Sequence[Sequence[int]], *, seed: int, report: Callable[[int], None]
+    ) -> list[list[int]]:
+        """See `Backend`. Reproducible on one machine: batches of other sizes round differently.
+
+        Raises:
+            UserError: a prompt and its continuation do not fit the target.
+        """
+        torch.manual_seed(seed)
+        ends, pad = self.sampling.end_token_ids, self.tokenizer.pad_token_id
+        completion_ids: list[list[int]] = []
+        for begin in range(0, len(prompt_ids), self.batch_size):
+            rows = [{"input_ids": list(ids)} for ids in prompt_ids[begin : begin + self.batch_size]]
+            batch = self.tokenizer.pad(rows, return_tensors="pt").to(self.model.device)
+            width = batch["input_ids"].shape[1]
+            check_length(width + self.sampling.max_new_tokens, self.model.config)
+            with _plain_sampling(self.model, self.sampling.temperature, list(ends), pad):
+                output = self.model.generate(**batch, max_new_tokens=self.sampling.max_new_tokens)
+            completion_ids += [_cut_at_end(row[width:].tolist(), ends) for row in output]
+            report(len(completion_ids))
+        return completion_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class VllmBackend:
+    """A started vLLM engine without speculation; every request has a seed of its own."""
+
+    engine: Engine
+    sampling: Sampling
+
+    def continue_prompts(
+        self, prompt_ids: Sequence[Sequence[int]], *, seed: int, report: Callable[[int], None]
+    ) -> list[list[int]]:
+        """See `Backend`. Whether equal seeds give equal tokens is up to the engine: batches may round differently.
+
+        Raises:
+            UserError: the engine stopped.
+        """
+        run = self.engine.run(
+            prompt_ids,
+            max_tokens=self.sampling.max_new_tokens,
+            temperature=self.sampling.temperature,
+            seeds=[derive_seed(seed, i) for i in range(len(prompt_ids))],
+            stop_token_ids=self.sampling.end_token_ids,
         )
-        _check_length(batch["input_ids"].shape[1] + max_new_tokens, model)
-        with _plain_sampling(model, temperature, ends, tokenizer.pad_token_id):
-            output = model.generate(**batch, max_new_tokens=max_new_tokens)
-        width = batch["input_ids"].shape[1]
-        for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], output, strict=True):
-            prompt_ids.append(ids[mask.bool()].tolist())
-            completion_ids.append(_cut_at_end(row[width:].tolist(), ends))
         report(len(prompt_ids))
-    return prompt_ids, completion_ids
+        return [_cut_at_end(tokens, self.sampling.end_token_ids) for tokens in run.tokens]
+
+
+@contextlib.contextmanager
+def open_hugging_face(
+    target: Path, sampling: Sampling, *, device: str, dtype: str, batch_size: int
+) -> Iterator[HuggingFaceBackend]:
+    """Load the target for `HuggingFaceBackend`; `dtype` as in transformers, "auto" is the checkpoint's own."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, use_safetensors=True).to(device).eval()
+    yield HuggingFaceBackend(model, load_tokenizer(target), sampling, batch_size)
+
+
+@contextlib.contextmanager
+def open_vllm(
+    target: Path, sampling: Sampling, *, max_model_len: int, concurrency: int, enforce_eager: bool, dtype: str
+) -> Iterator[VllmBackend]:
+    """Start an engine for `VllmBackend`, and stop it at the end.
+
+    Raises:
+        UserError: it did not start.
+    """
+    from ppow_train.serving_eval import Engine, EngineOptions
+
+    options = EngineOptions(str(target), max_model_len, concurrency, enforce_eager=enforce_eager, dtype=dtype)
+    with Engine("data", options, None) as engine:
+        engine.wait_until_ready()
+        yield VllmBackend(engine, sampling)
+
+
+def end_tokens(target: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """End-of-text of a target that is not loaded (see `Sampling`), in ascending order."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        shipped = GenerationConfig.from_pretrained(target)
+    except OSError:  # the file is optional; a loaded model falls back to its config too
+        shipped = GenerationConfig.from_model_config(AutoConfig.from_pretrained(target))
+    return tuple(_named_ends(shipped.eos_token_id, tokenizer))
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """End-of-text by the tokenizer and by the target: chat models name several."""
-    own = model.generation_config.eos_token_id
+    return _named_ends(model.generation_config.eos_token_id, tokenizer)
+
+
+def _named_ends(own: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     named = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
     return sorted(token for token in named if token is not None)
 
@@ -105,8 +231,13 @@ def _cut_at_end(ids: list[int], ends: Sequence[int]) -> list[int]:
     return ids[: first + 1]
 
 
-def _check_length(length: int, model: PreTrainedModel) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def check_length(length: int, config: PreTrainedConfig) -> None:
+    """Refuse prompts and continuations of more tokens than the target has positions for.
+
+    Raises:
+        UserError: `length` is beyond it.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise UserError(
             f"Prompt and continuation need {length} tokens, the target takes {limit}: shorten the prompts or lower "

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ppow_train.drafters import load_drafter
+from ppow_train.errors import UserError
 from ppow_train.evaluation import simulate_walk
-from ppow_train.generation import load_tokenizer
 from ppow_train.rollout import WindowRunner
 from ppow_train.serving_eval import ADAPTER, Engine, EngineOptions, ppow_spec
 from ppow_train.training import Pair
@@ -26,6 +26,7 @@ from vllm_ppow.metrics import SpecDecodeCounts
 
 FLOOR = 0.03  # of acceptance at a position: bf16 in vLLM against fp32 here, and what ends a text
 STANDARD_ERRORS = 4.0
+LIMIT = 64  # prompts served
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def merged_pair(pair: Pair, adapter: Adapter, drafter_directory: Path) -> Pair:
     from peft import PeftModel
 
     device = str(pair.target.model.device)
-    drafter = load_drafter(drafter_directory, device)
+    drafter = load_drafter(drafter_directory, device, target=pair.target.directory)
     drafter.model = PeftModel.from_pretrained(drafter.model, str(adapter.directory)).merge_and_unload()
     return dataclasses.replace(pair, drafter=drafter)
 
@@ -87,23 +88,29 @@ def check_parity(
     pair: Pair,
     adapter: Adapter,
     drafter_directory: Path,
-    prompts: Sequence[str],
     trajectories: Trajectories,
     *,
-    max_tokens: int,
     say: Callable[[str], None] = lambda text: None,
 ) -> Parity:
     """Simulate and serve an adapter on the same prompts at the temperature it was trained for.
 
     Args:
         pair: target and drafter, without the adapter.
-        trajectories: the target's continuations of the prompts at that temperature, K tokens longer than max_tokens.
-        max_tokens: output tokens per prompt.
+        trajectories: held-out prompts with the target's continuations at that temperature; the first LIMIT are used,
+            and as many output tokens as leave room for a whole draft.
 
     Returns:
         The two counts; the pair's models are on the CPU afterwards.
     """
     config = adapter.config
+    trajectories = trajectories.select(torch.arange(min(LIMIT, len(trajectories))))
+    outputs = trajectories.lengths - trajectories.prompt_lengths
+    max_tokens = int(outputs.max()) - config.num_speculative_tokens
+    if max_tokens < 2:
+        raise UserError(
+            f"The held-out continuations have {int(outputs.max())} tokens at most, parity with vLLM needs "
+            f"{config.num_speculative_tokens + 2}: raise --max-new-tokens or give --no-parity."
+        )
     greedy = config.temperature == 0 or config.draft_sample_method == "greedy"
     merged = merged_pair(pair, adapter, drafter_directory)
     runner = WindowRunner(
@@ -119,7 +126,8 @@ def check_parity(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     say("starting vLLM to count the same prompts")
-    token_ids = load_tokenizer(pair.target.directory)(list(prompts))["input_ids"]
+    prompts = zip(trajectories.input_ids.tolist(), trajectories.prompt_lengths.tolist(), strict=True)
+    token_ids = [ids[:length] for ids, length in prompts]
     # Room to spare: within two drafts of max_model_len vLLM stops drafting, for all requests of the batch.
     longest = max(map(len, token_ids)) + max_tokens + 4 * (config.num_speculative_tokens + 1)
     spec = ppow_spec(adapter, drafter_directory, config.num_speculative_tokens)

@@ -127,10 +127,30 @@ class Engine:
         """Block until the engine has started (engines start side by side)."""
         self._receive()
 
-    def run(self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float) -> Run:
-        """Continue prompts (token ids) and count."""
-        request = {"prompts": [list(p) for p in prompts], "max_tokens": max_tokens}
-        self._send({**request, "temperature": temperature})
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        temperature: float,
+        seeds: Sequence[int] | None = None,
+        stop_token_ids: Sequence[int] = (),
+    ) -> Run:
+        """Continue prompts (token ids) and count.
+
+        Args:
+            seeds: one per prompt; without them the engine's own generator goes on.
+            stop_token_ids: that end a continuation besides the target's own.
+        """
+        self._send(
+            {
+                "prompts": [list(p) for p in prompts],
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "seeds": None if seeds is None else list(seeds),
+                "stop_token_ids": list(stop_token_ids),
+            }
+        )
         answer = self._receive()
         counts = answer["counts"]
         if counts is not None:
@@ -207,9 +227,16 @@ def _run_once(llm: Any, request: dict[str, Any], speculating: bool) -> dict[str,
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
-    sampling = SamplingParams(
-        max_tokens=request["max_tokens"], temperature=request["temperature"], detokenize=False
-    )
+    sampling = [
+        SamplingParams(
+            max_tokens=request["max_tokens"],
+            temperature=request["temperature"],
+            seed=seed,
+            stop_token_ids=request["stop_token_ids"],
+            detokenize=False,
+        )
+        for seed in request["seeds"] or [None] * len(prompts)
+    ]
     before = SpecDecodeCounts.from_metrics(llm.get_metrics()) if speculating else None
     started = time.perf_counter()
     outputs = llm.generate(prompts, sampling, use_tqdm=False)

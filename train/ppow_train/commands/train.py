@@ -14,6 +14,9 @@ import click
 from ppow_train.commands.options import given, training_options
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from ppow_train.config import PPOWConfig
     from ppow_train.parity import Parity
     from ppow_train.training import Pair, TrainingResult
     from ppow_train.types import Trajectories
@@ -26,9 +29,13 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--prompts",
-    required=True,
     type=click.Path(path_type=Path),
     help='JSONL file, one {"prompt": "…"} per line',
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="directory that `ppow data` wrote, instead of --prompts and --held-out",
 )
 @click.option(
     "--held-out",
@@ -61,10 +68,13 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
 @training_options
+@click.pass_context
 def train(
+    ctx: click.Context,
     target: str,
     drafter: str,
-    prompts: Path,
+    prompts: Path | None,
+    data: Path | None,
     held_out: Path | None,
     output: Path,
     config_file: Path | None,
@@ -79,14 +89,19 @@ def train(
 ) -> None:
     """Train a LoRA adapter for a drafter on prompts of your own.
 
-    The target continues every prompt once; windows of its continuations are what the drafter is trained on. The adapter
-    directory is what vLLM is given as "model" of method ppow.
+    The target continues every prompt once, now or in `ppow data`; windows of its continuations are what the drafter is
+    trained on. The adapter directory is what vLLM is given as "model" of method ppow.
     """
+    _check_usage(ctx, prompts, data)
     from ppow_train.data import read_prompts
 
     for file in (prompts, held_out):
         if file is not None:
             read_prompts(file)  # a malformed line is reported before models are loaded
+    if data is not None:
+        from ppow_train.trajectory_store import read_manifest
+
+        read_manifest(data)
     from ppow_train.config import check_keys, read_config_file
 
     values = {**(read_config_file(config_file) if config_file else {}), **given(options)}
@@ -95,6 +110,7 @@ def train(
         target,
         drafter,
         prompts,
+        data,
         held_out,
         output,
         values,
@@ -113,13 +129,24 @@ def train(
         )
 
 
+def _check_usage(ctx: click.Context, prompts: Path | None, data: Path | None) -> None:
+    if (prompts is None) == (data is None):
+        raise click.UsageError("give exactly one of --prompts and --data.")
+    for name in ("held_out", "max_new_tokens", "cache") if data is not None else ():
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} was settled by `ppow data`: drop it, or give --prompts."
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Request:
     """What the command line asked for; `values` are the training options that were given."""
 
     target: str
     drafter: str
-    prompts: Path
+    prompts: Path | None
+    data: Path | None
     held_out: Path | None
     output: Path
     values: dict[str, Any]
@@ -136,36 +163,23 @@ def _run(request: _Request) -> tuple[TrainingResult, Parity | None]:
 
     from ppow_train.config import PPOWConfig
     from ppow_train.progress import make_progress
-    from ppow_train.training import get_trajectories, load_pair, train_adapter
+    from ppow_train.training import load_pair, train_adapter
 
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as scratch, make_progress() as progress:
         fixed = {"output_dir": scratch, "seed": request.seed, "use_cpu": device == "cpu"}
         config = PPOWConfig(**{**fixed, **request.values})
         pair = load_pair(request.target, request.drafter, device)
-
-        def trajectories(file: Path, seed: int, extra_tokens: int = 0) -> Trajectories:
-            return get_trajectories(
-                pair,
-                file,
-                cache=request.cache,
-                max_new_tokens=request.max_new_tokens + extra_tokens,
-                temperature=config.serving_temperature,
-                seed=seed,
-                progress=progress,
-            )
-
-        held_out = None
-        if request.held_out:  # K tokens longer: the last draft of a walk must fit
-            held_out = trajectories(request.held_out, request.seed + 1, config.num_speculative_tokens)
+        trajectories, held_out = _splits(request, pair, config, progress)
+        source = request.data or request.prompts
         result = train_adapter(
             pair,
-            trajectories(request.prompts, request.seed),
+            trajectories,
             config,
             request.output,
             held_out=held_out,
             draft_sample_method=request.draft_sample_method,
-            facts={"prompts": request.prompts.name},
+            facts={"prompts": source.name if source else None},
             progress=progress,
         )
     return result, _check_parity(request, pair, held_out, result) if held_out and request.parity else None
@@ -180,7 +194,6 @@ def _check_parity(
             "Not checked against vLLM, which is not installed here: run `ppow bench` where it is.", err=True
         )
         return None
-    from ppow_train.data import read_prompts
     from ppow_train.parity import check_parity
     from vllm_ppow.artifact import resolve_directory
 
@@ -188,11 +201,38 @@ def _check_parity(
         pair,
         result.adapter,
         resolve_directory(request.drafter)[0],
-        read_prompts(request.held_out) if request.held_out else [],
         held_out,
-        max_tokens=request.max_new_tokens,
         say=lambda text: click.echo(text, err=True),
     )
+
+
+def _splits(
+    request: _Request, pair: Pair, config: PPOWConfig, progress: Progress
+) -> tuple[Trajectories, Trajectories | None]:
+    """What is trained and what is measured on, from disk or generated now."""
+    from ppow_train.training import get_trajectories
+    from ppow_train.trajectory_store import load_splits
+
+    if request.data is not None:
+        return load_splits(request.data, pair.target_ref.fingerprint, config.serving_temperature)
+
+    def generated(file: Path, seed: int, extra_tokens: int = 0) -> Trajectories:
+        return get_trajectories(
+            pair,
+            file,
+            cache=request.cache,
+            max_new_tokens=request.max_new_tokens + extra_tokens,
+            temperature=config.serving_temperature,
+            seed=seed,
+            progress=progress,
+        )
+
+    assert request.prompts is not None
+    trajectories = generated(request.prompts, request.seed)
+    if request.held_out is None:
+        return trajectories, None
+    # K tokens longer: the last draft of a simulated serving walk must fit.
+    return trajectories, generated(request.held_out, request.seed + 1, config.num_speculative_tokens)
 
 
 def _report(result: TrainingResult, parity: Parity | None, as_json: bool) -> None:

@@ -1,0 +1,189 @@
+"""Prompts of every form become token ids, each once. Left out: `read_prompts` (test_bad_input.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_bad_input import refused
+
+from ppow_train.generation import load_tokenizer
+from ppow_train.prompts import Prompt, prompt_hash, read_dataset, read_requests, tokenize
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.arguments.x }}{% endfor %}{% endfor %}"
+    "{% if tools %}[{{ tools[0].name }}]{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHAT = [{"role": "user", "content": "draft"}]
+
+
+def write(tmp_path: Path, *rows: Any) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tokenizer(directories):
+    return load_tokenizer(directories.target)
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def texts(tokenizer: Any, path: Path) -> list[str]:
+    return [tokenizer.decode(list(ids)) for ids in tokenize(read_requests(path), tokenizer).ids]
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"prompt": "windows", "file": "x"}, ["windows"]),
+        ({"messages": CHAT}, ["<user>draft<assistant>"]),
+        ({"custom_id": "1", "url": "/v1", "body": {"model": "m", "messages": CHAT}}, ["<user>draft<assistant>"]),
+        ({"request": {"prompt": "of", "max_tokens": 3}, "response": {"choices": []}}, ["of"]),
+        ({"request": {"body": {"prompt": "of"}}}, ["of"]),
+        ({"body": {"prompt": ["of", "windows"]}}, ["of", "windows"]),
+        ({"messages": CHAT, "tools": [{"name": "f"}]}, ["<user>draft[f]<assistant>"]),
+        ({"messages": CHAT, "chat_template_kwargs": {"tools": [{"name": "g"}]}}, ["<user>draft[g]<assistant>"]),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+            ["<user>a\nb<assistant>"],
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "", "tool_calls": [{"function": {"arguments": '{"x": 7}'}}]}]},
+            ["<tool>7<assistant>"],
+        ),
+    ],
+)  # fmt: skip
+def test_every_form(row, wanted, tmp_path, chat_tokenizer):
+    assert texts(chat_tokenizer, write(tmp_path, row)) == wanted
+
+
+def test_token_ids_of_a_log_are_taken_as_they_are(tmp_path, tokenizer):
+    path = write(tmp_path, {"body": {"prompt": [5, 6, 7]}}, {"body": {"prompt": [[8], [9, 10]]}})
+    assert [list(ids) for ids in tokenize(read_requests(path), tokenizer).ids] == [[5, 6, 7], [8], [9, 10]]
+    with refused("line 1", "0 to", "got 99999"):
+        tokenize(read_requests(write(tmp_path, {"prompt": [99999]})), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"text": "a"}, ["line 1", "`prompt` or `messages`", "neither"]),
+        ({"prompt": "a", "messages": CHAT}, ["line 1", "both"]),
+        ({"body": {"input": "a"}}, ["neither"]),
+        (["prompt"], ["neither"]),
+        ({"prompt": ""}, ["line 1", "non-empty"]),
+        ({"prompt": 3}, ["non-empty text", "got 3"]),
+        ({"messages": []}, ["non-empty"]),
+        ({"messages": ["hello", 3]}, ["non-empty"]),
+        ({"messages": [{"content": "a"}]}, ["role"]),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            ["parts of text", "image_url"],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": "{"}}]}
+                ]
+            },
+            ["JSON arguments"],
+        ),
+    ],
+)
+def test_malformed_requests(row, parts, tmp_path):
+    with refused("prompts.jsonl", *parts):
+        read_requests(write(tmp_path, row))
+
+
+def test_a_line_that_is_no_json_and_an_empty_file(tmp_path):
+    path = write(tmp_path, {"prompt": "a"})
+    path.write_text('{"prompt": "a"}\n{"prompt"\n', encoding="utf-8")
+    with refused("line 2", "JSON object"):
+        read_requests(path)
+    path.write_text("\n", encoding="utf-8")
+    with refused("is empty", "messages"):
+        read_requests(path)
+
+
+def test_messages_without_a_chat_template(tmp_path, tokenizer):
+    with refused("line 1", "chat template", '"prompt"'):
+        tokenize(read_requests(write(tmp_path, {"messages": CHAT})), tokenizer)
+
+
+def test_messages_that_the_template_refuses(tmp_path, tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with refused("line 1", "roles must alternate"):
+        tokenize(read_requests(write(tmp_path, {"messages": CHAT})), tokenizer)
+
+
+def test_duplicates_limit_and_length(tokenizer):
+    prompts = [Prompt("p", text=text) for text in ("of", "windows of draft", "of", "draft", "tokens")]
+    whole = tokenize(prompts, tokenizer)
+    assert (len(whole.ids), whole.duplicates, whole.too_long) == (4, 1, 0)
+    assert [tokenizer.decode(list(ids)) for ids in whole.ids] == ["of", "windows of draft", "draft", "tokens"]
+    limited = tokenize(prompts, tokenizer, limit=2)
+    assert [list(ids) for ids in limited.ids] == [list(ids) for ids in whole.ids[:2]]
+    longest = max(map(len, whole.ids))
+    short = tokenize(prompts, tokenizer, max_prompt_tokens=longest - 1)
+    assert short.too_long == 1
+    with refused("All 4 prompts", "--max-prompt-tokens"):
+        tokenize(prompts, tokenizer, max_prompt_tokens=0)
+    assert whole.digest() != limited.digest()
+    assert whole.digest() == tokenize(iter(prompts), tokenizer).digest()
+
+
+def test_the_hash_of_a_prompt_never_changes():
+    """It decides the split of every set on disk."""
+    assert prompt_hash([1, 2, 70000]).hex()[:16] == "313a9de55e88265f"
+
+
+# ---------------------------------------------------------------- datasets
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    rows = [{"question": "of", "chat": CHAT, "number": 1}, {"question": "draft", "chat": CHAT, "number": 2}]
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_column_of_texts_or_chats(dataset, chat_tokenizer):
+    whole = tokenize(read_dataset(dataset, "train", "question"), chat_tokenizer)
+    assert [chat_tokenizer.decode(list(ids)) for ids in whole.ids] == ["of", "draft"]
+    chats = tokenize(read_dataset(dataset, "train[:1]", "chat"), chat_tokenizer)
+    assert chat_tokenizer.decode(list(chats.ids[0])) == "<user>draft<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("split", "column", "parts"),
+    [
+        ("train", "prompt", ["no column 'prompt'", "question", "--column"]),
+        ("train", "number", ["row 0", "non-empty text", "got 1"]),
+        ("test", "question", ["cannot be had", "--split"]),
+        ("train[:0]", "question", ["no data", "--split"]),
+    ],
+)
+def test_datasets_that_cannot_be_used(split, column, parts, dataset):
+    with refused(*parts):
+        list(read_dataset(dataset, split, column))
+
+
+def test_a_dataset_that_is_not_there(tmp_path):
+    with refused("nowhere", "cannot be had", "--dataset"):
+        list(read_dataset(str(tmp_path / "nowhere"), "train", "prompt"))

@@ -1,0 +1,341 @@
+"""`ppow data`: prompts in, the target's trajectories on disk. Left out: everything but the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ppow_train.generation import Backend, Sampling
+    from ppow_train.prompts import Prompt, TokenizedPrompts
+    from ppow_train.trajectory_store import Manifest
+
+
+@click.command()
+@click.option("--target", required=True, help="directory or Hub repo id of the target")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path),
+    help="JSONL file of prompts, chats or logged requests of an OpenAI-compatible server",
+)  # fmt: skip
+@click.option("--dataset", help="Hugging Face dataset (repo id or directory) instead of --prompts")
+@click.option("--subset", help="of the dataset, where it has several")
+@click.option("--split", default="train", show_default=True, help="of the dataset")
+@click.option(
+    "--column", default="prompt", show_default=True, help="of the dataset: texts or lists of messages"
+)
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="directory of the trajectories"
+)
+@click.option(
+    "--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True,
+    help="what continues the prompts: Hugging Face generate or a vLLM engine",
+)  # fmt: skip
+@click.option(
+    "--endpoint", help="base URL of an OpenAI-compatible server (http://…/v1) that serves the target instead"
+)
+@click.option("--model", help="name under which the endpoint serves the target")
+@click.option("--api-key-env", metavar="VARIABLE", help="environment variable that holds the endpoint's key")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True,
+    help="the one to be served (0 = greedy)",
+)  # fmt: skip
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
+    help="tokens of each continuation at most",
+)  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="of sampling")
+@click.option("--limit", type=click.IntRange(min=1), help="distinct prompts to use at most  [default: all]")
+@click.option(
+    "--max-prompt-tokens", type=click.IntRange(min=1), help="leave out longer prompts  [default: keep all]"
+)
+@click.option(
+    "--held-out-share", type=click.FloatRange(0, 1), default=0.1, show_default=True,
+    help="share of prompts set apart to measure on, chosen by a hash of the prompt",
+)  # fmt: skip
+@click.option(
+    "--shard-size", type=click.IntRange(min=1), default=512, show_default=True,
+    help="records per file; what a kill can cost",
+)  # fmt: skip
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="of --engine hf"
+)
+@click.option(
+    "--concurrency", type=click.IntRange(min=1), default=64, show_default=True,
+    help="requests at the same time, of vllm and endpoints",
+)  # fmt: skip
+@click.option("--compile/--eager", "compiled", default=False, help="vllm: compile and capture graphs")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
+    help="of hf and vllm; auto is the target's own",
+)  # fmt: skip
+@click.option("--device", default=None, help="hf: cpu or cuda  [default: cuda where there is one]")
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
+@click.pass_context
+def data(ctx: click.Context, as_json: bool, **options: Any) -> None:
+    """Let the target continue prompts and keep the token ids, for `ppow train --data`.
+
+    Each prompt is continued once, duplicates are dropped. An interrupted run goes on where it stopped when the same
+    command is given again.
+    """
+    _check_usage(ctx, options)
+    request = _Request(**options)
+    prompts = request.read()  # a malformed line is reported before anything is loaded
+    _report(request, _run(request, prompts), as_json)
+
+
+# Options that only some ways of continuing have.
+_OWNERS = {
+    "batch_size": ("hf",),
+    "device": ("hf",),
+    "dtype": ("hf", "vllm"),
+    "compiled": ("vllm",),
+    "concurrency": ("vllm", "endpoint"),
+    "api_key_env": ("endpoint",),
+}
+
+
+def _check_usage(ctx: click.Context, options: dict[str, Any]) -> None:
+    def given(*names: str) -> list[str]:
+        default = click.core.ParameterSource.DEFAULT
+        flags = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
+        return [flags[name] for name in names if ctx.get_parameter_source(name) is not default]
+
+    if (options["prompts"] is None) == (options["dataset"] is None):
+        raise click.UsageError("give exactly one of --prompts and --dataset.")
+    if (options["endpoint"] is None) != (options["model"] is None):
+        raise click.UsageError("--endpoint and --model go together: give both or neither.")
+    if options["endpoint"] is not None and given("engine"):
+        raise click.UsageError("give at most one of --engine and --endpoint.")
+    if options["dataset"] is None and (stray := given("subset", "split", "column")):
+        raise click.UsageError(f"{stray[0]} belongs to --dataset: give that too, or drop it.")
+    backend = _backend_name(options["endpoint"], options["engine"])
+    if stray := given(*(name for name, owners in _OWNERS.items() if backend not in owners)):
+        raise click.UsageError(f"{stray[0]} has no effect with {backend}: drop it.")
+
+
+def _backend_name(endpoint: str | None, engine: str) -> str:
+    return "endpoint" if endpoint is not None else engine
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What the command line asked for; fields are its options."""
+
+    target: str
+    prompts: Path | None
+    dataset: str | None
+    subset: str | None
+    split: str
+    column: str
+    output: Path
+    engine: str
+    endpoint: str | None
+    model: str | None
+    api_key_env: str | None
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    limit: int | None
+    max_prompt_tokens: int | None
+    held_out_share: float
+    shard_size: int
+    batch_size: int
+    concurrency: int
+    compiled: bool
+    dtype: str
+    device: str | None
+
+    def read(self) -> Iterator[Prompt]:
+        """The prompts, not yet tokenized."""
+        from ppow_train.prompts import read_dataset, read_requests
+
+        if self.prompts is not None:
+            return iter(read_requests(self.prompts))
+        assert self.dataset is not None
+        return read_dataset(self.dataset, self.split, self.column, self.subset)
+
+    def resolved_device(self) -> str:
+        """Where --engine hf runs."""
+        import torch
+
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def api_key(self) -> str | None:
+        """The endpoint's key, from the variable that was named."""
+        from ppow_train.errors import UserError
+
+        if self.api_key_env is None:
+            return None
+        if not os.environ.get(self.api_key_env):
+            raise UserError(
+                f"The variable {self.api_key_env} of --api-key-env is not set: export it with the key."
+            )
+        return os.environ[self.api_key_env]
+
+
+def _run(request: _Request, prompts: Iterator[Prompt]) -> Manifest:
+    from ppow_train.generation import Sampling, end_tokens, load_tokenizer
+    from ppow_train.progress import make_progress
+    from ppow_train.prompts import tokenize
+    from ppow_train.trajectory_store import fill, open_store
+    from vllm_ppow.artifact import fingerprint_model, resolve_directory
+
+    directory, _ = resolve_directory(request.target)
+    fingerprint = fingerprint_model(directory)
+    tokenizer = load_tokenizer(directory)
+    tokenized = tokenize(prompts, tokenizer, limit=request.limit, max_prompt_tokens=request.max_prompt_tokens)
+    sampling = Sampling(request.max_new_tokens, request.temperature, end_tokens(directory, tokenizer))
+    longest = _check_fit(directory, tokenized, sampling)
+    held_out = _count_held_out(tokenized, request.held_out_share)
+    facts = _facts(request, fingerprint, tokenized, sampling)
+    with open_store(request.output, facts, len(tokenized.ids)) as store:
+        _announce(request, tokenized, held_out, store.manifest)
+        if store.manifest.complete:
+            return store.manifest
+        with make_progress() as progress, _backend(request, directory, sampling, longest) as backend:
+            task = progress.add_task("target continues prompts", total=len(tokenized.ids), note="")
+            return fill(store, tokenized.ids, backend, lambda done: progress.update(task, completed=done))
+
+
+def _check_fit(directory: Path, tokenized: TokenizedPrompts, sampling: Sampling) -> int:
+    """Tokens of the longest trajectory, which must fit the target: asked for before hours of generation."""
+    from transformers import AutoConfig
+
+    from ppow_train.generation import check_length
+
+    longest = max(map(len, tokenized.ids)) + sampling.max_new_tokens
+    check_length(longest, AutoConfig.from_pretrained(directory))
+    return longest
+
+
+def _count_held_out(tokenized: TokenizedPrompts, share: float) -> int:
+    from ppow_train.errors import UserError
+    from ppow_train.trajectory_store import is_held_out
+
+    held_out = sum(is_held_out(ids, share) for ids in tokenized.ids)
+    if held_out == len(tokenized.ids):
+        raise UserError(
+            f"--held-out-share {share:g} sets all {held_out} prompts apart: lower it, or give more prompts."
+        )
+    return held_out
+
+
+def _facts(
+    request: _Request, fingerprint: str, tokenized: TokenizedPrompts, sampling: Sampling
+) -> dict[str, Any]:
+    """Everything the trajectories depend on. Not where a server is: it may come back on another port."""
+    facts: dict[str, Any] = {
+        "target_fingerprint": fingerprint,
+        "prompts_sha256": tokenized.digest(),
+        "backend": _backend_name(request.endpoint, request.engine),
+        **{
+            name: getattr(request, name)
+            for name in ("temperature", "max_new_tokens", "seed", "shard_size", "held_out_share")
+        },
+        "end_token_ids": list(sampling.end_token_ids),
+    }
+    if request.endpoint:
+        return facts | {"model": request.model}
+    if request.engine == "hf":
+        return facts | {
+            "dtype": request.dtype,
+            "batch_size": request.batch_size,
+            "device": request.resolved_device(),
+        }
+    return facts | {"dtype": request.dtype}
+
+
+@contextlib.contextmanager
+def _backend(request: _Request, directory: Path, sampling: Sampling, longest: int) -> Iterator[Backend]:
+    from ppow_train.generation import open_hugging_face, open_vllm
+
+    if request.endpoint is not None:
+        yield _endpoint(request, directory, sampling)
+    elif request.engine == "vllm":
+        with open_vllm(
+            directory,
+            sampling,
+            max_model_len=longest,
+            concurrency=request.concurrency,
+            enforce_eager=not request.compiled,
+            dtype=request.dtype,
+        ) as engine:
+            yield engine
+    else:
+        with open_hugging_face(
+            directory,
+            sampling,
+            device=request.resolved_device(),
+            dtype=request.dtype,
+            batch_size=request.batch_size,
+        ) as loaded:
+            yield loaded
+
+
+def _endpoint(request: _Request, directory: Path, sampling: Sampling) -> Backend:
+    from transformers import AutoConfig
+
+    from ppow_train.endpoint import EndpointBackend
+
+    assert request.endpoint is not None
+    assert request.model is not None
+    return EndpointBackend(
+        request.endpoint,
+        request.model,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        end_token_ids=sampling.end_token_ids,
+        vocab_size=AutoConfig.from_pretrained(directory).get_text_config().vocab_size,
+        api_key=request.api_key(),
+        concurrency=request.concurrency,
+    )
+
+
+def _announce(request: _Request, tokenized: TokenizedPrompts, held_out: int, manifest: Manifest) -> None:
+    """What is about to be done, and how large it may become."""
+    from rich.filesize import decimal
+
+    from ppow_train.trajectory_store import estimated_bytes
+
+    size = decimal(estimated_bytes(tokenized.ids, request.max_new_tokens))
+    click.echo(
+        f"{len(tokenized.ids)} prompts ({tokenized.duplicates} duplicates and {tokenized.too_long} too long left out), "
+        f"{held_out} of them held out; at most {size} in {request.output}; "
+        f"{manifest.done} are there already.",
+        err=True,
+    )
+
+
+def _report(request: _Request, manifest: Manifest, as_json: bool) -> None:
+    from rich.filesize import decimal
+
+    def total(name: str) -> int:
+        return sum(getattr(shard, name) for shard in manifest.shards)
+
+    held_out = total("held_out")
+    result: dict[str, Any] = {
+        "data": str(request.output),
+        "train": manifest.done - held_out,
+        "held_out": held_out,
+        "shards": len(manifest.shards),
+        **{name: total(name) for name in ("prompt_tokens", "completion_tokens", "bytes")},
+        "facts": manifest.facts,
+    }
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(
+        f"{result['train']} trajectories to train on, {held_out} held out: {result['completion_tokens']} tokens "
+        f"of the target in {result['shards']} shards, {decimal(result['bytes'])}."
+    )
+    click.echo(
+        f"Train on them: ppow train --target {request.target} --drafter DRAFTER --data {request.output} "
+        f"--serving-temperature {request.temperature:g} --output ADAPTER"
+    )

@@ -1,0 +1,323 @@
+"""Prompts of every form, turned into token ids: text, chat messages, request logs, a Hugging Face dataset.
+
+One JSON object per line holds `prompt` or `messages`, itself or inside a `body` or `request` object as servers log
+them. Duplicates are dropped by token ids, because that is what the target sees. Left out: what continues the prompts
+(generation.py), and messages with pictures or sound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ppow_train.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_HOLDERS, _WRAPPERS = ("prompt", "messages"), ("body", "request")
+_EXAMPLE = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One request before tokenization; exactly one of the first three is set.
+
+    Attributes:
+        where: for messages to the user, such as "prompts.jsonl, line 3".
+        text: continued as it is, special tokens added as the tokenizer does.
+        ids: token ids, continued as they are.
+        messages: a chat; the target's chat template is applied.
+        template_options: what the request gives to the template besides (tools, chat_template_kwargs).
+    """
+
+    where: str
+    text: str | None = None
+    ids: list[int] | None = None
+    messages: list[dict[str, Any]] | None = None
+    template_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedPrompts:
+    """What is left to continue, in the order of first appearance.
+
+    Attributes:
+        ids: distinct prompts, int32 arrays of token ids.
+        duplicates: prompts dropped because their ids had been seen.
+        too_long: prompts dropped because they are longer than asked for.
+    """
+
+    ids: list[Sequence[int]]
+    duplicates: int
+    too_long: int
+
+    def digest(self) -> str:
+        """SHA-256 over all ids: the same only for the same prompts in the same order."""
+        whole = hashlib.sha256()
+        for ids in self.ids:
+            whole.update(prompt_hash(ids))
+        return whole.hexdigest()
+
+
+def prompt_hash(ids: Sequence[int]) -> bytes:
+    """SHA-256 of one prompt's ids, 32 bytes, the same on every machine."""
+    return hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).digest()
+
+
+# ---------------------------------------------------------------- files of JSON lines
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read a JSONL file with one `{"prompt": text}` per line; other keys are ignored.
+
+    Raises:
+        UserError: missing file, malformed line (with its number), or no prompt at all.
+    """
+    prompts = [_plain_prompt(line, path, number) for number, line in _lines(path)]
+    if not prompts:
+        raise UserError(f'Prompts {path} is empty: give at least one line like {{"prompt": "…"}}.')
+    return prompts
+
+
+def _plain_prompt(line: str, path: Path, number: int) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'{path}, line {number}: expected a JSON object like {{"prompt": "…"}}, got {line[:60]!r}.'
+        ) from error
+    if not isinstance(prompt, str) or not prompt:
+        raise UserError(f"{path}, line {number}: prompt must be a non-empty text, got {prompt!r}.")
+    return prompt
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Numbered lines that are not blank."""
+    try:
+        # splitlines() also breaks at signs that JSON may hold
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"Prompts {path} cannot be read ({error}): give a UTF-8 file with one JSON object per line."
+        ) from error
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def read_requests(path: Path) -> list[Prompt]:
+    """Read a JSONL file of prompts, chats or logged requests, in any mixture.
+
+    Raises:
+        UserError: missing file, malformed line (with its number), or no prompt at all.
+    """
+    prompts = [prompt for number, line in _lines(path) for prompt in _request(line, f"{path}, line {number}")]
+    if not prompts:
+        raise UserError(f"Prompts {path} is empty: give at least one line like {_EXAMPLE}.")
+    return prompts
+
+
+def _request(line: str, where: str) -> Iterator[Prompt]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: expected a JSON object like {_EXAMPLE}, got {line[:60]!r}.") from error
+    value = _innermost(value)
+    found = [key for key in _HOLDERS if isinstance(value, dict) and value.get(key) is not None]
+    if len(found) != 1:
+        what = "both" if found else f"neither in {line[:60]!r}"
+        raise UserError(f"{where}: expected `prompt` or `messages`, got {what}: give {_EXAMPLE}.")
+    options = dict(value.get("chat_template_kwargs") or {})
+    if value.get("tools"):
+        options["tools"] = value["tools"]
+    yield from prompts_of(value[found[0]], where, options)
+
+
+def _innermost(value: Any) -> Any:
+    """The object with the prompt: the line itself, or what a log wraps it in."""
+    while isinstance(value, dict) and not any(key in value for key in _HOLDERS):
+        inner = [value[key] for key in _WRAPPERS if isinstance(value.get(key), dict)]
+        if not inner:
+            break
+        value = inner[0]
+    return value
+
+
+def prompts_of(value: Any, where: str, template_options: dict[str, Any] | None = None) -> Iterator[Prompt]:
+    """The prompts in a value: a text, token ids, messages, or a list of texts or of token ids (OpenAI's batch).
+
+    Raises:
+        UserError: it is none of these, or empty.
+    """
+    if isinstance(value, str) and value:
+        yield Prompt(where, text=value)
+    elif _all(value, int):
+        yield Prompt(where, ids=value)
+    elif _all(value, dict):
+        messages = [_message(message, where) for message in value]
+        yield Prompt(where, messages=messages, template_options=template_options or {})
+    elif _all(value, (str, list)):
+        for item in value:
+            if _all(item, dict):
+                raise UserError(f"{where}: expected one list of messages, got a list of lists.")
+            yield from prompts_of(item, where)
+    else:
+        shown = repr(value)[:60]
+        raise UserError(
+            f"{where}: a prompt must be a non-empty text, token ids or a list of messages, got {shown}."
+        )
+
+
+def _all(value: Any, kind: Any) -> bool:
+    whole = isinstance(value, list) and bool(value)
+    return whole and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+
+
+def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message as chat templates expect it: parts of text joined, arguments of tool calls as objects."""
+    content = message.get("content")
+    if not isinstance(message.get("role"), str) or not isinstance(content, (str, list, type(None))):
+        raise UserError(
+            f"{where}: a message needs a role and a content, both texts, got {repr(message)[:60]}."
+        )
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            raise UserError(f"{where}: only parts of text can be drafted for, got {repr(content)[:60]}.")
+        content = "\n".join(part["text"] for part in content)  # as vLLM joins them for text-only templates
+    changed = {**message, "content": content}
+    if message.get("tool_calls"):
+        changed["tool_calls"] = [_tool_call(call, where) for call in message["tool_calls"]]
+    return changed
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    """OpenAI sends arguments as a text of JSON, templates print an object."""
+    try:
+        arguments = call["function"].get("arguments")
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments or "{}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{where}: a tool call needs a function with JSON arguments, got {repr(call)[:60]}."
+        ) from error
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+# ---------------------------------------------------------------- a dataset of the Hub or a directory
+
+
+def read_dataset(name: str, split: str, column: str, subset: str | None = None) -> Iterator[Prompt]:
+    """Prompts or chats in a column of a Hugging Face dataset.
+
+    Args:
+        name: Hub repo id or directory; fetched only because the user named it.
+        split: such as "train" or "train[:1000]".
+        column: holds texts or lists of messages.
+        subset: configuration of the dataset, where it has several.
+
+    Raises:
+        UserError: it cannot be had, has no such column, or a row is no prompt.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        rows = load_dataset(name, subset, split=split)
+    except (DatasetsError, OSError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"Dataset {name}, split {split}, cannot be had ({first}): check --dataset, --subset, "
+            "--split and the network."
+        ) from error
+    if column not in rows.column_names:
+        raise UserError(
+            f"Dataset {name} has no column {column!r}: name one of {rows.column_names} with --column."
+        )
+    for number, row in enumerate(rows.select_columns([column])):
+        yield from prompts_of(row[column], f"{name}, row {number}")
+
+
+# ---------------------------------------------------------------- token ids
+
+
+def tokenize(
+    prompts: Iterable[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int | None = None,
+    max_prompt_tokens: int | None = None,
+) -> TokenizedPrompts:
+    """Token ids of the prompts, each once.
+
+    Args:
+        tokenizer: the target's.
+        limit: distinct prompts to keep at most.
+        max_prompt_tokens: longer prompts are dropped and counted; None keeps all.
+
+    Raises:
+        UserError: a chat without a chat template, a prompt without a token or beyond the vocabulary, or none left.
+    """
+    seen: set[bytes] = set()
+    kept: list[Sequence[int]] = []
+    duplicates = too_long = 0
+    for prompt in prompts:
+        if limit is not None and len(kept) >= limit:
+            break
+        ids = _ids(prompt, tokenizer)
+        key = prompt_hash(ids)
+        if key in seen:
+            duplicates += 1
+            continue
+        seen.add(key)
+        if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+            too_long += 1
+            continue
+        kept.append(array("i", ids))
+    if not kept:
+        raise UserError(
+            f"All {too_long} prompts are longer than --max-prompt-tokens {max_prompt_tokens}: raise it."
+        )
+    return TokenizedPrompts(kept, duplicates, too_long)
+
+
+def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if prompt.ids is not None:
+        wrong = [token for token in prompt.ids if not 0 <= token < len(tokenizer)]
+        if wrong:
+            raise UserError(
+                f"{prompt.where}: token ids must be 0 to {len(tokenizer) - 1}, got {wrong[0]}: "
+                "log the requests of this target, or give text."
+            )
+        return prompt.ids
+    if prompt.messages is not None:
+        # As servers do: the template writes its own special tokens, the tokenizer must not add them again.
+        ids = tokenizer(_render(prompt, tokenizer), add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(prompt.text)["input_ids"]
+    if not ids:
+        raise UserError(f"{prompt.where}: the tokenizer makes no token of this prompt: leave it out.")
+    return ids
+
+
+def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+    from jinja2.exceptions import TemplateError
+
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{prompt.where}: messages need a chat template, and the tokenizer of this target has none: give "
+            '{"prompt": "…"} with the text that the target shall continue.'
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            prompt.messages, add_generation_prompt=True, tokenize=False, **prompt.template_options
+        )
+    except TemplateError as error:
+        raise UserError(
+            f"{prompt.where}: the target's chat template refuses the messages ({error})."
+        ) from error
