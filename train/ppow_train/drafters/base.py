@@ -9,6 +9,7 @@ themselves, verification.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -74,7 +75,7 @@ class Drafter(Protocol):
         ...
 
 
-class ChainDrafter:
+class ChainDrafter(abc.ABC):
     """Drafting as a chain over a shared prefix, from `extend` and `head`.
 
     Subclasses supply `encode`, `extend` (one more token of every window) and `head` (hidden -> logits).
@@ -82,6 +83,7 @@ class ChainDrafter:
 
     vocabulary: DraftVocabulary = FULL_VOCABULARY
 
+    @abc.abstractmethod
     def extend(
         self,
         encoded: Encoded,
@@ -91,11 +93,10 @@ class ChainDrafter:
         mask: torch.Tensor,
     ) -> torch.Tensor:
         """Feed one token per window: int64 [B, W], the hidden states that predicted them [B, W, H] -> [B, W, H]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., H] -> logits float32 [..., D]."""
-        raise NotImplementedError
 
     def slot_logits(self, encoded: Encoded, slots: torch.Tensor) -> torch.Tensor:
         """First-token logits at given slots, int64 [B, M] -> [B, M, D]."""
