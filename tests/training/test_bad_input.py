@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,13 @@ def test_keys_are_refused_by_their_source():
         ({"max_steps": 0}, ["max_steps must be >= 1"]),
         ({"lora_rank": 0}, ["lora_rank must be >= 1"]),
         ({"lora_targets": "q_proj"}, ["lora_targets must be a list", "q_proj"]),
+        ({"greedy_sharpness_temperature": 0.0}, ["greedy_sharpness_temperature must be > 0"]),
+        (
+            {"draft_sample_method": "tree"},
+            ["draft_sample_method must be one of probabilistic, greedy", "'tree'"],
+        ),
+        ({"greedy_target": "firm"}, ["greedy_target must be one of soft, hard", "got 'firm'"]),
+        ({"objective": {"overlap": 1}}, ["objective must be text like", "overlap"]),
         ({"objective": "exakt"}, ["objective must be one of", "exact", "got 'exakt'"]),
     ],
 )
@@ -220,6 +228,25 @@ def test_options(options, parts, tmp_path):
 def test_unknown_objectives(name):
     with refused("objective must be one of ppow, exact, overlap, cst:ce", f"got '{name}'"):
         parse_objective(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("overlap + exakt", ["objective must be one of", "got 'exakt' in 'overlap"]),
+        ("overlap +", ["objective must be one of", "got ''"]),
+        ("overlap - cst:tv", ["must be a sum like"]),
+        ("cst:tv * 4", ["weight must be a number above 0", "'cst:tv'"]),
+        ("-1 * overlap", ["weight must be a number above 0", "got '-1'"]),
+        ("0 * overlap + cst:tv", ["weight must be a number above 0", "got '0'"]),
+        ("inf * overlap", ["weight must be a number above 0", "got 'inf'"]),
+        ("ppow + cst:tv", ["ppow drafts windows of its own", "ppow alone"]),
+        ("2 * ppow", ["ppow drafts windows of its own"]),
+    ],
+)
+def test_sums_that_are_none(text, parts):
+    with refused(*(re.escape(part) for part in parts)):
+        parse_objective(text)
 
 
 def test_aliases_of_objectives():

@@ -20,6 +20,7 @@ from ppow_train.drafters import load_drafter
 from ppow_train.evaluation import simulate_acceptance
 from ppow_train.generation import generate, load_tokenizer
 from ppow_train.objectives import make_objective
+from ppow_train.options import PPOWOptions
 from ppow_train.progress import make_progress
 from ppow_train.rollout import WindowRunner
 from ppow_train.training import Pair, load_pair, train_adapter
@@ -103,7 +104,7 @@ def loss_on_all(objective: Any, pair: Pair, trajectories: Trajectories) -> float
 def test_an_objective_lowers_its_own_loss(kind, objective, directories, continuations, tmp_path, progress):
     pair = open_pair(directories, kind)
     config = config_for(tmp_path, objective=objective)
-    loss = make_objective(objective, config.draft_cost_ratio, config.position_decay)
+    loss = make_objective(config)
     before = loss_on_all(loss, pair, continuations)
     train_adapter(pair, continuations, config, tmp_path / "adapter", progress=progress)
     after = loss_on_all(loss, merged(pair, directories, kind, tmp_path / "adapter"), continuations)
@@ -118,7 +119,7 @@ def test_ppow_raises_what_windows_earn(kind, steps, directories, continuations, 
     config = config_for(
         tmp_path, objective="ppow", num_generations=8, windows_per_step=128, max_steps=steps, beta=0.2
     )
-    loss = make_objective("exact", config.draft_cost_ratio, 1.0)
+    loss = make_objective(PPOWOptions(objective="exact"))
     before = loss_on_all(loss, pair, continuations)
     result = train_adapter(pair, continuations, config, tmp_path / "adapter", progress=progress)
     after = loss_on_all(loss, merged(pair, directories, kind, tmp_path / "adapter"), continuations)
@@ -147,10 +148,9 @@ def test_the_drafter_comes_back_and_the_adapter_reloads(kind, directories, conti
     result = train_adapter(
         pair,
         continuations,
-        config_for(tmp_path, max_steps=3),
+        config_for(tmp_path, max_steps=3, draft_sample_method="greedy", objective="4*cst:tv+overlap"),
         tmp_path / "adapter",
         held_out=continuations,
-        draft_sample_method="greedy",
         facts={"prompts": "mine"},
         progress=progress,
     )
@@ -165,6 +165,7 @@ def test_the_drafter_comes_back_and_the_adapter_reloads(kind, directories, conti
     assert adapter.config.base_drafter == pair.drafter_ref
     assert adapter.config.target == pair.target_ref
     assert adapter.config.draft_sample_method == "greedy"
+    assert adapter.config.training["objective"] == "4 * cst:tv + overlap"
     assert adapter.config.num_speculative_tokens == K
     assert adapter.config.training["prompts"] == "mine"
     assert "torch" in adapter.config.versions

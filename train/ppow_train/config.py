@@ -15,7 +15,7 @@ from typing import Any
 from ppow_train.compat import silence_import_warnings
 from ppow_train.errors import UserError
 from ppow_train.objectives import parse_objective
-from ppow_train.options import PPOWOptions
+from ppow_train.options import CHOICES, PPOWOptions
 
 silence_import_warnings()
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402, F401  (trainer.py takes it from here: TRL is imported in one place)
@@ -67,11 +67,6 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         return self.objective == "ppow"
 
     @property
-    def training_temperature(self) -> float:
-        """Temperature of p and q in training."""
-        return self.serving_temperature or self.greedy_sampling_temperature
-
-    @property
     def rows_per_step(self) -> int:
         """Rows that TRL sees per update: one per window."""
         return self.windows_per_step
@@ -83,6 +78,15 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         return self.windows_per_step // (self.trajectories_per_step * groups)
 
     def _check(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            _require(value in choices, name, f"one of {', '.join(choices)}", repr(value))
+        _require(
+            self.greedy_sharpness_temperature > 0,
+            "greedy_sharpness_temperature",
+            "> 0",
+            self.greedy_sharpness_temperature,
+        )
         _require(
             self.num_speculative_tokens >= 1, "num_speculative_tokens", ">= 1", self.num_speculative_tokens
         )

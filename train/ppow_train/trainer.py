@@ -50,7 +50,7 @@ class PPOWTrainer(GRPOTrainer):
         self.runner = runner
         self._objective = None
         if not args.is_rollout:
-            self._objective = make_objective(args.objective, args.draft_cost_ratio, args.position_decay)
+            self._objective = make_objective(args)
         self._proximity = ProximityThreshold(args.proximity_quantile, args.proximity_epsilon)
         self._rollout: Rollout | None = None
         lora = LoraConfig(
