@@ -215,12 +215,21 @@ def test_keys_are_refused_by_their_source():
             ["draft_sample_method must be one of probabilistic, greedy", "'tree'"],
         ),
         ({"greedy_target": "firm"}, ["greedy_target must be one of soft, hard", "got 'firm'"]),
+        ({"position_weights": "pace"}, ["position_weights must be one of decay, dpace", "got 'pace'"]),
+        ({"dpace_alpha": 0.0}, ["dpace_alpha must be in (0, 1]", "got 0.0"]),
+        *(
+            (
+                {"position_weights": "dpace", "objective": name},
+                ["dpace needs", "cst:ce and cst:tv", f"got objective '{name}'"],
+            )
+            for name in ("cst:nla", "exact", "ppow", "cst:tv + cst:kl_div")
+        ),
         ({"objective": {"overlap": 1}}, ["objective must be text like", "overlap"]),
         ({"objective": "exakt"}, ["objective must be one of", "exact", "got 'exakt'"]),
     ],
 )
 def test_options(options, parts, tmp_path):
-    with refused(*(part.replace("(", r"\(") for part in parts)):
+    with refused(*(re.escape(part) for part in parts)):
         PPOWConfig(output_dir=str(tmp_path), use_cpu=True, **options)
 
 

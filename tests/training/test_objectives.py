@@ -6,6 +6,7 @@ That `exact` and `overlap` are what they claim is shown by enumeration in test_v
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -130,6 +131,42 @@ def test_window_objectives_weigh_the_cost(windows):
 def test_published_ppow_is_no_objective_on_target_paths():
     with pytest.raises(ValueError, match="ppow is not an objective on target paths"):
         objective_of("ppow")
+
+
+# ---------------------------------------------------------------- D-PACE
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.2, 1.0])
+@pytest.mark.parametrize("name", ["ce", "tv"])
+def test_dpace_weighs_by_what_hangs_on_a_position(name, alpha, case):
+    """1/K Σ_i w_i · loss_i, w_i = Σ_{j>=i} Π_{l<=j} ((1 − α) c_l + α), c = q(argmax p) or the overlap."""
+    total = 0.0
+    for n in range(5):
+        losses = [per_token(name, case.p[n][i], case.q[n][i], case.ids) for i in range(3)]
+        confidence = [math.exp(-loss) if name == "ce" else 1 - loss for loss in losses]
+        smooth = [(1 - alpha) * value + alpha for value in confidence]
+        weights = [sum(math.prod(smooth[: j + 1]) for j in range(i, 3)) for i in range(3)]
+        total += sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / 3 / 5
+    ours = objective_of(f"cst:{name}", position_weights="dpace", dpace_alpha=alpha)(case.windows)
+    assert ours.item() == pytest.approx(total, rel=1e-4)
+
+
+def test_dpace_is_the_librarys_for_cross_entropy(case):
+    """Value and gradient: the weights are constants."""
+    from speculators.losses import dpace_loss_decay, loss_function
+    from speculators.losses.eager import ce_loss
+
+    windows = case.windows.without_rest()
+    mask = torch.ones(1, 15)
+    weigh = functools.partial(dpace_loss_decay, loss_mask=mask, block_size=3, dpace_alpha=0.5)
+    flat = (logits.reshape(1, 15, -1) for logits in (windows.draft_logits, windows.target_logits))
+    wanted = loss_function(*flat, mask, torch.arange(15)[None] % 3, ce_loss, weigh)
+    ours = objective_of("cst:ce", position_weights="dpace")(case.windows)
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=0)
+    one, other = (
+        torch.autograd.grad(loss, case.draft_logits, retain_graph=True)[0] for loss in (ours, wanted)
+    )
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
 # ---------------------------------------------------------------- sums

@@ -14,7 +14,7 @@ from typing import Any
 
 from ppow_train.compat import silence_import_warnings
 from ppow_train.errors import UserError
-from ppow_train.objectives import parse_objective
+from ppow_train.objectives import check_dpace, parse_objective
 from ppow_train.options import CHOICES, PPOWOptions
 
 silence_import_warnings()
@@ -102,6 +102,9 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         _require(0 <= self.adaptive_after <= 1, "adaptive_after", "in 0..1", self.adaptive_after)
         _require(0 < self.proximity_quantile < 1, "proximity_quantile", "in 0..1", self.proximity_quantile)
         _require(0 < self.position_decay <= 1, "position_decay", "in (0, 1]", self.position_decay)
+        _require(0 < self.dpace_alpha <= 1, "dpace_alpha", "in (0, 1]", self.dpace_alpha)
+        if self.position_weights == "dpace":
+            check_dpace(self.objective)
         _require(self.max_steps >= 1, "max_steps", ">= 1", self.max_steps)
         _require(self.trajectories_per_step >= 1, "trajectories_per_step", ">= 1", self.trajectories_per_step)
         named = self.lora_targets is None or isinstance(self.lora_targets, list)

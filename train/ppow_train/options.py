@@ -64,7 +64,13 @@ class PPOWOptions:
     adaptive_after: float = _option(
         0.25, "share of the run with ordinary windows before adaptive windowing (0..1)"
     )
+    position_weights: Literal["decay", "dpace"] = _option(
+        "decay",
+        "cst only: weights of positions in the window, fixed (decay) or, by D-PACE, from the drafter's confidence in "
+        "each window (dpace; cst:ce and cst:tv)",
+    )
     position_decay: float = _option(0.7, "cst only: weight of position i is decay^i (0..1]")
+    dpace_alpha: float = _option(0.5, "position_weights dpace: smoothing α of the confidence (0..1]")
     lora_rank: int = _option(32, "LoRA rank r (>= 1)")
     lora_alpha: int = _option(64, "LoRA α; deltas are scaled by α / r")
     lora_targets: list[str] | None = _option(

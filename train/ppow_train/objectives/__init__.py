@@ -15,9 +15,9 @@ from functools import partial
 
 import torch
 
-from ppow_train.objectives.names import CST_LOSSES, parse_objective, parts_of
+from ppow_train.objectives.names import CST_LOSSES, check_dpace, parse_objective, parts_of
 from ppow_train.objectives.path_windows import PathWindows
-from ppow_train.objectives.supervised import continued_supervised
+from ppow_train.objectives.supervised import continued_supervised, dpace_supervised
 from ppow_train.objectives.window import (
     exact,
     exact_greedy_drafts,
@@ -31,7 +31,9 @@ __all__ = [
     "CST_LOSSES",
     "Objective",
     "PathWindows",
+    "check_dpace",
     "continued_supervised",
+    "dpace_supervised",
     "exact",
     "exact_greedy_drafts",
     "greedy_trajectory",
@@ -60,11 +62,10 @@ def make_objective(options: PPOWOptions) -> Objective:
 
 def _part(name: str, options: PPOWOptions) -> Objective:
     if name.startswith("cst:"):
-        return partial(
-            continued_supervised,
-            loss_name=name.removeprefix("cst:"),
-            position_decay=options.position_decay,
-        )
+        loss = name.removeprefix("cst:")
+        if options.position_weights == "dpace":
+            return partial(dpace_supervised, loss_name=loss, alpha=options.dpace_alpha)
+        return partial(continued_supervised, loss_name=loss, position_decay=options.position_decay)
     if name in ("exact", "overlap"):
         return _window_objective(name, options)
     raise ValueError(f"{name} is not an objective on target paths")

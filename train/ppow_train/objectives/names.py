@@ -8,6 +8,7 @@ from ppow_train.errors import UserError
 
 CST_LOSSES = ("ce", "kl_div", "rkl", "jsd", "tv", "nla", "lk_hybrid")
 CST_ALIASES = {"kl": "kl_div"}
+DPACE_LOSSES = ("ce", "tv")
 
 _TERM = re.compile(r"\s*(?:(?P<weight>[^*\s]+)\s*\*)?\s*(?P<name>[^*\s]*)\s*")
 _PLUS = re.compile(r"(?<!\d[eE])\+")  # but not that of 1e+3
@@ -41,6 +42,21 @@ def parse_objective(text: str) -> str:
 def parts_of(objective: str) -> dict[str, float]:
     """The weight of each part: `overlap + 4 * cst:tv` -> {"overlap": 1, "cst:tv": 4}. Raises as `parse_objective`."""
     return dict(_term(term, objective) for term in _PLUS.split(parse_objective(objective)))
+
+
+def check_dpace(objective: str) -> None:
+    """Refuse D-PACE weights for an objective with a supervised part that they do not fit, or with none.
+
+    Raises:
+        UserError: with the losses that they fit.
+    """
+    losses = [name for name in parts_of(objective) if name.startswith("cst:")]
+    fitting = [f"cst:{loss}" for loss in DPACE_LOSSES]
+    if not losses or not set(losses) <= set(fitting):
+        raise UserError(
+            f"position_weights dpace needs a confidence per token, which {' and '.join(fitting)} have, got objective "
+            f"{objective!r}: take one of them, or position_weights decay."
+        )
 
 
 def _term(term: str, text: str) -> tuple[str, float]:

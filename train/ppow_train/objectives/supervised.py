@@ -10,6 +10,8 @@ import torch
 from ppow_train.objectives.path_windows import PathWindows
 
 _ACCEPTANCE_LOSSES = ("tv", "nla")
+# D-PACE reads a confidence per token from a loss, exp(−loss): for each loss that it can weigh, the one that is read.
+_CONFIDENCE_LOSS = {"ce": "ce", "tv": "nla"}
 
 
 def continued_supervised(windows: PathWindows, loss_name: str, position_decay: float) -> torch.Tensor:
@@ -26,6 +28,34 @@ def continued_supervised(windows: PathWindows, loss_name: str, position_decay: f
     length = per_token.shape[-1]
     weights = position_decay ** torch.arange(length, device=per_token.device, dtype=per_token.dtype)
     return (per_token * (weights / weights.sum())).sum(-1).mean()
+
+
+def dpace_supervised(windows: PathWindows, loss_name: str, alpha: float) -> torch.Tensor:
+    """The same with D-PACE's weights: 1/K Σ_i w_i · loss_i, w_i = Σ_{j>=i} Π_{l<=j} ((1 − α) c_l + α), held constant.
+
+    c_l is the drafter's confidence, so that w_i follows how much of the window hangs on position i. For `ce`,
+    c = q(argmax p): D-PACE (arXiv 2605.18810) as `speculators` computes it, not normalised. For `tv`, c is the overlap
+    (ours), the chance itself that the token is accepted.
+
+    Args:
+        loss_name: one of `DPACE_LOSSES`.
+        alpha: α in (0, 1], smooths the confidence; 1 gives the fixed weights K − i.
+
+    Returns:
+        scalar.
+    """
+    from speculators.losses import dpace_loss_decay
+
+    per_token = token_losses(windows, loss_name)
+    read = token_losses(windows, _CONFIDENCE_LOSS[loss_name]).view(1, -1)
+    weights = dpace_loss_decay(
+        pos_idx=None,  # not read
+        loss_mask=torch.ones_like(read),
+        block_size=per_token.shape[-1],
+        dpace_alpha=alpha,
+        elementwise_loss=read,
+    )
+    return (per_token * weights.view_as(per_token)).mean()
 
 
 def token_losses(windows: PathWindows, loss_name: str) -> torch.Tensor:
