@@ -216,6 +216,12 @@ def test_keys_are_refused_by_their_source():
         ),
         ({"greedy_target": "firm"}, ["greedy_target must be one of soft, hard", "got 'firm'"]),
         ({"position_weights": "pace"}, ["position_weights must be one of decay, dpace", "got 'pace'"]),
+        ({"ppow_credit": "all"}, ["ppow_credit must be one of published, acceptance", "got 'all'"]),
+        (
+            {"ppow_credit": "acceptance", "draft_sample_method": "greedy"},
+            ["ppow_credit acceptance", "draft_sample_method is greedy", "objective exact"],
+        ),
+        ({"cost_reading": "both"}, ["cost_reading must be one of accepted, drafted", "got 'both'"]),
         ({"dpace_alpha": 0.0}, ["dpace_alpha must be in (0, 1]", "got 0.0"]),
         *(
             (

@@ -107,6 +107,24 @@ def test_the_form_follows_how_drafts_are_served(options, forms, draftable):
         torch.testing.assert_close(ours, form(windows, *sharpening, COST))
 
 
+@pytest.mark.parametrize("name", ["exact", "overlap"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"draft_sample_method": "greedy"}, {"serving_temperature": 0.0, "greedy_target": "hard"}],
+)
+def test_every_form_can_charge_for_all_drafted_tokens(name, options):
+    """E[k] / (Kγ + 1): the cost is one factor, and E[k] what is left where drafting costs nothing."""
+    windows = windows_on(random_tables(3, 3, seed=1), (0, 2, 0))
+
+    def value(**cost: Any) -> torch.Tensor:
+        everything = {"objective": name, "num_speculative_tokens": 3, **options, **cost}
+        return make_objective(PPOWOptions(**everything))(windows)
+
+    drafted = value(draft_cost_ratio=0.5, cost_reading="drafted")
+    torch.testing.assert_close(drafted, value(draft_cost_ratio=0.0) / 2.5)
+    assert (drafted - value(draft_cost_ratio=0.5)).abs() > 1e-3
+
+
 def test_the_forms_are_different_numbers():
     windows = windows_on(random_tables(3, 3, seed=1), (0, 2, 0))
     values = [exact(windows, COST), overlap_window(windows, COST)]

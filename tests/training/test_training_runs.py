@@ -112,12 +112,24 @@ def test_an_objective_lowers_its_own_loss(kind, objective, directories, continua
 
 
 @pytest.mark.parametrize(
-    ("kind", "steps"), [("causal_lm", 10), ("eagle3", 10), ("reduced", 10), ("original", 30)]
+    ("kind", "steps", "credit"),
+    [
+        *((kind, 10, "published") for kind in ("causal_lm", "eagle3", "reduced")),
+        ("original", 30, "published"),
+        ("causal_lm", 10, "acceptance"),
+        ("reduced", 10, "acceptance"),
+    ],
 )
-def test_ppow_raises_what_windows_earn(kind, steps, directories, continuations, tmp_path, progress):
+def test_ppow_raises_what_windows_earn(kind, steps, credit, directories, continuations, tmp_path, progress):
     pair = open_pair(directories, kind)
     config = config_for(
-        tmp_path, objective="ppow", num_generations=8, windows_per_step=128, max_steps=steps, beta=0.2
+        tmp_path,
+        objective="ppow",
+        ppow_credit=credit,
+        num_generations=8,
+        windows_per_step=128,
+        max_steps=steps,
+        beta=0.2,
     )
     loss = make_objective(PPOWOptions(objective="exact"))
     before = loss_on_all(loss, pair, continuations)

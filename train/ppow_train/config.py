@@ -49,6 +49,8 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         if not self.is_rollout:
             self.num_generations = 2  # TRL asks for groups; objectives on target paths have none
             self.beta = 0.0
+        if self.ppow_credit == "acceptance":
+            self.proximity_weight = 0.0  # credit.py: the gradient of E[R_speedup], of which R_dist is no part
         rows = self.rows_per_step
         self.per_device_train_batch_size = rows
         self.gradient_accumulation_steps = 1
@@ -111,6 +113,12 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         _require(named, "lora_targets", "a list of names", repr(self.lora_targets))
         _require(self.lora_rank >= 1, "lora_rank", ">= 1", self.lora_rank)
         _require(self.proximity_weight >= 0, "proximity_weight", ">= 0", self.proximity_weight)
+        greedy_drafts = self.draft_sample_method == "greedy" and self.serving_temperature > 0
+        if self.ppow_credit == "acceptance" and greedy_drafts:
+            raise UserError(
+                "ppow_credit acceptance follows sampled drafts, but draft_sample_method is greedy: "
+                "set probabilistic, or objective exact, which has a form for greedy drafts."
+            )
         if self.is_rollout:
             _require(self.num_generations >= 2, "num_generations", ">= 2", self.num_generations)
         self._check_windows()

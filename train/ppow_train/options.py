@@ -53,6 +53,16 @@ class PPOWOptions:
         "to it, with gradients at fewer tokens)",
     )
     draft_cost_ratio: float = _option(0.12, "time of one draft step / one target step, the paper's γ (>= 0)")
+    ppow_credit: Literal["published", "acceptance"] = _option(
+        "published",
+        "ppow: one standardised advantage for all tokens of a window (published), or each token's own, whose gradient "
+        "is that of the expected speedup reward, proximity left out (acceptance)",
+    )
+    cost_reading: Literal["accepted", "drafted"] = _option(
+        "accepted",
+        "ppow, exact and overlap: draft tokens that the speedup reward charges for, the k accepted ones as published, "
+        "k / (kγ + 1), or all K as serving pays, k / (Kγ + 1)",
+    )
     proximity_weight: float = _option(0.2, "η of the proximity reward, in units of the speedup reward (>= 0)")
     proximity_quantile: float = _option(
         0.25, "share of windows with k = 0 that earn it, sets ε as they come (0..1)"
@@ -95,6 +105,11 @@ class PPOWOptions:
     def training_temperature(self) -> float:
         """Temperature of p and q in training."""
         return self.serving_temperature or self.greedy_sampling_temperature
+
+    @property
+    def num_charged_tokens(self) -> int | None:
+        """Draft tokens that every window is charged for; None where it is the accepted ones."""
+        return self.num_speculative_tokens if self.cost_reading == "drafted" else None
 
 
 # What an option of few values can be.

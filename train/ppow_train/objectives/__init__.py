@@ -73,12 +73,12 @@ def _part(name: str, options: PPOWOptions) -> Objective:
 
 def _window_objective(name: str, options: PPOWOptions) -> Objective:
     """`exact` or `overlap` in the form that fits how drafts are served."""
-    ratio = options.draft_cost_ratio
+    cost = (options.draft_cost_ratio, options.num_charged_tokens)
     sharpening = options.training_temperature / options.greedy_sharpness_temperature
     if options.serving_temperature == 0 and options.greedy_target == "hard":
-        return lambda windows: greedy_trajectory(windows, sharpening, ratio)
+        return lambda windows: greedy_trajectory(windows, sharpening, *cost)
     if options.serving_temperature > 0 and options.draft_sample_method == "greedy":
         greedy = exact_greedy_drafts if name == "exact" else overlap_greedy_drafts
-        return lambda windows: greedy(windows, sharpening, ratio)
+        return lambda windows: greedy(windows, sharpening, *cost)
     sampled = exact if name == "exact" else overlap_window
-    return lambda windows: sampled(windows, ratio)
+    return lambda windows: sampled(windows, *cost)
