@@ -26,7 +26,6 @@ from ppow_train.data import (
 from ppow_train.drafters import detect_drafter_type, load_drafter
 from ppow_train.errors import UserError
 from ppow_train.generation import generate, load_tokenizer
-from ppow_train.objectives import parse_objective
 from ppow_train.packing import window_tokens
 from ppow_train.rollout import WindowRunner
 from ppow_train.target import Target
@@ -237,36 +236,6 @@ def test_keys_are_refused_by_their_source():
 def test_options(options, parts, tmp_path):
     with refused(*(re.escape(part) for part in parts)):
         PPOWConfig(output_dir=str(tmp_path), use_cpu=True, **options)
-
-
-@pytest.mark.parametrize("name", ["cst", "cst:", "cst:mse", "overlap:tv", "PPOW", ""])
-def test_unknown_objectives(name):
-    with refused("objective must be one of ppow, exact, overlap, cst:ce", f"got '{name}'"):
-        parse_objective(name)
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("overlap + exakt", ["objective must be one of", "got 'exakt' in 'overlap"]),
-        ("overlap +", ["objective must be one of", "got ''"]),
-        ("overlap - cst:tv", ["must be a sum like"]),
-        ("cst:tv * 4", ["weight must be a number above 0", "'cst:tv'"]),
-        ("-1 * overlap", ["weight must be a number above 0", "got '-1'"]),
-        ("0 * overlap + cst:tv", ["weight must be a number above 0", "got '0'"]),
-        ("inf * overlap", ["weight must be a number above 0", "got 'inf'"]),
-        ("ppow + cst:tv", ["ppow drafts windows of its own", "ppow alone"]),
-        ("2 * ppow", ["ppow drafts windows of its own"]),
-    ],
-)
-def test_sums_that_are_none(text, parts):
-    with refused(*(re.escape(part) for part in parts)):
-        parse_objective(text)
-
-
-def test_aliases_of_objectives():
-    assert parse_objective("cst:kl") == "cst:kl_div"
-    assert [parse_objective(name) for name in ("ppow", "exact", "cst:tv")] == ["ppow", "exact", "cst:tv"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""Objectives on target paths: supervised losses and their position weights against formulas, gradients, names.
+"""Objectives on target paths: supervised losses and their position weights against formulas, gradients, sums.
 
 That `exact` and `overlap` are what they claim is shown by enumeration in test_verification.py.
 """
@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from ppow_train.objectives import CST_LOSSES, Objective, PathWindows, make_objective
-from ppow_train.objectives.names import parse_objective, parts_of
 from ppow_train.options import PPOWOptions
 from ppow_train.vocabulary import reduced_vocabulary
 
@@ -177,24 +176,3 @@ def test_a_sum_weighs_each_part_by_its_own_formula(case):
     assert len({round(value.item(), 3) for value in parts.values()}) == 3
     mixed = objective_of(".5*cst:ce + overlap + 4 * cst:tv")(case.windows)
     torch.testing.assert_close(mixed, 0.5 * parts["cst:ce"] + parts["overlap"] + 4 * parts["cst:tv"])
-
-
-@pytest.mark.parametrize(
-    ("text", "normalised"),
-    [
-        ("cst:kl", "cst:kl_div"),
-        ("  overlap+4*cst:tv ", "overlap + 4 * cst:tv"),
-        ("cst:ce+cst:tv", "cst:ce + cst:tv"),
-        ("4.0 * cst:tv + 1 * exact", "4 * cst:tv + exact"),
-        ("1e+2 * exact + .25*cst:kl + cst:kl_div", "100 * exact + 1.25 * cst:kl_div"),
-        ("1 * ppow", "ppow"),
-    ],
-)
-def test_names_are_normalised(text, normalised):
-    assert parse_objective(text) == normalised
-    assert parse_objective(normalised) == normalised
-
-
-def test_the_weights_of_a_sum():
-    assert parts_of("overlap + 4 * cst:tv") == {"overlap": 1.0, "cst:tv": 4.0}
-    assert parts_of("exact") == {"exact": 1.0}

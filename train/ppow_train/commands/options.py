@@ -17,7 +17,7 @@ def training_options(command: Callable) -> Callable:
     """Add a flag for every training option that is no list; those not given are None."""
     for option in reversed(dataclasses.fields(PPOWOptions)):
         kind = str(option.type).split(" ")[0]
-        if "list" in str(option.type):
+        if "list[" in str(option.type):
             continue
         choices = CHOICES.get(option.name)
         name = "--" + option.name.replace("_", "-")
