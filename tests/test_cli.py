@@ -5,6 +5,7 @@ Left out: what the subcommands do (tests of their own).
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from click.testing import CliRunner
 
 from ppow_train import cli
 from ppow_train.errors import UserError
+from ppow_train.options import CHOICES, PPOWOptions
 from vllm_ppow import __version__
 from vllm_ppow.artifact import ArtifactError
 
@@ -51,6 +53,23 @@ def test_every_subcommand_answers_help(name):
         shown = CliRunner().invoke(cli.ppow, [*call, "--help"])
         assert shown.exit_code == 0, shown.output
         assert f"Usage: ppow {' '.join(call)}" in shown.output
+
+
+def test_every_training_option_is_a_flag():
+    """All but the lists, which stand in a config file; those of few values name them and take no other."""
+    shown = CliRunner().invoke(cli.ppow, ["train", "--help"]).output
+    for option in dataclasses.fields(PPOWOptions):
+        if not str(option.type).startswith(("list", "str | list")):
+            assert f"  --{option.name.replace('_', '-')}" in shown, option.name
+    for name, choices in CHOICES.items():
+        assert f"--{name.replace('_', '-')} [{'|'.join(choices)}]" in shown
+    assert "draft_sample_method" in CHOICES
+
+
+def test_a_value_that_an_option_does_not_have(tmp_path, capsys):
+    needed = ["--target", "t", "--drafter", "d", "--prompts", str(tmp_path), "--output", str(tmp_path)]
+    assert cli.run(["train", *needed, "--draft-sample-method", "tree"]) == 2
+    assert "'tree' is not one of 'probabilistic', 'greedy'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

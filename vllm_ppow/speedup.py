@@ -8,30 +8,39 @@ import itertools
 from collections.abc import Sequence
 
 
-def speedup_reward(num_accepted_tokens: float, draft_cost_ratio: float) -> float:
-    """Worth of one window: R_speedup(k) = k / (k·γ + 1).
+def speedup_reward(
+    num_accepted_tokens: float, draft_cost_ratio: float, num_charged_tokens: float | None = None
+) -> float:
+    """Worth of one window: R_speedup(k) = k / (k·γ + 1), or k / (K·γ + 1) where all K drafted tokens are charged.
 
-    Source: PPOW (arXiv 2605.14978), reward section; its γ is our `draft_cost_ratio` (paper: 0.12).
+    Source: PPOW (arXiv 2605.14978), reward section; its γ is our `draft_cost_ratio` (paper: 0.12). It charges for the
+    accepted tokens; charging for the drafted ones is ours: serving pays for K draft steps whatever is accepted.
 
     Args:
         num_accepted_tokens: k, draft tokens that the target accepted, bonus token excluded (>= 0).
         draft_cost_ratio: γ, time of one draft step divided by the time of one target step (>= 0).
+        num_charged_tokens: K, draft tokens to charge for (>= k); k where not given.
 
     Returns:
-        A reward in target steps; increasing and concave in k, 0 at k = 0, below 1/γ.
+        A reward in target steps, increasing in k, 0 at k = 0: as published concave in k and below 1/γ, with K linear.
     """
-    return num_accepted_tokens / (num_accepted_tokens * draft_cost_ratio + 1.0)
+    charged = num_accepted_tokens if num_charged_tokens is None else num_charged_tokens
+    return num_accepted_tokens / (charged * draft_cost_ratio + 1.0)
 
 
-def speedup_increments(num_speculative_tokens: int, draft_cost_ratio: float) -> list[float]:
+def speedup_increments(
+    num_speculative_tokens: int, draft_cost_ratio: float, num_charged_tokens: float | None = None
+) -> list[float]:
     """What accepting one more token adds: f(i) − f(i−1) for i = 1..K, with f = `speedup_reward`.
 
     With these, E[R] = Σ_i P(first i accepted) · (f(i) − f(i−1)), since Σ_{i<=k} of them is f(k) (ours).
 
     Returns:
-        K floats, positive and decreasing.
+        K floats, positive and decreasing, or all alike with `num_charged_tokens`.
     """
-    worth = [speedup_reward(k, draft_cost_ratio) for k in range(num_speculative_tokens + 1)]
+    worth = [
+        speedup_reward(k, draft_cost_ratio, num_charged_tokens) for k in range(num_speculative_tokens + 1)
+    ]
     return [after - before for before, after in itertools.pairwise(worth)]
 
 
@@ -52,7 +61,7 @@ def expected_speedup(
     """Expected tokens per unit of target-step time when every draft is K tokens long (ours).
 
     (1 + Σ_{i<=K} P(first i accepted)) / (1 + K·γ): what a chain of K buys over one token per target step.
-    Unlike `speedup_reward`, all K drafted tokens are paid for, not only the accepted ones.
+    Unlike in `speedup_reward`, the bonus token counts, and all K drafted tokens are always paid for.
 
     Args:
         acceptance_per_position: P(first i accepted) for i = 1.., unconditional as vLLM counts it; at least K long.

@@ -108,3 +108,28 @@ def accepted_length_distribution(tables: Tables) -> torch.Tensor:
 def survival(tables: Tables) -> torch.Tensor:
     """P(first i accepted) for i = 1..K, [K], differentiable."""
     return accepted_length_distribution(tables).flip(0).cumsum(0).flip(0)[1:]
+
+
+def agreement_survival(tables: Tables) -> torch.Tensor:
+    """P(first i drafts are accepted with probability p), i = 1..K, [K]: sum over all drafts, differentiable."""
+    total = torch.zeros(tables.num_speculative_tokens, dtype=torch.float64)
+    for draft in tables.drafts():
+        p, q = tables.chances(draft)
+        total = total + q.prod() * p.cumprod(0)
+    return total
+
+
+def greedy_draft(tables: Tables) -> tuple[int, ...]:
+    """The one window that a greedy drafter drafts."""
+    draft: tuple[int, ...] = ()
+    for logits in tables.draft_logits:
+        draft += (tables.draft_tokens[int(logits[draft].argmax())],)
+    return draft
+
+
+def greedy_path(tables: Tables) -> tuple[int, ...]:
+    """The one window that the target writes at temperature 0."""
+    path: tuple[int, ...] = ()
+    for logits in tables.target_logits:
+        path += (int(logits[path].argmax()),)
+    return path

@@ -34,6 +34,15 @@ def test_increments_telescope():
         assert sum(increments[:k]) == pytest.approx(speedup_reward(k, 0.12))
 
 
+def test_all_drafted_tokens_can_be_charged():
+    """k / (Kγ + 1): linear in k, and the published reward where everything is accepted."""
+    assert [speedup_reward(k, 0.12, 8) for k in (0, 3, 8)] == pytest.approx([0, 3 / 1.96, 8 / 1.96])
+    assert speedup_reward(8, 0.12, 8) == speedup_reward(8, 0.12)
+    assert speedup_increments(8, 0.12, 8) == pytest.approx([1 / 1.96] * 8)
+    speedup, _ = make_reward_funcs(0.12, 0.2, 8)
+    assert speedup(num_accepted_tokens=[0, 3]) == pytest.approx([0, 3 / 1.96])
+
+
 def test_proximity_only_where_nothing_was_accepted_and_the_target_is_near():
     accepted = torch.tensor([0, 0, 0, 1, 3])
     divergence = torch.tensor([-1.0, 2.0, 2.5, -1.0, 0.0])

@@ -15,6 +15,7 @@ from unpacked import target_windows
 
 from ppow_train.compat import TargetAnchor
 from ppow_train.config import PPOWConfig
+from ppow_train.credit import token_advantages
 from ppow_train.generation import load_tokenizer
 from ppow_train.rewards import proximity_reward
 from ppow_train.rollout import WindowRunner
@@ -155,6 +156,24 @@ def test_advantages_are_standardised_within_the_group(kind, directories, traject
     assert (reward.std(-1) > 0).any(), "no group differs: choose another ε"
     wanted = (reward - reward.mean(-1, keepdim=True)) / (reward.std(-1, keepdim=True) + 1e-4)
     torch.testing.assert_close(batch["advantages"], wanted.flatten(), atol=1e-4, rtol=1e-3)
+
+
+def test_trls_loss_takes_an_advantage_per_token(directories, trajectories, tmp_path):
+    """Its gradient is that of −Σ A_t log q over all N·K tokens, divided by N·K."""
+    config = make_config(tmp_path, ppow_credit="acceptance", beta=0.0)
+    trainer = make_trainer(directories, trajectories, config)
+    batch = trainer._generate_and_score_completions(first_rows(trainer))
+    advantages = token_advantages(trainer._rollout, trainer.args)
+    assert advantages.shape == (24, K)
+    assert (advantages != advantages[:, :1]).any()
+    assert batch["advantages"].equal(advantages)
+    weights = [p for p in trainer.model.parameters() if p.requires_grad]
+    ours = torch.autograd.grad(trainer._compute_loss(trainer.model, batch), weights)
+    logps, _ = trainer.runner.draft_logps(*batch["prompt_ids"].T, batch["completion_ids"])
+    wanted = torch.autograd.grad(-(advantages * logps).mean(), weights)
+    assert max(gradient.abs().max() for gradient in wanted) > 1e-5
+    for one, other in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
 
 
 def test_objectives_on_target_paths_do_not_draft(directories, trajectories, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from ppow_train.drafters import load_drafter
 from ppow_train.evaluation import simulate_acceptance
 from ppow_train.generation import generate, load_tokenizer
 from ppow_train.objectives import make_objective
+from ppow_train.options import PPOWOptions
 from ppow_train.progress import make_progress
 from ppow_train.rollout import WindowRunner
 from ppow_train.training import Pair, load_pair, train_adapter
@@ -90,9 +91,28 @@ def loss_on_all(objective: Any, pair: Pair, trajectories: Trajectories) -> float
 
 
 @pytest.mark.parametrize(
+    ("kind", "objective", "options"),
+    [
+        ("eagle3", "exact", {"draft_sample_method": "greedy"}),
+        ("reduced", "overlap", {"draft_sample_method": "greedy", "cost_reading": "drafted"}),
+        (
+            "causal_lm",
+            "exact",
+            {"serving_temperature": 0.0, "greedy_target": "hard", "greedy_sampling_temperature": 1.0},
+        ),
+    ],
+)
+def test_every_form_lowers_its_own_loss(
+    kind, objective, options, directories, continuations, tmp_path, progress
+):
+    check_that_training_lowers(kind, directories, continuations, tmp_path, progress, objective, **options)
+
+
+@pytest.mark.parametrize(
     ("kind", "objective"),
     [
         ("causal_lm", "overlap"),
+        ("causal_lm", "overlap + 4 * cst:tv"),
         ("causal_lm", "exact"),
         *(("eagle3", name) for name in ("overlap", "cst:ce", "cst:kl", "cst:rkl", "cst:jsd", "cst:tv")),
         *(("eagle31", name) for name in ("exact", "cst:nla", "cst:lk_hybrid")),
@@ -101,9 +121,21 @@ def loss_on_all(objective: Any, pair: Pair, trajectories: Trajectories) -> float
     ],
 )
 def test_an_objective_lowers_its_own_loss(kind, objective, directories, continuations, tmp_path, progress):
+    check_that_training_lowers(kind, directories, continuations, tmp_path, progress, objective)
+
+
+def check_that_training_lowers(
+    kind: str,
+    directories: Directories,
+    continuations: Trajectories,
+    tmp_path: Path,
+    progress: Any,
+    objective: str,
+    **options: Any,
+) -> None:
     pair = open_pair(directories, kind)
-    config = config_for(tmp_path, objective=objective)
-    loss = make_objective(objective, config.draft_cost_ratio, config.position_decay)
+    config = config_for(tmp_path, objective=objective, **options)
+    loss = make_objective(config)
     before = loss_on_all(loss, pair, continuations)
     train_adapter(pair, continuations, config, tmp_path / "adapter", progress=progress)
     after = loss_on_all(loss, merged(pair, directories, kind, tmp_path / "adapter"), continuations)
@@ -111,14 +143,26 @@ def test_an_objective_lowers_its_own_loss(kind, objective, directories, continua
 
 
 @pytest.mark.parametrize(
-    ("kind", "steps"), [("causal_lm", 10), ("eagle3", 10), ("reduced", 10), ("original", 30)]
+    ("kind", "steps", "credit"),
+    [
+        *((kind, 10, "published") for kind in ("causal_lm", "eagle3", "reduced")),
+        ("original", 30, "published"),
+        ("causal_lm", 10, "acceptance"),
+        ("reduced", 10, "acceptance"),
+    ],
 )
-def test_ppow_raises_what_windows_earn(kind, steps, directories, continuations, tmp_path, progress):
+def test_ppow_raises_what_windows_earn(kind, steps, credit, directories, continuations, tmp_path, progress):
     pair = open_pair(directories, kind)
     config = config_for(
-        tmp_path, objective="ppow", num_generations=8, windows_per_step=128, max_steps=steps, beta=0.2
+        tmp_path,
+        objective="ppow",
+        ppow_credit=credit,
+        num_generations=8,
+        windows_per_step=128,
+        max_steps=steps,
+        beta=0.2,
     )
-    loss = make_objective("exact", config.draft_cost_ratio, 1.0)
+    loss = make_objective(PPOWOptions(objective="exact"))
     before = loss_on_all(loss, pair, continuations)
     result = train_adapter(pair, continuations, config, tmp_path / "adapter", progress=progress)
     after = loss_on_all(loss, merged(pair, directories, kind, tmp_path / "adapter"), continuations)
@@ -147,10 +191,9 @@ def test_the_drafter_comes_back_and_the_adapter_reloads(kind, directories, conti
     result = train_adapter(
         pair,
         continuations,
-        config_for(tmp_path, max_steps=3),
+        config_for(tmp_path, max_steps=3, draft_sample_method="greedy", objective="4*cst:tv+overlap"),
         tmp_path / "adapter",
         held_out=continuations,
-        draft_sample_method="greedy",
         facts={"prompts": "mine"},
         progress=progress,
     )
@@ -165,6 +208,7 @@ def test_the_drafter_comes_back_and_the_adapter_reloads(kind, directories, conti
     assert adapter.config.base_drafter == pair.drafter_ref
     assert adapter.config.target == pair.target_ref
     assert adapter.config.draft_sample_method == "greedy"
+    assert adapter.config.training["objective"] == "4 * cst:tv + overlap"
     assert adapter.config.num_speculative_tokens == K
     assert adapter.config.training["prompts"] == "mine"
     assert "torch" in adapter.config.versions

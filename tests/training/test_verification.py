@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from enumerated_windows import CASE_NAMES, CASES, over_target_paths, vocabulary_of
 from enumeration import Tables, accepted_length_distribution, random_tables, survival
 
 from ppow_train.objectives import PathWindows, exact, overlap_window
@@ -21,45 +21,15 @@ from ppow_train.verification import (
     survival_product,
     token_logps,
 )
-from ppow_train.vocabulary import FULL_VOCABULARY, DraftVocabulary, reduced_vocabulary
 from vllm_ppow.speedup import speedup_reward
 
 COST = 0.12
-# V, K, seed, tokens that can be drafted
-CASES = [(3, 3, 0, None), (4, 2, 1, None), (3, 2, 2, None), (4, 3, 3, (2, 0)), (5, 2, 4, (1, 4, 2))]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: "V{}-K{}-seed{}-drafts{}".format(*case))
+@pytest.fixture(params=CASES, ids=CASE_NAMES)
 def tables(request: Any) -> Tables:
     *shape, draftable = request.param
     return random_tables(*shape, draftable=draftable)
-
-
-def vocabulary_of(tables: Tables) -> DraftVocabulary:
-    if tables.draftable is None:
-        return FULL_VOCABULARY
-    return reduced_vocabulary(torch.tensor(tables.draftable), tables.vocab_size)
-
-
-def windows_on(tables: Tables, path: tuple[int, ...]) -> PathWindows:
-    """One window, as `WindowRunner.path_windows` makes it."""
-    target, draft = tables.along(path)
-    vocabulary = vocabulary_of(tables)
-    return PathWindows(
-        vocabulary.columns(torch.tensor([path])),
-        vocabulary.with_rest(target[None]),
-        vocabulary.with_empty_rest(draft[None]),
-        has_rest=vocabulary.is_reduced,
-    )
-
-
-def over_target_paths(tables: Tables, value_of: Callable[[PathWindows], torch.Tensor]) -> torch.Tensor:
-    """Expectation of a function of a `PathWindows` of one window over all target paths."""
-    terms = []
-    for path in tables.paths():
-        p, _ = tables.chances(path)
-        terms.append(p.prod() * value_of(windows_on(tables, path)))
-    return torch.stack(terms).sum(0)
 
 
 def survival_of(windows: PathWindows) -> torch.Tensor:

@@ -14,8 +14,8 @@ from typing import Any
 
 from ppow_train.compat import silence_import_warnings
 from ppow_train.errors import UserError
-from ppow_train.objectives import parse_objective
-from ppow_train.options import PPOWOptions
+from ppow_train.objectives import check_dpace, parse_objective
+from ppow_train.options import CHOICES, PPOWOptions
 
 silence_import_warnings()
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402, F401  (trainer.py takes it from here: TRL is imported in one place)
@@ -49,6 +49,8 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         if not self.is_rollout:
             self.num_generations = 2  # TRL asks for groups; objectives on target paths have none
             self.beta = 0.0
+        if self.ppow_credit == "acceptance":
+            self.proximity_weight = 0.0  # credit.py: the gradient of E[R_speedup], of which R_dist is no part
         rows = self.rows_per_step
         self.per_device_train_batch_size = rows
         self.gradient_accumulation_steps = 1
@@ -67,11 +69,6 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         return self.objective == "ppow"
 
     @property
-    def training_temperature(self) -> float:
-        """Temperature of p and q in training."""
-        return self.serving_temperature or self.greedy_sampling_temperature
-
-    @property
     def rows_per_step(self) -> int:
         """Rows that TRL sees per update: one per window."""
         return self.windows_per_step
@@ -83,6 +80,15 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         return self.windows_per_step // (self.trajectories_per_step * groups)
 
     def _check(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            _require(value in choices, name, f"one of {', '.join(choices)}", repr(value))
+        _require(
+            self.greedy_sharpness_temperature > 0,
+            "greedy_sharpness_temperature",
+            "> 0",
+            self.greedy_sharpness_temperature,
+        )
         _require(
             self.num_speculative_tokens >= 1, "num_speculative_tokens", ">= 1", self.num_speculative_tokens
         )
@@ -98,12 +104,21 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         _require(0 <= self.adaptive_after <= 1, "adaptive_after", "in 0..1", self.adaptive_after)
         _require(0 < self.proximity_quantile < 1, "proximity_quantile", "in 0..1", self.proximity_quantile)
         _require(0 < self.position_decay <= 1, "position_decay", "in (0, 1]", self.position_decay)
+        _require(0 < self.dpace_alpha <= 1, "dpace_alpha", "in (0, 1]", self.dpace_alpha)
+        if self.position_weights == "dpace":
+            check_dpace(self.objective)
         _require(self.max_steps >= 1, "max_steps", ">= 1", self.max_steps)
         _require(self.trajectories_per_step >= 1, "trajectories_per_step", ">= 1", self.trajectories_per_step)
         named = self.lora_targets is None or isinstance(self.lora_targets, list)
         _require(named, "lora_targets", "a list of names", repr(self.lora_targets))
         _require(self.lora_rank >= 1, "lora_rank", ">= 1", self.lora_rank)
         _require(self.proximity_weight >= 0, "proximity_weight", ">= 0", self.proximity_weight)
+        greedy_drafts = self.draft_sample_method == "greedy" and self.serving_temperature > 0
+        if self.ppow_credit == "acceptance" and greedy_drafts:
+            raise UserError(
+                "ppow_credit acceptance follows sampled drafts, but draft_sample_method is greedy: "
+                "set probabilistic, or objective exact, which has a form for greedy drafts."
+            )
         if self.is_rollout:
             _require(self.num_generations >= 2, "num_generations", ">= 2", self.num_generations)
         self._check_windows()

@@ -7,7 +7,7 @@ Plain Python, so that `ppow train --help` lists them without importing torch or 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 # ruff: noqa: RUF009  (`_option` is `field` with its help; every default is immutable)
 
@@ -22,7 +22,9 @@ class PPOWOptions:
 
     # The winner of the README's table ("Which objective"), not of our hopes.
     objective: str = _option(
-        "cst:tv", "what is minimised: ppow, exact, overlap, or cst:LOSS (cst:tv, cst:kl, …)"
+        "cst:tv",
+        "what is minimised: ppow, exact, overlap, cst:LOSS (cst:tv, cst:kl, …), or a weighted sum of these without "
+        "ppow, in quotes: 'overlap + 4 * cst:tv'",
     )
     num_speculative_tokens: int = _option(8, "K, tokens per window (>= 1)")
     trajectories_per_step: int = _option(
@@ -36,7 +38,31 @@ class PPOWOptions:
     greedy_sampling_temperature: float = _option(
         0.5, "temperature of p and q in training when serving_temperature is 0 (> 0)"
     )
+    draft_sample_method: Literal["probabilistic", "greedy"] = _option(
+        "probabilistic",
+        "how vLLM will draw drafts at a temperature above 0; exact and overlap take the form for it",
+    )
+    greedy_target: Literal["soft", "hard"] = _option(
+        "soft",
+        "exact and overlap at serving_temperature 0: p and q at greedy_sampling_temperature (soft), or the target's "
+        "own token against q at greedy_sharpness_temperature (hard)",
+    )
+    greedy_sharpness_temperature: float = _option(
+        0.5,
+        "exact and overlap with greedy drafts: temperature of q where it stands for its argmax (> 0; lower is closer "
+        "to it, with gradients at fewer tokens)",
+    )
     draft_cost_ratio: float = _option(0.12, "time of one draft step / one target step, the paper's γ (>= 0)")
+    ppow_credit: Literal["published", "acceptance"] = _option(
+        "published",
+        "ppow: one standardised advantage for all tokens of a window (published), or each token's own, whose gradient "
+        "is that of the expected speedup reward, proximity left out (acceptance)",
+    )
+    cost_reading: Literal["accepted", "drafted"] = _option(
+        "accepted",
+        "ppow, exact and overlap: draft tokens that the speedup reward charges for, the k accepted ones as published, "
+        "k / (kγ + 1), or all K as serving pays, k / (Kγ + 1)",
+    )
     proximity_weight: float = _option(0.2, "η of the proximity reward, in units of the speedup reward (>= 0)")
     proximity_quantile: float = _option(
         0.25, "share of windows with k = 0 that earn it, sets ε as they come (0..1)"
@@ -48,7 +74,13 @@ class PPOWOptions:
     adaptive_after: float = _option(
         0.25, "share of the run with ordinary windows before adaptive windowing (0..1)"
     )
+    position_weights: Literal["decay", "dpace"] = _option(
+        "decay",
+        "cst only: weights of positions in the window, fixed (decay) or, by D-PACE, from the drafter's confidence in "
+        "each window (dpace; cst:ce and cst:tv)",
+    )
     position_decay: float = _option(0.7, "cst only: weight of position i is decay^i (0..1]")
+    dpace_alpha: float = _option(0.5, "position_weights dpace: smoothing α of the confidence (0..1]")
     lora_rank: int = _option(32, "LoRA rank r (>= 1)")
     lora_alpha: int = _option(64, "LoRA α; deltas are scaled by α / r")
     lora_targets: list[str] | None = _option(
@@ -68,3 +100,19 @@ class PPOWOptions:
         False, "recompute activations to save memory; the drafter is small"
     )
     bf16: bool | None = _option(False, "autocast to bf16")
+
+    @property
+    def training_temperature(self) -> float:
+        """Temperature of p and q in training."""
+        return self.serving_temperature or self.greedy_sampling_temperature
+
+    @property
+    def num_charged_tokens(self) -> int | None:
+        """Draft tokens that every window is charged for; None where it is the accepted ones."""
+        return self.num_speculative_tokens if self.cost_reading == "drafted" else None
+
+
+# What an option of few values can be.
+CHOICES: dict[str, tuple[str, ...]] = {
+    name: get_args(kind) for name, kind in get_type_hints(PPOWOptions).items() if get_origin(kind) is Literal
+}

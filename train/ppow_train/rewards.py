@@ -60,11 +60,13 @@ class ProximityThreshold:
         return self._running if self._running is not None else float("-inf")
 
 
-def make_reward_funcs(draft_cost_ratio: float, proximity_weight: float) -> list[RewardFunc]:
+def make_reward_funcs(
+    draft_cost_ratio: float, proximity_weight: float, num_charged_tokens: int | None = None
+) -> list[RewardFunc]:
     """PPOW's two rewards in TRL's form: they read the columns that the rollout adds to each row."""
 
     def speedup(num_accepted_tokens: list[int], **columns: Any) -> list[float]:
-        return [speedup_reward(k, draft_cost_ratio) for k in num_accepted_tokens]
+        return [speedup_reward(k, draft_cost_ratio, num_charged_tokens) for k in num_accepted_tokens]
 
     def proximity(
         num_accepted_tokens: list[int],

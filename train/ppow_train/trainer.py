@@ -1,7 +1,7 @@
 """PPOWTrainer: TRL's GRPOTrainer with the windows of speculative decoding as its completions.
 
 Three methods are overridden, none copied:
-- `_generate_and_score_completions`: for ppow it only adds a log line; other objectives draw windows and skip drafting.
+- `_generate_and_score_completions`: for ppow it may give each token its credit; other objectives draw windows only.
 - `_get_per_token_logps_and_entropies`: windows of a trajectory in one packed forward; the KL anchor is the TARGET.
 - `_compute_loss`: TRL's for ppow, `objectives` for the rest.
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ppow_train.compat import TargetAnchor, ensure_generation_config, silence_rollout_warning
 from ppow_train.config import GRPOTrainer, PPOWConfig
+from ppow_train.credit import token_advantages
 from ppow_train.errors import UserError
 from ppow_train.objectives import make_objective
 from ppow_train.rewards import ProximityThreshold, make_reward_funcs
@@ -50,7 +51,7 @@ class PPOWTrainer(GRPOTrainer):
         self.runner = runner
         self._objective = None
         if not args.is_rollout:
-            self._objective = make_objective(args.objective, args.draft_cost_ratio, args.position_decay)
+            self._objective = make_objective(args)
         self._proximity = ProximityThreshold(args.proximity_quantile, args.proximity_epsilon)
         self._rollout: Rollout | None = None
         lora = LoraConfig(
@@ -64,7 +65,9 @@ class PPOWTrainer(GRPOTrainer):
         ensure_generation_config(runner.drafter.model)
         super().__init__(
             model=runner.drafter.model,
-            reward_funcs=make_reward_funcs(args.draft_cost_ratio, args.proximity_weight),
+            reward_funcs=make_reward_funcs(
+                args.draft_cost_ratio, args.proximity_weight, args.num_charged_tokens
+            ),
             args=args,
             train_dataset=trajectory_rows(len(runner.trajectories), args),
             processing_class=processing_class,
@@ -128,7 +131,12 @@ class PPOWTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if self._objective is None:
-            return super()._generate_and_score_completions(inputs)
+            batch = super()._generate_and_score_completions(inputs)
+            if self.args.ppow_credit == "acceptance":
+                assert self._rollout is not None  # _roll_out has run in the line above
+                # TRL's loss takes (N, K) as well.
+                batch["advantages"] = token_advantages(self._rollout, self.args)
+            return batch
         prompts = [row["prompt"] for row in inputs]
         trajectory = torch.tensor([prompt[i % len(prompt)] for i, prompt in enumerate(prompts)])
         start = self._draw(trajectory)

@@ -120,7 +120,6 @@ def train_adapter(
     output: Path,
     *,
     held_out: Trajectories | None = None,
-    draft_sample_method: str = "probabilistic",
     facts: dict[str, Any] | None = None,
     progress: Progress,
 ) -> TrainingResult:
@@ -148,7 +147,7 @@ def train_adapter(
         training = _facts(config, len(trajectories), before, after) | (facts or {})
         adapter = write_adapter(
             output,
-            _adapter_config(pair, config, draft_sample_method, training),
+            _adapter_config(pair, config, training),
             lambda out: _save_peft(peft_model, out, pair),
         )
         return TrainingResult(adapter, before, after, trainer.state.log_history)
@@ -209,16 +208,14 @@ def _remove_lora(peft_model: Any) -> None:
     peft_model.unload()
 
 
-def _adapter_config(
-    pair: Pair, config: PPOWConfig, draft_sample_method: Any, training: dict[str, Any]
-) -> AdapterConfig:
+def _adapter_config(pair: Pair, config: PPOWConfig, training: dict[str, Any]) -> AdapterConfig:
     return AdapterConfig(
         drafter_type=pair.drafter.drafter_type,
         base_drafter=pair.drafter_ref,
         target=pair.target_ref,
         num_speculative_tokens=config.num_speculative_tokens,
         draft_cost_ratio=config.draft_cost_ratio,
-        draft_sample_method=draft_sample_method,
+        draft_sample_method=config.draft_sample_method,
         temperature=config.serving_temperature,
         training=training,
         versions={name: importlib.metadata.version(name) for name in _VERSIONED},

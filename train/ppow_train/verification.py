@@ -67,9 +67,41 @@ def survival_on_path(
     Returns:
         [..., K], differentiable in the draft.
     """
-    ratio = (draft_logps - target_logps).clamp(max=0.0).exp()
-    reached = torch.cat([torch.ones_like(ratio[..., :1]), ratio.cumprod(-1)[..., :-1]], dim=-1)
-    return reached * overlaps
+    return _reached((draft_logps - target_logps).clamp(max=0.0).exp()) * overlaps
+
+
+def _reached(ratio: torch.Tensor) -> torch.Tensor:
+    """Π_{t<i} ratio_t: [..., K] -> [..., K], 1 at the first position."""
+    return torch.cat([torch.ones_like(ratio[..., :1]), ratio.cumprod(-1)[..., :-1]], dim=-1)
+
+
+def agreement(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
+    """Σ_v p q: the chance that one token drawn from each is the same token (ours; for greedy drafts, see below).
+
+    Args:
+        target_logits, draft_logits: [..., V], each divided by its temperature.
+
+    Returns:
+        [...] in [0, 1]; p(argmax q) where q is all on one token.
+    """
+    return (target_logits.softmax(-1) * draft_logits.softmax(-1)).sum(-1)
+
+
+def agreement_on_path(draft_logps: torch.Tensor, agreements: torch.Tensor) -> torch.Tensor:
+    """One-trajectory estimate of P(first i drafts are what the target draws), i = 1..K (ours).
+
+    A greedy draft a is accepted with probability p(a) (rejection sampling from a q that is all on a): exactly when the
+    target, drawing for itself, draws a. With y a trajectory of the target,
+    P(first i accepted) = E_y[ Π_{t<i} q(y_t) · Σ_v p_i q_i ], for any q whose draws do not look at the target's.
+
+    Args:
+        draft_logps: [..., K], of the trajectory's tokens.
+        agreements: [..., K], `agreement` along the trajectory.
+
+    Returns:
+        [..., K], differentiable in the draft.
+    """
+    return _reached(draft_logps.exp()) * agreements
 
 
 def survival_product(overlaps: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,7 +131,7 @@ class _Trainer:
         from ppow_train.training import get_trajectories, train_adapter
         from vllm_ppow.artifact import PPOW_CONFIG, read_adapter
 
-        directory = self.output / "adapters" / f"{objective.replace(':', '-')}-{seed}"
+        directory = self.output / "adapters" / f"{re.sub(r'[^a-z0-9_.]+', '-', objective)}-{seed}"
         if (directory / PPOW_CONFIG).is_file():
             return read_adapter(directory)
         with make_progress() as progress:

@@ -8,23 +8,24 @@ from typing import Any
 
 import click
 
-from ppow_train.options import PPOWOptions
+from ppow_train.options import CHOICES, PPOWOptions
 
 _KINDS = {"int": int, "float": float, "bool": bool, "str": str}
 
 
 def training_options(command: Callable) -> Callable:
-    """Add a flag for every scalar training option; flags that were not given are absent from the keywords' non-None."""
+    """Add a flag for every training option that is no list; those not given are None."""
     for option in reversed(dataclasses.fields(PPOWOptions)):
         kind = str(option.type).split(" ")[0]
-        if kind not in _KINDS or "list" in str(option.type):
+        if "list[" in str(option.type):
             continue
+        choices = CHOICES.get(option.name)
         name = "--" + option.name.replace("_", "-")
         declaration = f"{name}/--no-{name[2:]}" if kind == "bool" else name
         command = click.option(
             declaration,
             option.name,
-            type=_KINDS[kind],
+            type=click.Choice(choices) if choices else _KINDS[kind],
             default=None,
             help=f"{option.metadata['help']}  [default: {option.default}]",
         )(command)

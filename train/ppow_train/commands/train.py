@@ -51,13 +51,6 @@ if TYPE_CHECKING:
     "--cache", default=Path("runs/trajectories"), show_default=True, type=click.Path(path_type=Path),
     help="where generated trajectories are kept for the next run",
 )  # fmt: skip
-@click.option(
-    "--draft-sample-method",
-    type=click.Choice(["probabilistic", "greedy"]),
-    default="probabilistic",
-    show_default=True,
-    help="how vLLM will draw drafts at a temperature above 0",
-)
 @click.option("--seed", default=0, show_default=True, help="of trajectories, initialisation and windows")
 @click.option("--device", default=None, help="cpu or cuda  [default: cuda where there is one]")
 @click.option(
@@ -80,7 +73,6 @@ def train(
     config_file: Path | None,
     max_new_tokens: int,
     cache: Path,
-    draft_sample_method: str,
     seed: int,
     device: str | None,
     parity: bool,
@@ -116,7 +108,6 @@ def train(
         values,
         max_new_tokens,
         cache,
-        draft_sample_method,
         seed,
         device,
         parity,
@@ -152,7 +143,6 @@ class _Request:
     values: dict[str, Any]
     max_new_tokens: int
     cache: Path
-    draft_sample_method: str
     seed: int
     device: str | None
     parity: bool
@@ -178,7 +168,6 @@ def _run(request: _Request) -> tuple[TrainingResult, Parity | None]:
             config,
             request.output,
             held_out=held_out,
-            draft_sample_method=request.draft_sample_method,
             facts={"prompts": source.name if source else None},
             progress=progress,
         )

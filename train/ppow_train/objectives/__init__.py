@@ -1,0 +1,84 @@
+"""What is minimised when windows lie on the target's own trajectories: window objectives, supervised ones, mixtures.
+
+Published PPOW is not here: its clipped group-relative loss is TRL's own, fed by rollout.py and rewards.py. Every
+objective here is a mean over windows and needs no sampling: y is the target's trajectory, p and q the target and
+draft distributions along it. Where a head drafts from a reduced vocabulary, what is about acceptance (exact, overlap,
+tv, nla) takes p as it is, what is about likeness (ce, kl_div, rkl, jsd) p renormalised on the draft vocabulary, and
+lk_hybrid each of its parts in its own form; vocabulary.py tells why. This file chooses; the formulas are in window.py
+and supervised.py, the names in names.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from ppow_train.objectives.names import CST_LOSSES, check_dpace, parse_objective, parts_of
+from ppow_train.objectives.path_windows import PathWindows
+from ppow_train.objectives.supervised import continued_supervised, dpace_supervised
+from ppow_train.objectives.window import (
+    exact,
+    exact_greedy_drafts,
+    greedy_trajectory,
+    overlap_greedy_drafts,
+    overlap_window,
+)
+from ppow_train.options import PPOWOptions
+
+__all__ = [
+    "CST_LOSSES",
+    "Objective",
+    "PathWindows",
+    "check_dpace",
+    "continued_supervised",
+    "dpace_supervised",
+    "exact",
+    "exact_greedy_drafts",
+    "greedy_trajectory",
+    "make_objective",
+    "overlap_greedy_drafts",
+    "overlap_window",
+    "parse_objective",
+]
+
+Objective = Callable[[PathWindows], torch.Tensor]
+
+
+def make_objective(options: PPOWOptions) -> Objective:
+    """The function to minimise for an objective that works on target paths (all but `ppow`): Σ_j w_j · part_j.
+
+    Raises:
+        UserError: unknown name.
+    """
+    parts = [(weight, _part(name, options)) for name, weight in parts_of(options.objective).items()]
+
+    def objective(windows: PathWindows) -> torch.Tensor:
+        return torch.stack([weight * part(windows) for weight, part in parts]).sum()
+
+    return objective
+
+
+def _part(name: str, options: PPOWOptions) -> Objective:
+    if name.startswith("cst:"):
+        loss = name.removeprefix("cst:")
+        if options.position_weights == "dpace":
+            return partial(dpace_supervised, loss_name=loss, alpha=options.dpace_alpha)
+        return partial(continued_supervised, loss_name=loss, position_decay=options.position_decay)
+    if name in ("exact", "overlap"):
+        return _window_objective(name, options)
+    raise ValueError(f"{name} is not an objective on target paths")
+
+
+def _window_objective(name: str, options: PPOWOptions) -> Objective:
+    """`exact` or `overlap` in the form that fits how drafts are served."""
+    cost = (options.draft_cost_ratio, options.num_charged_tokens)
+    sharpening = options.training_temperature / options.greedy_sharpness_temperature
+    if options.serving_temperature == 0 and options.greedy_target == "hard":
+        return lambda windows: greedy_trajectory(windows, sharpening, *cost)
+    if options.serving_temperature > 0 and options.draft_sample_method == "greedy":
+        greedy = exact_greedy_drafts if name == "exact" else overlap_greedy_drafts
+        return lambda windows: greedy(windows, sharpening, *cost)
+    sampled = exact if name == "exact" else overlap_window
+    return lambda windows: sampled(windows, *cost)
