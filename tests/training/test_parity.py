@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from ppow_train.data import collate
-from ppow_train.evaluation import simulate_walk
 from ppow_train.parity import Parity
 from ppow_train.rollout import WindowRunner
 from ppow_train.training import load_pair
 from ppow_train.verification import acceptance_ratio, overlap
+from ppow_train.walk import expected_walk, simulate_walk
 from vllm_ppow.metrics import SpecDecodeCounts
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
@@ -59,6 +59,15 @@ def test_the_walk_equals_one_done_by_hand(greedy_runner):
     assert expected.num_accepted_tokens > 5  # else the walk would not have been tested
     assert simulate_walk(greedy_runner, MAX_TOKENS, greedy_drafts=True) == expected
     assert simulate_walk(greedy_runner, MAX_TOKENS, greedy_drafts=True, chunk=3) == expected
+
+
+def test_at_temperature_zero_the_expected_walk_is_the_walk(greedy_runner):
+    counted = walk_by_hand(greedy_runner)
+    expected = expected_walk(greedy_runner, MAX_TOKENS, greedy_drafts=True)
+    assert expected.num_drafts.sum() == counted.num_drafts
+    assert expected.num_accepted_tokens.sum() == counted.num_accepted_tokens
+    assert expected.mean_accepted == pytest.approx(counted.mean_accepted)
+    assert expected.acceptance_per_position == pytest.approx(counted.acceptance_per_position)
 
 
 def test_a_sampled_walk_is_repeatable_and_random(greedy_runner):

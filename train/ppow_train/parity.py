@@ -16,11 +16,11 @@ import torch
 
 from ppow_train.drafters import load_drafter
 from ppow_train.errors import UserError
-from ppow_train.evaluation import simulate_walk
 from ppow_train.rollout import WindowRunner
 from ppow_train.serving_eval import ADAPTER, Engine, EngineOptions, ppow_spec
 from ppow_train.training import Pair
 from ppow_train.types import Trajectories
+from ppow_train.walk import simulate_walk
 from vllm_ppow.artifact import Adapter
 from vllm_ppow.metrics import SpecDecodeCounts
 

@@ -1,0 +1,236 @@
+"""The walk of serving along held-out trajectories: draft K, keep what is accepted, add one token, draft again.
+
+Given the output y (a trajectory of the target at the serving temperature), what happened to a draft is known in law
+(ours): where y shows y_t, a sampled draft had been accepted with probability r_t = min(1, q/p)(y_t), whatever came
+before; a greedy draft exactly if argmax q = y_t. `expected_walk` sums over all walks, `simulate_walk` draws one. At
+temperature 0 both are the same. Left out: serving (serving_eval.py), which has the last word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from ppow_train.packing import window_tokens
+from ppow_train.rollout import WindowRunner
+from ppow_train.types import Encoded, Trajectories
+from ppow_train.verification import (
+    acceptance_ratio,
+    greedy_accepted_length,
+    sampled_accepted_length,
+    token_logps,
+)
+from vllm_ppow.metrics import SpecDecodeCounts
+
+_BATCH = 16  # trajectories per forward
+# Logits of a block, one start at least: on a CPU what its caches like (16 MiB in float32), on a GPU 1 GiB.
+_LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**22, 2**28
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpectedWalk:
+    """What serving is expected to count on each of B prompts.
+
+    Attributes:
+        num_drafts: float64 [B], on the CPU.
+        num_accepted_tokens_per_pos: float64 [B, K], accepted tokens by position in the draft, bonus excluded.
+    """
+
+    num_drafts: torch.Tensor
+    num_accepted_tokens_per_pos: torch.Tensor
+
+    @property
+    def num_accepted_tokens(self) -> torch.Tensor:
+        """Accepted tokens of each prompt, float64 [B]."""
+        return self.num_accepted_tokens_per_pos.sum(-1)
+
+    @property
+    def mean_accepted(self) -> float:
+        """Accepted tokens per draft over all prompts: Σ accepted / Σ drafts, as vLLM counts; nan without drafts."""
+        return float(self.num_accepted_tokens.sum() / self.num_drafts.sum())
+
+    @property
+    def acceptance_per_position(self) -> tuple[float, ...]:
+        """Share of drafts whose token at a position was accepted, [K]; unconditional."""
+        return tuple((self.num_accepted_tokens_per_pos.sum(0) / self.num_drafts.sum()).tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetPath:
+    """The target's part of a walk along B of the trajectories: the same for every drafter, so it can be kept.
+
+    Attributes:
+        rows: int64 [B], which of the runner's trajectories they are.
+        trajectories: these, cut to the longest.
+        encoded: hidden states and taps, without keys and values.
+        logps: [B, M], log p of each token from the first start on; what lies past a trajectory's end is not read.
+    """
+
+    rows: torch.Tensor
+    trajectories: Trajectories
+    encoded: Encoded
+    logps: torch.Tensor
+
+
+@torch.no_grad()
+def target_paths(runner: WindowRunner) -> Iterator[TargetPath]:
+    """Encode the target along all trajectories with room for a draft, those of like length together.
+
+    `list(target_paths(runner))` keeps it for many walks, in B · L · (T + 1) · H numbers on the target's device.
+    """
+    order = runner.trajectories.lengths.argsort(stable=True)
+    order = order[runner.trajectories.num_starts(runner.num_speculative_tokens)[order] > 0]
+    for begin in range(0, len(order), _BATCH):
+        rows = order[begin : begin + _BATCH]
+        chosen = runner.trajectories.select(rows)
+        encoded = runner.target.encode(chosen)
+        first, last = chosen.first_starts()[:, None], chosen.lengths[:, None] - 1
+        position = torch.minimum(
+            first + torch.arange(int((last - first).max()) + 1, device=rows.device), last
+        )
+        part = _starts_at_a_time(rows, runner.target.vocab_size)
+        logps = [
+            token_logps(
+                runner.target.path_logits(encoded, at, 1)[:, :, 0] / runner.temperature,
+                chosen.input_ids.gather(1, at),
+            )
+            for at in position.split(part, dim=1)
+        ]
+        yield TargetPath(rows, chosen, dataclasses.replace(encoded, cache=None), torch.cat(logps, dim=1))
+
+
+@torch.no_grad()
+def expected_walk(
+    runner: WindowRunner, max_tokens: int, greedy_drafts: bool, paths: Iterable[TargetPath] | None = None
+) -> ExpectedWalk:
+    """The mean of `simulate_walk` over all its draws, by dynamic programming (ours): no sampling noise is left.
+
+    From every start n, k tokens are accepted with probability Π_{t<=k} r_t · (1 − r_{k+1}); with v(n) the chance that
+    a draft begins at n, v(n + k + 1) gains v(n) · P(k | n).
+
+    Args:
+        runner, max_tokens, greedy_drafts: as in `simulate_walk`.
+        paths: what `target_paths` gave for these trajectories and this temperature; without it, it is computed.
+    """
+    length, count = runner.num_speculative_tokens, len(runner.trajectories)
+    num_drafts = torch.zeros(count, dtype=torch.float64)
+    accepted = torch.zeros(count, length, dtype=torch.float64)
+    if max_tokens <= 1:  # the target's own first token is all
+        return ExpectedWalk(num_drafts, accepted)
+    for path in target_paths(runner) if paths is None else paths:
+        num_starts = path.trajectories.num_starts(length).clamp(max=max_tokens - 1)
+        survival = _acceptance_given_output(runner, path, num_starts, greedy_drafts).cumprod(-1)
+        visits = _expected_visits(survival, num_starts)
+        rows = path.rows.cpu()
+        num_drafts[rows] = visits.sum(-1).cpu()
+        accepted[rows] = (visits[..., None] * survival).sum(1).cpu()
+    return ExpectedWalk(num_drafts, accepted)
+
+
+def _acceptance_given_output(
+    runner: WindowRunner, path: TargetPath, num_starts: torch.Tensor, greedy_drafts: bool
+) -> torch.Tensor:
+    """r_t of the window at each start, float64 [B, W, K]; starts beyond `num_starts` repeat the last window."""
+    drafter, length = runner.drafter, runner.num_speculative_tokens
+    chosen = path.trajectories
+    offset = torch.arange(int(num_starts.max()), device=num_starts.device)
+    offsets = torch.minimum(offset, num_starts[:, None] - 1)
+    draft = drafter.encode(chosen, path.encoded)
+    ratios = []
+    for part in offsets.split(_starts_at_a_time(path.rows, length * _draft_columns(runner)), dim=1):
+        starts = chosen.first_starts()[:, None] + part
+        columns = drafter.vocabulary.columns(window_tokens(chosen.input_ids, starts, length))
+        logits = drafter.vocabulary.with_empty_rest(drafter.path_logits(draft, chosen, starts, length))
+        if greedy_drafts:
+            ratios.append((logits.argmax(-1) == columns).double())
+            continue
+        draft_logps = token_logps(logits / runner.temperature, columns)
+        token = part[..., None] + torch.arange(length, device=part.device)
+        target_logps = path.logps.gather(1, token.flatten(1)).view_as(draft_logps)
+        # The other way round than in a rollout: given y, not given the draft.
+        ratios.append(acceptance_ratio(draft_logps, target_logps).double())
+    return torch.cat(ratios, dim=1)
+
+
+def _starts_at_a_time(rows: torch.Tensor, logits_per_start: int) -> int:
+    logits = _LOGITS_ON_CPU if rows.device.type == "cpu" else _LOGITS_ON_GPU
+    return max(1, logits // (len(rows) * logits_per_start))
+
+
+def _draft_columns(runner: WindowRunner) -> int:
+    ids = runner.drafter.vocabulary.target_ids
+    return runner.drafter.vocab_size if ids is None else len(ids) + 1
+
+
+def _expected_visits(survival: torch.Tensor, num_starts: torch.Tensor) -> torch.Tensor:
+    """Chance that a draft begins at each start: Π_{t<=k} r_t [B, W, K], int64 [B] -> [B, W]."""
+    batch, windows, length = survival.shape
+    edge = survival.new_ones(batch, windows, 1)
+    reached = torch.cat([edge, survival, torch.zeros_like(edge)], dim=-1)
+    chance = reached[..., :-1] - reached[..., 1:]  # of k = 0..K
+    visits = survival.new_zeros(batch, windows + length + 1)
+    visits[:, 0] = 1.0
+    inside = torch.arange(windows, device=num_starts.device) < num_starts[:, None]
+    for start in range(windows):
+        visits[:, start] *= inside[:, start]
+        visits[:, start + 1 : start + length + 2] += visits[:, start, None] * chance[:, start]
+    return visits[:, :windows]
+
+
+@torch.no_grad()
+def simulate_walk(
+    runner: WindowRunner, max_tokens: int, greedy_drafts: bool, seed: int = 0, chunk: int = 256
+) -> SpecDecodeCounts:
+    """Walk each trajectory once, drawing what is accepted.
+
+    Args:
+        runner: its trajectories need K tokens past `max_tokens`; where drafts are sampled, its temperature must be the
+            serving one.
+        max_tokens: output tokens per prompt at which serving stops.
+        greedy_drafts: drafts are argmax (temperature 0, or draft_sample_method greedy).
+        seed: of the acceptance draws.
+        chunk: windows per forward.
+
+    Returns:
+        Counts under vLLM's names. A draft that would reach past the end of the text is left out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    length = runner.num_speculative_tokens
+    per_position = [0] * length
+    num_drafts = 0
+    for row in range(len(runner.trajectories)):
+        accepted = _accepted_at_every_start(runner, row, greedy_drafts, generator, chunk)
+        first = 1  # output tokens before the first draft: the target's own
+        while first - 1 < len(accepted) and first < max_tokens:
+            kept = accepted[first - 1]
+            num_drafts += 1
+            for position in range(kept):
+                per_position[position] += 1
+            first += kept + 1
+    return SpecDecodeCounts(num_drafts, num_drafts * length, sum(per_position), tuple(per_position))
+
+
+def _accepted_at_every_start(
+    runner: WindowRunner, row: int, greedy_drafts: bool, generator: torch.Generator, chunk: int
+) -> list[int]:
+    """k of the window at every start of one trajectory."""
+    room = int(runner.trajectories.num_starts(runner.num_speculative_tokens)[row])
+    starts = runner.trajectories.first_starts()[row] + torch.arange(
+        room, device=runner.trajectories.lengths.device
+    )
+    accepted: list[int] = []
+    for part in starts.split(chunk):
+        windows = runner.path_windows(torch.full_like(part, row), part)
+        if greedy_drafts:
+            kept = greedy_accepted_length(windows.draft_logits.argmax(-1), windows.tokens)
+        else:
+            draft_logps = token_logps(windows.draft_logits, windows.tokens)
+            target_logps = token_logps(windows.target_logits, windows.tokens)
+            uniforms = torch.rand(draft_logps.shape, generator=generator).to(draft_logps.device)
+            # The other way round than in a rollout: given y, not given the draft.
+            ratio = acceptance_ratio(draft_logps, target_logps)
+            kept = sampled_accepted_length(ratio, uniforms)
+        accepted += kept.tolist()
+    return accepted
