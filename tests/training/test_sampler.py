@@ -115,7 +115,7 @@ def test_old_criticality_is_what_is_drawn_from():
 def test_a_trajectory_that_comes_up_twice_counts_once_as_candidate():
     criticality = Counted()
     draw = make(criticality).draw(torch.tensor([1, 0, 1]), 2, 0, generator())
-    assert criticality.asked == [[1, 0]]
+    assert criticality.asked == [[0, 1]]
     assert draw.candidates is not None
     assert len(draw.candidates) == 3 + 5
     assert draw.starts.shape == (3, 2)

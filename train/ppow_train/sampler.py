@@ -92,7 +92,9 @@ class WindowSampler:
     def _refresh(self, ids: list[int], step: int) -> None:
         """Compute what is missing or too old, in one pass."""
         self._forget(step)
-        wanted = [i for i in dict.fromkeys(ids) if i not in self._kept]
+        wanted = sorted(
+            set(ids) - self._kept.keys()
+        )  # the order of packed rows: the target remembers its last pass
         if not wanted:
             return
         rows = torch.tensor(wanted, device=self.trajectories.lengths.device)
