@@ -34,7 +34,7 @@ HEAVY = (
     "matplotlib",
 )
 
-TRAINING_PARTS = ("rollout", "windowing", "verification", "rewards", "objectives", "drafters")
+TRAINING_PARTS = ("rollout", "windowing", "sampler", "verification", "rewards", "objectives", "drafters")
 
 
 # ---------------------------------------------------------------- the checker

@@ -1,7 +1,8 @@
 """The adapter directory on disk: schema, read, write, validate, fingerprint.
 
 An adapter directory holds exactly what PEFT writes (`adapter_config.json`, `adapter_model.safetensors`) plus
-`ppow_config.json`, which says what the adapter was trained for. Left out: merging (merge.py), training.
+`ppow_config.json`, which says what the adapter was trained for; what else a trainer leaves there (a log) is not read.
+Left out: merging (merge.py), training.
 
 The directory is written under a temporary name and renamed into place; `ppow_config.json` carries the fingerprint
 of the tensors, so that a half-copied or mixed-up directory is refused.

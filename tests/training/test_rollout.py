@@ -50,6 +50,22 @@ def test_packing_drops_trajectories_without_rows(trajectories):
     assert packed.unpack(packed.starts).tolist() == [4, 6]
 
 
+def test_the_target_remembers_its_last_pass_only(runner, trajectories):
+    """Kept for the same trajectories, whoever selects them; windows leave it as it was; others replace it."""
+    target = runner.target
+    rows = torch.tensor([0, 2])
+    kept = target.encode(trajectories.select(rows))
+    tokens = torch.ones(2, 1, K, dtype=torch.long)
+    before = target.score(kept, torch.tensor([[5], [3]]), tokens)
+    assert target.encode(trajectories.select(rows.clone())) is kept
+    assert target.score(kept, torch.tensor([[5], [3]]), tokens).equal(before)
+    other = target.encode(trajectories)
+    assert other is not kept
+    assert target.encode(trajectories.select(rows)) is not kept
+    target.forget()
+    assert target.encode(trajectories.select(rows)).hidden.equal(kept.hidden)
+
+
 def one_row(trajectories: Trajectories, row: int) -> Trajectories:
     return trajectories.select(torch.tensor([row]))
 

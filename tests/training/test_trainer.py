@@ -21,6 +21,7 @@ from ppow_train.rewards import proximity_reward
 from ppow_train.rollout import WindowRunner
 from ppow_train.trainer import PPOWTrainer, trajectory_rows
 from ppow_train.types import Trajectories
+from ppow_train.windowing import draw_starts
 from vllm_ppow.speedup import speedup_reward
 
 GROUP = 4
@@ -233,22 +234,41 @@ def test_trajectories_take_turns(tmp_path):
     assert firsts[:10] != firsts[10:]
 
 
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({}, 4),
+        ({"uniform_share": 1.0}, None),
+        ({"adaptive_windows": "false"}, None),
+        ({"objective": "cst:tv"}, None),
+        ({"objective": "cst:tv", "adaptive_windows": True}, 4),
+    ],
+)
 def test_adaptive_windows_begin_after_their_share_of_the_run(
-    directories, trajectories, tmp_path, monkeypatch
+    options, first, directories, trajectories, tmp_path
 ):
-    trainer = make_trainer(directories, trajectories, make_config(tmp_path, max_steps=8, adaptive_after=0.5))
-    asked: list[bool] = []
-    draw = trainer.runner.draw
-
-    def record(trajectory, windows, generator, adaptive, uniform_share):
-        asked.append(adaptive)
-        return draw(trajectory, windows, generator, adaptive, uniform_share)
-
-    monkeypatch.setattr(trainer.runner, "draw", record)
+    config = make_config(tmp_path, max_steps=8, adaptive_after=0.5, **options)
+    trainer = make_trainer(directories, trajectories, config)
     for step in (0, 3, 4, 7):
         trainer.state.global_step = step
         trainer._generate_and_score_completions(first_rows(trainer))
-    assert asked == [False, False, True, True]
+    adaptive = [first is not None and step >= first for step in (0, 3, 4, 7)]
+    assert trainer._metrics["train"]["windows/adaptive"] == adaptive
+    assert ("windows/criticality_chosen" in trainer._metrics["train"]) == any(adaptive)
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_draws_follow_from_seed_and_step_alone(step, directories, trajectories, tmp_path):
+    """As published for ppow: fresh criticality of the update's trajectories, nothing else remembered."""
+    trainer = make_trainer(directories, trajectories, make_config(tmp_path, max_steps=8))
+    trainer.state.global_step = step
+    ids = torch.tensor([2, 0, 1])
+    starts = trainer._draw(ids.repeat_interleave(2)).view(3, 2)
+    chosen = trajectories.select(ids)
+    criticality = trainer.runner.criticality(chosen) if step else None
+    share = trainer.args.uniform_share
+    offsets = draw_starts(chosen.num_starts(K), 2, trainer._generator(), criticality, share)
+    assert starts.equal(chosen.first_starts()[:, None] + offsets)
 
 
 # ---------------------------------------------------------------- seams of TRL

@@ -7,10 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from training_pair import K
+from training_pair import VOCAB, K, load
 
-from ppow_train.vocabulary import reduced_vocabulary
-from ppow_train.windowing import draw_starts, token_criticality, window_criticality
+from ppow_train.rollout import WindowRunner
+from ppow_train.sampler import WindowSampler
+from ppow_train.vocabulary import FULL_VOCABULARY, reduced_vocabulary
+from ppow_train.window_log import expected_acceptance
+from ppow_train.windowing import (
+    draw_starts,
+    lost_tokens,
+    token_acceptance,
+    token_criticality,
+    window_criticality,
+)
 
 
 def test_token_criticality_is_confidence_times_divergence():
@@ -68,6 +77,52 @@ def test_runner_criticality_is_that_of_whole_windows(runner, trajectories):
             q = runner.drafter.score(draft, everywhere, first)[row, :, 0] / runner.temperature
             wanted = token_criticality(p, q, runner.drafter.vocabulary)
             assert ours[row, offset].item() == pytest.approx(wanted.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_lost_tokens_are_those_that_no_window_earns(reduced):
+    """Against loops over positions; a token that cannot be drafted ends every window."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.tensor([[1, 3, 0, 3, 1, 2]])
+    target = torch.randn(1, 6, 4, generator=generator, dtype=torch.float64) * 2
+    draft = torch.randn(1, 6, 3 if reduced else 4, generator=generator, dtype=torch.float64) * 2
+    drafted = [3, 0, 1] if reduced else [0, 1, 2, 3]
+    vocabulary = reduced_vocabulary(torch.tensor(drafted), 4) if reduced else FULL_VOCABULARY
+    ours = lost_tokens(token_acceptance(target, draft, tokens, vocabulary), 3)
+    assert ours.shape == (1, 4)
+    for start in range(4):
+        reached, accepted = 1.0, 0.0
+        for at in range(start, start + 3):
+            p, own = target[0, at].softmax(-1).tolist(), int(tokens[0, at])
+            q = [0.0] * 4
+            for column, share in zip(drafted, draft[0, at].softmax(-1).tolist(), strict=True):
+                q[column] = share
+            accepted += reached * sum(map(min, p, q))
+            reached *= min(1.0, q[own] / p[own])
+        assert ours[0, start].item() == pytest.approx(3 - accepted)
+
+
+def test_runner_lost_tokens_are_those_of_the_windows_trained_on(directories, trajectories):
+    """Of a causal LM, whose windows need no chain: K − expected accepted tokens of every window."""
+    pair = load(directories, "causal_lm")
+    runner = WindowRunner(pair.target, pair.drafter, trajectories, K, temperature=0.7)
+    ours = runner.criticality(trajectories, "lost_tokens")
+    for row, count in enumerate(trajectories.num_starts(K).tolist()):
+        starts = trajectories.first_starts()[row] + torch.arange(count)
+        windows = runner.path_windows(torch.full_like(starts, row), starts)
+        for offset in range(count):
+            one = slice(offset, offset + 1)
+            accepted = expected_acceptance(
+                windows.tokens[one], windows.target_logits[one], windows.draft_logits[one]
+            )
+            assert ours[row, offset].item() == pytest.approx(K - accepted.sum().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["divergence", "lost_tokens"])
+def test_criticality_in_pieces_is_the_same(runner, trajectories, kind, monkeypatch):
+    whole = runner.criticality(trajectories, kind)
+    monkeypatch.setattr("ppow_train.rollout._LOGITS_AT_ONCE", 3 * VOCAB * 2)  # two positions at a time
+    torch.testing.assert_close(runner.criticality(trajectories, kind), whole, atol=1e-5, rtol=1e-4)
 
 
 NUM_STARTS = torch.tensor([5, 3, 1])
@@ -137,11 +192,13 @@ def test_draws_follow_the_generator():
     assert not one.equal(other)
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_drawn_windows_lie_on_the_continuation(runner, trajectories, adaptive):
+@pytest.mark.parametrize("adaptive_from", [0, math.inf])
+def test_drawn_windows_lie_on_the_continuation(runner, trajectories, adaptive_from):
     rows = torch.tensor([2, 0, 1, 0])
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        starts = runner.draw(rows, 2, generator, adaptive, 0.3)
+    sampler = WindowSampler(
+        runner.criticality, trajectories, K, adaptive_from=adaptive_from, uniform_share=0.3
+    )
+    for step in range(20):
+        starts = sampler.draw(rows, 2, step, torch.Generator().manual_seed(step)).starts
         assert (starts > trajectories.prompt_lengths[rows, None]).all()
         assert (starts + K <= trajectories.lengths[rows, None]).all()

@@ -28,6 +28,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ppow_train.commands.compare:compare",
         "Train several objectives alike and compare what they earn.",
     ),
+    "windows": (
+        "ppow_train.commands.windows:windows",
+        "Draw which windows a run trained on, and what they earned.",
+    ),
     "tiny": ("ppow_train.commands.tiny:tiny", "Build the small target and drafter that the demo uses."),
 }
 

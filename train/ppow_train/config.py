@@ -42,6 +42,7 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
 
     def __post_init__(self) -> None:
         self.objective = parse_objective(self.objective)
+        self.adaptive_windows = str(self.adaptive_windows).lower()  # YAML reads `true` as a boolean
         self._check()
         self.max_completion_length = self.num_speculative_tokens  # a completion is one window
         self.temperature = self.training_temperature
@@ -67,6 +68,12 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
     def is_rollout(self) -> bool:
         """Whether the objective drafts windows (ppow) or works on the target's own paths."""
         return self.objective == "ppow"
+
+    @property
+    def adaptive_from(self) -> float:
+        """First update with adaptive windows, inf if there is none."""
+        wanted = self.is_rollout if self.adaptive_windows == "auto" else self.adaptive_windows == "true"
+        return self.adaptive_after * self.max_steps if wanted and self.uniform_share < 1 else math.inf
 
     @property
     def rows_per_step(self) -> int:
@@ -100,6 +107,9 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
             self.greedy_sampling_temperature,
         )
         _require(self.draft_cost_ratio >= 0, "draft_cost_ratio", ">= 0", self.draft_cost_ratio)
+        _require_one_of(("true", "false", "auto"), "adaptive_windows", self.adaptive_windows)
+        _require_one_of(("divergence", "lost_tokens"), "criticality", self.criticality)
+        _require(self.criticality_refresh >= 1, "criticality_refresh", ">= 1", self.criticality_refresh)
         _require(0 <= self.uniform_share <= 1, "uniform_share", "in 0..1", self.uniform_share)
         _require(0 <= self.adaptive_after <= 1, "adaptive_after", "in 0..1", self.adaptive_after)
         _require(0 < self.proximity_quantile < 1, "proximity_quantile", "in 0..1", self.proximity_quantile)
@@ -141,6 +151,10 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
 def _require(holds: bool, name: str, wanted: str, value: Any) -> None:
     if not holds:
         raise UserError(f"{name} must be {wanted}, got {value}.")
+
+
+def _require_one_of(known: tuple[str, ...], name: str, value: Any) -> None:
+    _require(value in known, name, f"one of {', '.join(known)}", repr(value))
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -68,6 +68,16 @@ class PPOWOptions:
         0.25, "share of windows with k = 0 that earn it, sets ε as they come (0..1)"
     )
     proximity_epsilon: float | None = _option(None, "fixed ε in nats instead of the quantile")
+    adaptive_windows: str = _option(
+        "auto", "draw windows by criticality: true, false, or auto (only for ppow, as published)"
+    )
+    criticality: str = _option(
+        "divergence",
+        "what makes a window critical: divergence (the paper's, nats) or lost_tokens (K − expected accepted, ours)",
+    )
+    criticality_refresh: int = _option(
+        1, "updates after which the criticality of a trajectory is computed anew (>= 1; 1 = always fresh)"
+    )
     uniform_share: float = _option(
         0.3, "share of ordinary windows once adaptive windowing is on (0..1; 1 = never adaptive)"
     )

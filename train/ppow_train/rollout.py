@@ -21,7 +21,11 @@ from ppow_train.verification import (
     sampled_accepted_length,
     token_logps,
 )
-from ppow_train.windowing import draw_starts, token_criticality, window_criticality
+from ppow_train.windowing import lost_tokens, token_acceptance, token_criticality, window_criticality
+
+_LOGITS_AT_ONCE = (
+    2**26
+)  # of p or q while criticality is computed: 256 MiB in float32, whatever V and the trajectories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,7 @@ def pack_rows(trajectories: Trajectories, trajectory: torch.Tensor, start: torch
 
 
 class WindowRunner:
-    """Draws, drafts, verifies and scores windows.
+    """Weighs, drafts, verifies and scores windows.
 
     Args:
         target, drafter: the pair; the drafter's model may have LoRA injected.
@@ -100,38 +104,36 @@ class WindowRunner:
 
     # ------------------------------------------------------------ station 2: windows
 
-    def draw(
-        self,
-        trajectory: torch.Tensor,
-        windows: int,
-        generator: torch.Generator,
-        adaptive: bool,
-        uniform_share: float,
-    ) -> torch.Tensor:
-        """Draw window starts for trajectories: int64 [B] -> int64 [B, windows]."""
-        chosen = self.trajectories.select(trajectory)
-        criticality = self.criticality(chosen) if adaptive else None
-        offsets = draw_starts(
-            chosen.num_starts(self.num_speculative_tokens), windows, generator, criticality, uniform_share
-        )
-        return chosen.first_starts()[:, None] + offsets.to(chosen.input_ids.device)
-
     @torch.no_grad()
-    def criticality(self, chosen: Trajectories) -> torch.Tensor:
-        """Window criticality at each offset from the first start, [B, S]; q is the drafter's first-token prediction."""
-        target = self.target.encode(chosen)
-        draft = self.drafter.encode(chosen, target)
+    def criticality(self, chosen: Trajectories, kind: str = "divergence") -> torch.Tensor:
+        """Criticality of the window at each offset from the first start, [B, S].
+
+        q is the drafter's first-token prediction after every prefix of the trajectory: one pass, no chains. For a
+        causal LM these are its windows; an EAGLE head, which feeds later tokens its own states, drafts them less well.
+
+        Args:
+            chosen: B trajectories.
+            kind: `divergence` or `lost_tokens` (windowing.py).
+        """
+        target, draft = self._encode(chosen)
         span = int((chosen.lengths - chosen.first_starts()).max())
         last = chosen.lengths[:, None] - 1
         position = torch.minimum(
             chosen.first_starts()[:, None] + torch.arange(span, device=last.device), last
         )
-        values = token_criticality(
-            self.target.path_logits(target, position, 1)[:, :, 0] / self.temperature,
-            self.drafter.slot_logits(draft, position - draft.first_slot) / self.temperature,
-            self.drafter.vocabulary,
-        )
-        return window_criticality(values, self.num_speculative_tokens)
+        at_once = max(1, _LOGITS_AT_ONCE // (len(chosen) * self.target.vocab_size))
+        values = []
+        for part in position.split(at_once, dim=1):
+            p = self.target.path_logits(target, part, 1)[:, :, 0] / self.temperature
+            q = self.drafter.slot_logits(draft, part - draft.first_slot) / self.temperature
+            if kind == "divergence":
+                values.append(token_criticality(p, q, self.drafter.vocabulary))
+            else:
+                values.append(
+                    token_acceptance(p, q, chosen.input_ids.gather(1, part), self.drafter.vocabulary)
+                )
+        of_windows = window_criticality if kind == "divergence" else lost_tokens
+        return of_windows(torch.cat(values, dim=1), self.num_speculative_tokens)
 
     # ------------------------------------------------------------ stations 3 and 4: drafting, verification
 

@@ -34,6 +34,7 @@ class Target:
 
         self.directory = directory
         self.tap_layers = tap_layers
+        self._last: tuple[Trajectories, Encoded] | None = None
         self.model = (
             AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True)
             .to(device)
@@ -55,8 +56,18 @@ class Target:
 
     @torch.no_grad()
     def encode(self, trajectories: Trajectories) -> Encoded:
-        """One pass over the trajectories (see `causal.encode`)."""
-        return causal.encode(self.model, trajectories, self.tap_layers)
+        """One pass over the trajectories (see `causal.encode`), or none: it is frozen, so the last answer is kept.
+
+        Criticality, verification and update of one step ask for the same trajectories.
+        """
+        if self._last is None or not trajectories.same_as(self._last[0]):
+            self._last = None  # before the pass: two answers need not fit
+            self._last = trajectories, causal.encode(self.model, trajectories, self.tap_layers)
+        return self._last[1]
+
+    def forget(self) -> None:
+        """Give back the memory of the last answer."""
+        self._last = None
 
     @torch.no_grad()
     def path_logits(

@@ -12,6 +12,8 @@ window. Left out: everything else.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +25,12 @@ from ppow_train.compat import TargetAnchor, ensure_generation_config, silence_ro
 from ppow_train.config import GRPOTrainer, PPOWConfig
 from ppow_train.credit import token_advantages
 from ppow_train.errors import UserError
-from ppow_train.objectives import make_objective
+from ppow_train.objectives import PathWindows, make_objective
 from ppow_train.rewards import ProximityThreshold, make_reward_funcs
 from ppow_train.rollout import WindowRunner
+from ppow_train.sampler import Draw, WindowSampler
 from ppow_train.types import Rollout
+from ppow_train.window_log import LOG_NAME, WindowLog, counted_acceptance, expected_acceptance
 
 
 class PPOWTrainer(GRPOTrainer):
@@ -54,6 +58,10 @@ class PPOWTrainer(GRPOTrainer):
             self._objective = make_objective(args)
         self._proximity = ProximityThreshold(args.proximity_quantile, args.proximity_epsilon)
         self._rollout: Rollout | None = None
+        self.sampler = make_sampler(runner, args)
+        self.window_log = WindowLog(
+            Path(args.output_dir) / LOG_NAME, args.criticality, args.num_speculative_tokens
+        )
         lora = LoraConfig(
             r=args.lora_rank,
             lora_alpha=args.lora_alpha,
@@ -73,7 +81,7 @@ class PPOWTrainer(GRPOTrainer):
             processing_class=processing_class,
             peft_config=lora,
             rollout_func=self._roll_out,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), self.window_log],
         )
         if args.is_rollout and args.beta:
             self.ref_model = TargetAnchor()  # after super().__init__, so that it wins over the PEFT branch
@@ -103,12 +111,10 @@ class PPOWTrainer(GRPOTrainer):
         """One start per row, rows of one trajectory together: int64 [N] on the CPU -> int64 [N] on the device."""
         ids, counts = trajectory.unique_consecutive(return_counts=True)
         windows = int(counts.max())
-        adaptive = self.state.global_step >= self.args.adaptive_after * self.args.max_steps
-        adaptive = adaptive and self.args.is_rollout and self.args.uniform_share < 1
-        starts = self.runner.draw(ids, windows, self._generator(), adaptive, self.args.uniform_share)
-        self._metrics["train"]["windows/adaptive"].append(float(adaptive))
+        draw = self.sampler.draw(ids, windows, self.state.global_step, self._generator())
+        self._log_draw(draw)
         column = torch.cat([torch.arange(int(count)) for count in counts])
-        return starts[torch.arange(len(ids)).repeat_interleave(counts), column]
+        return draw.starts[torch.arange(len(ids)).repeat_interleave(counts), column]
 
     def _generator(self, device: torch.device | None = None) -> torch.Generator:
         """Randomness of one update, from seed and step alone: a resumed run draws what an unbroken one would.
@@ -120,12 +126,31 @@ class PPOWTrainer(GRPOTrainer):
         seed = (self.args.seed * 1_000_003 + self.state.global_step) * 1_009 + rank
         return torch.Generator(device or "cpu").manual_seed(2 * seed + (device is not None))
 
+    def _log_draw(self, draw: Draw) -> None:
+        self.window_log.add_draw(draw)
+        metrics = self._metrics["train"]
+        metrics["windows/adaptive"].append(float(draw.adaptive))
+        if draw.chosen is not None and draw.candidates is not None and draw.staleness is not None:
+            metrics["windows/criticality_chosen"].append(draw.chosen.mean().item())
+            metrics["windows/criticality_candidates"].append(draw.candidates.mean().item())
+            metrics["windows/staleness"].append(draw.staleness.float().mean().item())
+
     def _log_rollout(self, rollout: Rollout, epsilon: float) -> None:
         metrics = self._metrics["train"]
         accepted = rollout.num_accepted_tokens.float()
         metrics["windows/num_accepted_tokens"].append(accepted.mean().item())
         metrics["windows/nothing_accepted"].append((accepted == 0).float().mean().item())
         metrics["windows/proximity_epsilon"].append(epsilon)
+        self.window_log.add_accepted(counted_acceptance(rollout), len(accepted))
+
+    def _log_expected(self, windows: PathWindows) -> None:
+        """Expected acceptance, of the updates that are logged only: it takes softmaxes that the loss may not need."""
+        if (self.state.global_step + 1) % self.state.logging_steps:
+            return
+        expected = expected_acceptance(windows.tokens, windows.target_logits, windows.draft_logits)
+        self.window_log.add_accepted(expected, len(windows.tokens))
+        accepted = expected.sum().item() / len(windows.tokens)
+        self._metrics["train"]["windows/expected_accepted_tokens"].append(accepted)
 
     # ------------------------------------------------------------ overridden methods of GRPOTrainer
 
@@ -162,7 +187,21 @@ class PPOWTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if self._objective is None:
             return super()._compute_loss(model, inputs)
-        return self._objective(self.runner.path_windows(inputs["trajectory"], inputs["start"]))
+        windows = self.runner.path_windows(inputs["trajectory"], inputs["start"])
+        self._log_expected(windows)
+        return self._objective(windows)
+
+
+def make_sampler(runner: WindowRunner, args: PPOWConfig) -> WindowSampler:
+    """The sampler that a configuration asks for."""
+    return WindowSampler(
+        partial(runner.criticality, kind=args.criticality),
+        runner.trajectories,
+        args.num_speculative_tokens,
+        adaptive_from=args.adaptive_from,
+        uniform_share=args.uniform_share,
+        refresh=args.criticality_refresh,
+    )
 
 
 def _check_lora_targets(model: torch.nn.Module, names: Iterable[str]) -> None:

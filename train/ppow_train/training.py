@@ -148,7 +148,7 @@ def train_adapter(
         adapter = write_adapter(
             output,
             _adapter_config(pair, config, training),
-            lambda out: _save_peft(peft_model, out, pair),
+            lambda out: _save_adapter(peft_model, out, trainer.window_log.path),
         )
         return TrainingResult(adapter, before, after, trainer.state.log_history)
     finally:
@@ -195,12 +195,13 @@ def _quiet(trainer: Any) -> None:
         trainer.remove_callback(callback)
 
 
-def _save_peft(peft_model: Any, directory: Path, pair: Pair) -> None:
-    """PEFT's two files; embeddings are never saved, they are the base drafter's own."""
+def _save_adapter(peft_model: Any, directory: Path, window_log: Path) -> None:
+    """PEFT's two files, and the log of windows; embeddings are never saved, they are the base drafter's own."""
     with tempfile.TemporaryDirectory() as scratch:
         peft_model.save_pretrained(scratch, save_embedding_layers=False)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (directory / name).write_bytes((Path(scratch) / name).read_bytes())
+    (directory / window_log.name).write_bytes(window_log.read_bytes())
 
 
 def _remove_lora(peft_model: Any) -> None:

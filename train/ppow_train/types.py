@@ -38,6 +38,11 @@ class Trajectories:
         """The same trajectories on another device."""
         return Trajectories(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
 
+    def same_as(self, other: Trajectories) -> bool:
+        """Whether these are the same trajectories."""
+        names = (field.name for field in dataclasses.fields(self))
+        return all(getattr(self, name).equal(getattr(other, name)) for name in names)
+
     def first_starts(self) -> torch.Tensor:
         """First window start of each trajectory, int64 [B]: the target's own first token is already verified."""
         return self.prompt_lengths + 1

@@ -1,6 +1,8 @@
-"""Which windows to train on: ordinary ones, or those where the target is sure and the drafter disagrees.
+"""How critical a window is, and how starts are drawn by it: the formulas of adaptive divergence-aware windowing.
 
-Criticality and the draw. Left out: how distributions along a trajectory are computed (rollout.py).
+Two kinds of criticality: `divergence`, where the target is sure and the drafter disagrees (the paper's), and
+`lost_tokens`, what a window is expected to lose of its K tokens (ours). Left out: how distributions along a trajectory
+are computed (rollout.py); when criticality is computed anew (sampler.py).
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import math
 
 import torch
 
+from ppow_train.verification import overlap, survival_on_path, token_logps
 from ppow_train.vocabulary import FULL_VOCABULARY, DraftVocabulary
 
 
@@ -39,6 +42,47 @@ def token_criticality(
 def window_criticality(token_values: torch.Tensor, num_speculative_tokens: int) -> torch.Tensor:
     """Mean of v_t over each window of K tokens: [B, M] -> [B, M − K + 1] (PPOW, adaptive windowing section)."""
     return token_values.unfold(-1, num_speculative_tokens, 1).mean(-1)
+
+
+def token_acceptance(
+    target_logits: torch.Tensor,
+    draft_logits: torch.Tensor,
+    tokens: torch.Tensor,
+    vocabulary: DraftVocabulary = FULL_VOCABULARY,
+) -> torch.Tensor:
+    """What `lost_tokens` needs to know of each token of a trajectory.
+
+    Args:
+        target_logits, draft_logits: [..., V] and [..., D], divided by the temperature.
+        tokens: int64 [...], the trajectory's.
+        vocabulary: the D tokens that can be drafted.
+
+    Returns:
+        [..., 3]: log p and log q of the token, and the overlap at its place.
+    """
+    target_logits, draft_logits = (
+        vocabulary.with_rest(target_logits),
+        vocabulary.with_empty_rest(draft_logits),
+    )
+    columns = vocabulary.columns(tokens)
+    return torch.stack(
+        [
+            token_logps(target_logits, columns),
+            token_logps(draft_logits, columns),
+            overlap(target_logits, draft_logits),
+        ],
+        dim=-1,
+    )
+
+
+def lost_tokens(token_values: torch.Tensor, num_speculative_tokens: int) -> torch.Tensor:
+    """K − Σ_i P(first i accepted) of each window, by `survival_on_path` (ours): [B, M, 3] -> [B, M − K + 1] in 0..K.
+
+    The alternative to the published criticality: what a window costs, whether or not the target is sure. One
+    trajectory's estimate, from the same first-token predictions (see `WindowRunner.criticality`).
+    """
+    windows = token_values.unfold(1, num_speculative_tokens, 1)
+    return num_speculative_tokens - survival_on_path(*windows.unbind(2)).sum(-1)
 
 
 def draw_starts(
