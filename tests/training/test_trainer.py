@@ -239,6 +239,7 @@ def test_adaptive_windows_begin_after_their_share_of_the_run(
     ("method", "parameters"),
     [
         ("_generate_and_score_completions", ["self", "inputs"]),
+        ("_prepare_inputs", ["self", "generation_batch"]),
         ("_compute_loss", ["self", "model", "inputs"]),
         (
             "_get_per_token_logps_and_entropies",
@@ -256,6 +257,7 @@ def test_only_these_methods_are_overridden():
     assert shared == {
         "_tag_names",
         "_generate_and_score_completions",
+        "_prepare_inputs",
         "_get_per_token_logps_and_entropies",
         "_compute_loss",
     }
