@@ -45,6 +45,7 @@ def train_into(
         "max_steps": 6,
         "lora_rank": 4,
         "logging_steps": 2,
+        "save_steps": 3,
         "use_cpu": True,
         "output_dir": str(directory / "state"),
     }
@@ -83,10 +84,10 @@ def train_in_group(count: int, *args: Any, **options: Any) -> list[int | None]:
     return [process.exitcode for process in members]
 
 
-def losses(directory: Path) -> list[tuple[int, float]]:
-    """(update, loss) of every line of a run's log."""
+def curve(directory: Path) -> list[list[float]]:
+    """[update, loss, norm of the gradient] of every line of a run's log."""
     log = json.loads((directory / "log.json").read_text())
-    return [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    return [[entry[name] for name in ("step", "loss", "grad_norm")] for entry in log if "loss" in entry]
 
 
 def train_and_die(fatal: tuple[str, int], *args: Any, **options: Any) -> None:
