@@ -152,7 +152,8 @@ def write(tmp_path: Path, text: str) -> Path:
         ("draft_cost_ratio: [1]", ["draft_cost_ratio must be a number"]),
         ("draft_cost_ratio: null", ["draft_cost_ratio must be a number", "got None"]),
         ("temperature: 0.3", ["sets 'temperature'", "serving_temperature"]),
-        ("gradient_accumulation_steps: 4", ["windows_per_step"]),
+        ("gradient_accumulation_steps: 4", ["windows_per_forward"]),
+        ("gradient_checkpointing: true", ["packed windows", "windows_per_forward"]),
     ],
 )
 def test_config_file(text, parts, tmp_path):
@@ -233,6 +234,11 @@ def test_keys_are_refused_by_their_source():
             for name in ("cst:nla", "exact", "ppow", "cst:tv + cst:kl_div")
         ),
         ({"objective": {"overlap": 1}}, ["objective must be text like", "overlap"]),
+        ({"windows_per_forward": 0}, ["windows_per_forward must be >= 1", "got 0"]),
+        ({"save_total_limit": 1}, ["save_total_limit must be >= 2", "got 1"]),
+        ({"save_strategy": "epoch"}, ["save_strategy must be no or steps", "epoch"]),
+        ({"report_to": "tensorbord"}, ["report_to must name none, all, or some of", "got 'tensorbord'"]),
+        ({"report_to": ["clearml"]}, ["'clearml'", "not installed", "pip install"]),
         ({"objective": "exakt"}, ["objective must be one of", "exact", "got 'exakt'"]),
     ],
 )

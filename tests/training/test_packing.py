@@ -34,6 +34,10 @@ def encode(loaded: LoadedPair, trajectories: Trajectories) -> tuple[Encoded, Enc
     return target, loaded.drafter.encode(trajectories, target)
 
 
+def uniforms(starts: torch.Tensor, length: int, seed: int) -> torch.Tensor:
+    return torch.rand(*starts.shape, length, generator=torch.Generator().manual_seed(seed))
+
+
 def test_score_equals_windows_run_alone(loaded, trajectories, starts, tokens):
     _, draft = encode(loaded, trajectories)
     with torch.no_grad():
@@ -102,7 +106,7 @@ def test_windows_leave_the_cache_as_it_was(loaded, trajectories, starts, tokens)
     with torch.no_grad():
         loaded.target.score(target, starts, tokens)
         loaded.drafter.score(draft, starts, tokens)
-        loaded.drafter.sample(draft, starts, K, 1.0, torch.Generator().manual_seed(0))
+        loaded.drafter.sample(draft, starts, K, 1.0, uniforms(starts, K, seed=0))
     after = [(layer.keys, layer.values) for encoded in (target, draft) for layer in encoded.cache.layers]
     assert before
     for (keys, values), (keys_after, values_after) in zip(before, after, strict=True):
@@ -136,11 +140,11 @@ def test_greedy_samples_are_the_argmax_chain(loaded, trajectories, starts):
 
 def test_sampled_logits_are_scores_of_the_sampled_tokens(loaded, trajectories, starts):
     _, draft = encode(loaded, trajectories)
-    sampled, logits = loaded.drafter.sample(draft, starts, K, 1.0, torch.Generator().manual_seed(0))
+    sampled, logits = loaded.drafter.sample(draft, starts, K, 1.0, uniforms(starts, K, seed=0))
     with torch.no_grad():
         torch.testing.assert_close(logits, loaded.drafter.score(draft, starts, sampled), **TOLERANCE)
-    again, _ = loaded.drafter.sample(draft, starts, K, 1.0, torch.Generator().manual_seed(0))
-    other, _ = loaded.drafter.sample(draft, starts, K, 1.0, torch.Generator().manual_seed(1))
+    again, _ = loaded.drafter.sample(draft, starts, K, 1.0, uniforms(starts, K, seed=0))
+    other, _ = loaded.drafter.sample(draft, starts, K, 1.0, uniforms(starts, K, seed=1))
     assert sampled.equal(again)
     assert not sampled.equal(other)
 
@@ -149,7 +153,7 @@ def test_samples_follow_the_temperature(loaded, trajectories):
     """500 first tokens at one place against the softmax at that temperature: mean log-probability, 4 errors."""
     _, draft = encode(loaded, trajectories)
     many = torch.full((3, 500), 7)
-    sampled, logits = loaded.drafter.sample(draft, many, 1, 0.5, torch.Generator().manual_seed(2))
+    sampled, logits = loaded.drafter.sample(draft, many, 1, 0.5, uniforms(many, 1, seed=2))
     logp = (over_target_vocabulary(loaded.drafter, logits[:, 0, 0]) / 0.5).log_softmax(-1)
     seen = logp.gather(-1, sampled[..., 0])
     wanted = -torch.special.entr(logp.exp()).sum(-1)

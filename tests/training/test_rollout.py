@@ -12,7 +12,7 @@ from unpacked import draft_windows, over_target_vocabulary, target_windows
 
 from ppow_train.evaluation import simulate_acceptance
 from ppow_train.rollout import WindowRunner, pack_rows
-from ppow_train.types import Trajectories
+from ppow_train.types import Rollout, Trajectories
 from ppow_train.verification import (
     acceptance_ratio,
     greedy_accepted_length,
@@ -24,6 +24,11 @@ from ppow_train.verification import (
 
 TRAJECTORY = torch.tensor([2, 0, 2, 1, 0, 2])
 START = torch.tensor([3, 16, 2, 7, 5, 7])
+
+
+def roll_out(runner: WindowRunner, trajectory: torch.Tensor, start: torch.Tensor, seed: int) -> Rollout:
+    noise = runner.draw_noise(len(trajectory), torch.Generator().manual_seed(seed))
+    return runner.roll_out(trajectory, start, noise)
 
 
 def test_pack_and_unpack_shuffled_rows(trajectories):
@@ -82,7 +87,7 @@ def logps_alone(
 
 @pytest.fixture
 def rollout(runner):
-    return runner.roll_out(TRAJECTORY, START, torch.Generator().manual_seed(0))
+    return roll_out(runner, TRAJECTORY, START, seed=0)
 
 
 def test_rollout_scores_every_row_under_its_own_prefix(runner, rollout):
@@ -118,7 +123,7 @@ def test_divergence_token_by_token(runner, rollout):
 def test_accepted_length_at_temperature_zero_is_the_match_with_the_trajectory(loaded, trajectories):
     runner = WindowRunner(loaded.target, loaded.drafter, trajectories, K, 0.7, greedy=True)
     many = torch.zeros(100, dtype=torch.long)
-    rollout = runner.roll_out(many, many + 6, torch.Generator().manual_seed(0))
+    rollout = roll_out(runner, many, many + 6, seed=0)
     own = trajectories.input_ids[0, 6 : 6 + K].expand(100, -1)
     assert rollout.num_accepted_tokens.equal(greedy_accepted_length(rollout.tokens, own))
 
@@ -129,11 +134,11 @@ def test_accepted_length_by_sampling_follows_the_ratios(loaded, trajectories):
 
     same = WindowRunner(loaded.target, CausalLMDrafter(loaded.target.model), trajectories, K, 0.7)
     rows = torch.zeros(32, dtype=torch.long)
-    kept = same.roll_out(rows, rows + 6, torch.Generator().manual_seed(0)).num_accepted_tokens
+    kept = roll_out(same, rows, rows + 6, seed=0).num_accepted_tokens
     assert kept.float().mean() > K - 0.2, "ratios of one lose only to rounding"
     other = WindowRunner(loaded.target, loaded.drafter, trajectories, K, 3.0)
     rows = torch.zeros(400, dtype=torch.long)
-    rollout = other.roll_out(rows, rows + 6, torch.Generator().manual_seed(1))
+    rollout = roll_out(other, rows, rows + 6, seed=1)
     ratio = acceptance_ratio(rollout.target_logps, rollout.draft_logps)
     expected = ratio.cumprod(-1).sum(-1)
     difference = rollout.num_accepted_tokens - expected
@@ -142,9 +147,19 @@ def test_accepted_length_by_sampling_follows_the_ratios(loaded, trajectories):
     assert sampled_accepted_length(ratio, torch.zeros_like(ratio)).sum() > 0
 
 
+def test_a_row_draws_the_same_in_any_company(runner, rollout):
+    """Neither the number of processes nor that of forwards may change what is drafted."""
+    noise = runner.draw_noise(len(TRAJECTORY), torch.Generator().manual_seed(0))
+    parts = zip(TRAJECTORY.split(2), START.split(2), noise.split(2), strict=True)
+    apart = Rollout.join([runner.roll_out(*part) for part in parts])
+    assert apart.tokens.equal(rollout.tokens)
+    assert apart.num_accepted_tokens.equal(rollout.num_accepted_tokens)
+    torch.testing.assert_close(apart.draft_logps, rollout.draft_logps, atol=5e-4, rtol=1e-4)
+
+
 def test_rollouts_follow_the_generator(runner, rollout):
-    again = runner.roll_out(TRAJECTORY, START, torch.Generator().manual_seed(0))
-    other = runner.roll_out(TRAJECTORY, START, torch.Generator().manual_seed(1))
+    again = roll_out(runner, TRAJECTORY, START, seed=0)
+    other = roll_out(runner, TRAJECTORY, START, seed=1)
     assert rollout.tokens.equal(again.tokens)
     assert rollout.num_accepted_tokens.equal(again.num_accepted_tokens)
     assert not rollout.tokens.equal(other.tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -136,7 +137,7 @@ def test_a_restored_sampler_goes_on_as_the_unbroken_one(refresh):
         if step == 2:
             state = unbroken.state_dict()
             assert (len(state["trajectory"]) > 0) == (refresh > 1)
-            restored.load_state_dict(state)
+            restored.load_state_dict(json.loads(json.dumps(state)))
         wanted = unbroken.draw(torch.tensor(ids), 2, step, generator(step))
         if step >= 2:
             draw = restored.draw(torch.tensor(ids), 2, step, generator(step))

@@ -278,6 +278,7 @@ def test_draws_follow_from_seed_and_step_alone(step, directories, trajectories, 
     ("method", "parameters"),
     [
         ("_generate_and_score_completions", ["self", "inputs"]),
+        ("_prepare_inputs", ["self", "generation_batch"]),
         ("_compute_loss", ["self", "model", "inputs"]),
         (
             "_get_per_token_logps_and_entropies",
@@ -295,6 +296,7 @@ def test_only_these_methods_are_overridden():
     assert shared == {
         "_tag_names",
         "_generate_and_score_completions",
+        "_prepare_inputs",
         "_get_per_token_logps_and_entropies",
         "_compute_loss",
     }

@@ -224,15 +224,21 @@ def test_the_drafter_comes_back_and_the_adapter_reloads(kind, directories, conti
     assert restored.per_position == pytest.approx(result.before.per_position, abs=1e-6)
 
 
-def test_a_run_that_fails_gives_the_drafter_back(directories, continuations, tmp_path, progress, monkeypatch):
-    from ppow_train.trainer import PPOWTrainer
-
+@pytest.mark.parametrize(
+    "place",
+    ["PPOWTrainer._compute_loss", "admit_computations"],
+    ids=["while training", "after LoRA is injected"],
+)
+def test_a_run_that_fails_gives_the_drafter_back(
+    place, directories, continuations, tmp_path, progress, monkeypatch
+):
     pair = open_pair(directories, "causal_lm")
     before = weights_of(pair)
-    monkeypatch.setattr(PPOWTrainer, "_compute_loss", lambda *_: (_ for _ in ()).throw(RuntimeError("lost")))
+    monkeypatch.setattr(f"ppow_train.trainer.{place}", lambda *_: (_ for _ in ()).throw(RuntimeError("lost")))
     with pytest.raises(RuntimeError, match="lost"):
         train_adapter(pair, continuations, config_for(tmp_path), tmp_path / "adapter", progress=progress)
     assert weights_of(pair).keys() == before.keys()
+    assert "forward" not in vars(pair.drafter.model)
     assert not (tmp_path / "adapter").exists()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ppow_train.compat import silence_import_warnings
 from ppow_train.errors import UserError
+from ppow_train.microbatches import choose_windows_per_forward, divide_step, num_processes
 from ppow_train.objectives import check_dpace, parse_objective
 from ppow_train.options import CHOICES, PPOWOptions
 
@@ -26,8 +27,9 @@ _DECIDED = {
     "temperature": "set serving_temperature",
     "per_device_train_batch_size": "set windows_per_step",
     "generation_batch_size": "set windows_per_step",
-    "gradient_accumulation_steps": "set windows_per_step",
+    "gradient_accumulation_steps": "set windows_per_forward",
     "steps_per_generation": "drop it, there is one update per batch",
+    "gradient_checkpointing": "packed windows read the cache that it would drop, set windows_per_forward",
     "loss_type": "drop it, windows all have the same length",
     "use_vllm": "drop it, windows are drafted in this process",
     "shuffle_dataset": "set seed",
@@ -52,17 +54,24 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
             self.beta = 0.0
         if self.ppow_credit == "acceptance":
             self.proximity_weight = 0.0  # credit.py: the gradient of E[R_speedup], of which R_dist is no part
-        rows = self.rows_per_step
-        self.per_device_train_batch_size = rows
-        self.gradient_accumulation_steps = 1
-        self.steps_per_generation = 1  # one update per batch: old and current policy agree
+        divide_step(self, choose_windows_per_forward(self))
         self.generation_batch_size = None
+        self.gradient_checkpointing = False
         self.shuffle_dataset = (
             False  # rows of one trajectory stay together; order is drawn when they are built
         )
         self.remove_unused_columns = False
         self.disable_tqdm = True
+        # None too: every window runs through every layer.
+        self.ddp_find_unused_parameters: bool | None = bool(self.ddp_find_unused_parameters)
         super().__post_init__()
+        if self.world_size != num_processes():
+            raise UserError(
+                f"{self.world_size} processes were found where WORLD_SIZE says {num_processes()}: start them with "
+                "torchrun or `accelerate launch`."
+            )
+        # Several GPUs take several processes; DataParallel would copy the drafter in every forward.
+        self._n_gpu: int = min(self.n_gpu, 1)
 
     @property
     def is_rollout(self) -> bool:
@@ -74,11 +83,6 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         """First update with adaptive windows, inf if there is none."""
         wanted = self.is_rollout if self.adaptive_windows == "auto" else self.adaptive_windows == "true"
         return self.adaptive_after * self.max_steps if wanted and self.uniform_share < 1 else math.inf
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows that TRL sees per update: one per window."""
-        return self.windows_per_step
 
     @property
     def windows_per_trajectory(self) -> int:
@@ -122,6 +126,15 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         named = self.lora_targets is None or isinstance(self.lora_targets, list)
         _require(named, "lora_targets", "a list of names", repr(self.lora_targets))
         _require(self.lora_rank >= 1, "lora_rank", ">= 1", self.lora_rank)
+        bound = self.windows_per_forward
+        _require(bound is None or bound >= 1, "windows_per_forward", ">= 1", bound)
+        kept = self.save_total_limit
+        # While one is being written, the one before it must stay.
+        _require(kept is None or kept >= 2, "save_total_limit", ">= 2", kept)
+        _require(
+            self.save_strategy in ("no", "steps"), "save_strategy", "no or steps", repr(self.save_strategy)
+        )
+        _check_reporters(self.report_to)
         _require(self.proximity_weight >= 0, "proximity_weight", ">= 0", self.proximity_weight)
         greedy_drafts = self.draft_sample_method == "greedy" and self.serving_temperature > 0
         if self.ppow_credit == "acceptance" and greedy_drafts:
@@ -145,6 +158,20 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         if self.windows_per_step < unit or self.windows_per_step % unit:
             raise UserError(
                 f"windows_per_step must be a multiple of {unit} ({why}), got {self.windows_per_step}."
+            )
+
+
+def _check_reporters(names: str | list[str] | None) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in [names] if isinstance(names, str) else names or []:
+        if name not in (*INTEGRATION_TO_CALLBACK, "none", "all"):
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UserError(f"report_to must name none, all, or some of {known}, got {name!r}.")
+        if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
+            raise UserError(
+                f"report_to {name!r} needs a package that is not installed: pip install it, or drop it."
             )
 
 

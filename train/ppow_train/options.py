@@ -34,6 +34,10 @@ class PPOWOptions:
         128,
         "windows per update: even, a multiple of trajectories_per_step, and with ppow of that times num_generations",
     )
+    windows_per_forward: int | None = _option(
+        None,
+        "windows in one forward and backward of a process at most (>= 1; default all); memory, not the result",
+    )
     serving_temperature: float = _option(1.0, "temperature the drafter is trained to serve (0 = greedy)")
     greedy_sampling_temperature: float = _option(
         0.5, "temperature of p and q in training when serving_temperature is 0 (> 0)"
@@ -104,11 +108,12 @@ class PPOWOptions:
     beta: float = _option(0.05, "weight of the KL penalty towards the target (ppow)")
     warmup_steps: float = _option(0.1, "updates of warm-up, or their share of the run if below 1")
     logging_steps: float = _option(10, "updates between two log lines")
-    save_strategy: str = _option("no", "when to save training state: no, steps")
-    report_to: str | list[str] | None = _option("none", "where to log: none, tensorboard, wandb, …")
-    gradient_checkpointing: bool = _option(
-        False, "recompute activations to save memory; the drafter is small"
+    save_strategy: str = _option("steps", "when to save training state: no, steps")
+    save_steps: float = _option(
+        100, "updates between two savings of training state, or their share of the run if below 1"
     )
+    save_total_limit: int | None = _option(2, "newest training states to keep (>= 2)")
+    report_to: str | list[str] | None = _option("none", "where to log: none, tensorboard, wandb, …")
     bf16: bool | None = _option(False, "autocast to bf16")
 
     @property

@@ -20,7 +20,7 @@ def quiet_libraries() -> None:
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
 
 
-def make_progress(console: Console | None = None) -> Progress:
+def make_progress(console: Console | None = None, is_shown: bool = True) -> Progress:
     """The bar that every long command shows, on standard error unless a console is given."""
     quiet_libraries()
     return Progress(
@@ -30,6 +30,7 @@ def make_progress(console: Console | None = None) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console or Console(stderr=True),
+        disable=not is_shown,
     )
 
 

@@ -48,6 +48,14 @@ class ProximityThreshold:
         self.quantile, self.fixed, self.momentum = quantile, fixed, momentum
         self._running: float | None = None
 
+    def state(self) -> dict[str, float | None]:
+        """What a later `restore` needs to go on alike; JSON."""
+        return {"running": self._running}
+
+    def restore(self, state: dict[str, float | None]) -> None:
+        """Go on from a `state`."""
+        self._running = state["running"]
+
     def update(self, num_accepted_tokens: torch.Tensor, divergence: torch.Tensor) -> float:
         """Take in a step's windows ([N], [N]); return ε in nats for the same step (−inf before any k = 0 was seen)."""
         if self.fixed is not None:

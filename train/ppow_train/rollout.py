@@ -7,6 +7,8 @@ one trajectory are packed into one forward. Left out: rewards, losses.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -14,7 +16,7 @@ from ppow_train.drafters.base import Drafter
 from ppow_train.objectives import PathWindows
 from ppow_train.packing import window_tokens
 from ppow_train.target import Target
-from ppow_train.types import Encoded, Rollout, Trajectories
+from ppow_train.types import Rollout, Trajectories
 from ppow_train.verification import (
     acceptance_ratio,
     greedy_accepted_length,
@@ -26,6 +28,21 @@ from ppow_train.windowing import lost_tokens, token_acceptance, token_criticalit
 _LOGITS_AT_ONCE = (
     2**26
 )  # of p or q while criticality is computed: 256 MiB in float32, whatever V and the trajectories
+
+_Result = TypeVar("_Result")
+
+
+class Run(Protocol):
+    """How the drafter's part of a computation is run: `at_once`, or `distributed.inside` a wrapped module."""
+
+    def __call__(self, compute: Callable[[], _Result]) -> _Result:
+        """Run it and return its result."""
+        ...
+
+
+def at_once(compute: Callable[[], _Result]) -> _Result:
+    """Run it as it is."""
+    return compute()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +132,8 @@ class WindowRunner:
             chosen: B trajectories.
             kind: `divergence` or `lost_tokens` (windowing.py).
         """
-        target, draft = self._encode(chosen)
+        target = self.target.encode(chosen)
+        draft = self.drafter.encode(chosen, target)
         span = int((chosen.lengths - chosen.first_starts()).max())
         last = chosen.lengths[:, None] - 1
         position = torch.minimum(
@@ -137,13 +155,27 @@ class WindowRunner:
 
     # ------------------------------------------------------------ stations 3 and 4: drafting, verification
 
+    def draw_noise(self, rows: int, generator: torch.Generator) -> torch.Tensor:
+        """All that is random about `rows` rollouts, float64 [rows, 2, K] in [0, 1): for drafting, for acceptance."""
+        shape = (rows, 2, self.num_speculative_tokens)
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
     @torch.no_grad()
-    def roll_out(self, trajectory: torch.Tensor, start: torch.Tensor, generator: torch.Generator) -> Rollout:
-        """Draft and verify one window per row: int64 [N], int64 [N] -> `Rollout`."""
+    def roll_out(
+        self, trajectory: torch.Tensor, start: torch.Tensor, noise: torch.Tensor, run: Run = at_once
+    ) -> Rollout:
+        """Draft and verify one window per row: int64 [N], int64 [N], `draw_noise` [N, 2, K] -> `Rollout`."""
         packed = pack_rows(self.trajectories, trajectory, start)
-        target, draft = self._encode(packed.trajectories)
-        tokens, draft_logits = self.drafter.sample(
-            draft, packed.starts, self.num_speculative_tokens, self.temperature, generator
+        target = self.target.encode(packed.trajectories)
+        drafting, accepting = noise.to(start.device).unbind(1)
+        tokens, draft_logits = run(
+            lambda: self.drafter.sample(
+                self.drafter.encode(packed.trajectories, target),
+                packed.starts,
+                self.num_speculative_tokens,
+                self.temperature,
+                packed.pack(drafting),
+            )
         )
         draft_logps = token_logps(draft_logits / self.temperature, self.drafter.vocabulary.columns(tokens))
         target_logits = self.target.score(target, packed.starts, tokens) / self.temperature
@@ -155,8 +187,8 @@ class WindowRunner:
         if self.greedy:
             accepted = greedy_accepted_length(tokens, own)
         else:
-            uniforms = torch.rand(tokens.shape, generator=generator, device=tokens.device)
-            accepted = sampled_accepted_length(acceptance_ratio(target_logps, draft_logps), uniforms)
+            ratio = acceptance_ratio(target_logps, draft_logps)
+            accepted = sampled_accepted_length(ratio, packed.pack(accepting))
         divergence = token_logps(own_logits, own).sum(-1) - target_logps.sum(-1)
         fields = (tokens, draft_logps, target_logps, accepted, divergence)
         return Rollout(*(packed.unpack(field) for field in fields))
@@ -164,35 +196,39 @@ class WindowRunner:
     # ------------------------------------------------------------ station 6: what the update differentiates
 
     def draft_logps(
-        self, trajectory: torch.Tensor, start: torch.Tensor, tokens: torch.Tensor
+        self, trajectory: torch.Tensor, start: torch.Tensor, tokens: torch.Tensor, run: Run = at_once
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of drafted tokens and entropy of the drafter: int64 [N], [N], [N, K] -> [N, K] each."""
         packed = pack_rows(self.trajectories, trajectory, start)
-        _, draft = self._encode(packed.trajectories)
-        logits = self.drafter.score(draft, packed.starts, packed.pack(tokens)) / self.temperature
-        logp = packed.unpack(logits).log_softmax(-1)
+        target = self.target.encode(packed.trajectories)
+        logits = run(
+            lambda: self.drafter.score(
+                self.drafter.encode(packed.trajectories, target), packed.starts, packed.pack(tokens)
+            )
+        )
+        logp = packed.unpack(logits / self.temperature).log_softmax(-1)
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         columns = self.drafter.vocabulary.columns(tokens)
         return logp.gather(-1, columns[..., None]).squeeze(-1), entropy
 
-    def path_windows(self, trajectory: torch.Tensor, start: torch.Tensor) -> PathWindows:
+    def path_windows(self, trajectory: torch.Tensor, start: torch.Tensor, run: Run = at_once) -> PathWindows:
         """Both distributions along the target's own windows: int64 [N], int64 [N] -> N windows."""
         packed = pack_rows(self.trajectories, trajectory, start)
-        target, draft = self._encode(packed.trajectories)
+        target = self.target.encode(packed.trajectories)
         length, vocabulary = self.num_speculative_tokens, self.drafter.vocabulary
         tokens = window_tokens(packed.trajectories.input_ids, packed.starts, length)
         target_logits = self.target.path_logits(target, packed.starts, length) / self.temperature
         target_logits = vocabulary.with_rest(
             target_logits
         )  # at once: the full ones may be four times as many
-        draft_logits = self.drafter.path_logits(draft, packed.trajectories, packed.starts, length)
+        draft_logits = run(
+            lambda: self.drafter.path_logits(
+                self.drafter.encode(packed.trajectories, target), packed.trajectories, packed.starts, length
+            )
+        )
         return PathWindows(
             tokens=packed.unpack(vocabulary.columns(tokens)),
             target_logits=packed.unpack(target_logits),
             draft_logits=packed.unpack(vocabulary.with_empty_rest(draft_logits / self.temperature)),
             has_rest=vocabulary.is_reduced,
         )
-
-    def _encode(self, trajectories: Trajectories) -> tuple[Encoded, Encoded]:
-        target = self.target.encode(trajectories)
-        return target, self.drafter.encode(trajectories, target)

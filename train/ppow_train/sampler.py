@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -108,21 +109,19 @@ class WindowSampler:
 
     # ------------------------------------------------------------ resuming
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a resumed run needs to draw as an unbroken one would: empty tensors with a refresh of 1.
+    def state_dict(self) -> dict[str, list[Any]]:
+        """What a resumed run needs to draw as an unbroken one would, in JSON values; empty with a refresh of 1.
 
         Returns:
-            `trajectory` and `computed_before`, int64 [M]; `criticality`, float32, their windows one after the other.
+            `trajectory` and `computed_before`, whole numbers, M of each; `criticality`, a list for each of them.
         """
         return {
-            "trajectory": torch.tensor(list(self._kept), dtype=torch.long),
-            "computed_before": torch.tensor([step for step, _ in self._kept.values()], dtype=torch.long),
-            "criticality": torch.cat([torch.empty(0), *(values for _, values in self._kept.values())]),
+            "trajectory": list(self._kept),
+            "computed_before": [step for step, _ in self._kept.values()],
+            "criticality": [values.tolist() for _, values in self._kept.values()],
         }
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, list[Any]]) -> None:
         """Take over what `state_dict` gave, for the same trajectories and K."""
-        ids = state["trajectory"].tolist()
-        parts = state["criticality"].split(self._num_starts[ids].tolist()) if ids else ()
-        steps = state["computed_before"].tolist()
-        self._kept = {i: (step, part.clone()) for i, step, part in zip(ids, steps, parts, strict=True)}
+        entries = zip(state["trajectory"], state["computed_before"], state["criticality"], strict=True)
+        self._kept = {i: (step, torch.tensor(values)) for i, step, values in entries}

@@ -1,12 +1,16 @@
 """PPOWTrainer: TRL's GRPOTrainer with the windows of speculative decoding as its completions.
 
-Three methods are overridden, none copied:
-- `_generate_and_score_completions`: for ppow it may give each token its credit; other objectives draw windows only.
+Four methods are overridden, none copied:
+- `_generate_and_score_completions`: for ppow it numbers the rows and may give each token its credit; other objectives
+  draw windows and skip drafting.
+- `_prepare_inputs`: undoes TRL's shuffle, so that windows of one trajectory share a forward.
 - `_get_per_token_logps_and_entropies`: windows of a trajectory in one packed forward; the KL anchor is the TARGET.
 - `_compute_loss`: TRL's for ppow, `objectives` for the rest.
 
 A row's "prompt" is `[trajectory]`, and `[trajectory, start]` once its window is drawn; its completion is the drafted
-window. Left out: everything else.
+window. Where several processes train, each has a slice of an update's rows; what is random is drawn for the whole
+update, alike in all of them, so that neither the number of processes nor that of forwards changes what is learned.
+Left out: everything else.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from ppow_train.compat import TargetAnchor, ensure_generation_config, silence_rollout_warning
 from ppow_train.config import GRPOTrainer, PPOWConfig
 from ppow_train.credit import token_advantages
+from ppow_train.distributed import admit_computations, inside
 from ppow_train.errors import UserError
 from ppow_train.objectives import PathWindows, make_objective
 from ppow_train.rewards import ProximityThreshold, make_reward_funcs
@@ -83,6 +88,7 @@ class PPOWTrainer(GRPOTrainer):
             rollout_func=self._roll_out,
             callbacks=[*(callbacks or []), self.window_log],
         )
+        admit_computations(runner.drafter.model)
         if args.is_rollout and args.beta:
             self.ref_model = TargetAnchor()  # after super().__init__, so that it wins over the PEFT branch
 
@@ -90,14 +96,15 @@ class PPOWTrainer(GRPOTrainer):
 
     def _roll_out(self, prompts: list[list[int]], trainer: GRPOTrainer) -> dict[str, Any]:
         """TRL's rollout function: prompts are `[trajectory]`, each repeated G times in a row."""
+        trajectory, mine = self._whole_update([prompt[0] for prompt in prompts])
         groups = self.args.num_generations
-        trajectory = torch.tensor([prompt[0] for prompt in prompts[::groups]])
-        start = self._draw(trajectory).repeat_interleave(groups)
-        trajectory = trajectory.to(start.device).repeat_interleave(groups)
-        rollout = self.runner.roll_out(trajectory, start, self._generator(start.device))
-        self._rollout = rollout
-        epsilon = self._proximity.update(rollout.num_accepted_tokens, rollout.divergence)
-        self._log_rollout(rollout, epsilon)
+        start = self._draw(trajectory[::groups]).repeat_interleave(groups)[mine]
+        noise = self.runner.draw_noise(len(trajectory), self._generator(drafting=True))[mine]
+        trajectory = trajectory[mine].to(start.device)
+        rollout = self._rollout = self._roll_out_in_parts(trajectory, start, noise)
+        num_accepted_tokens = self.accelerator.gather(rollout.num_accepted_tokens)
+        epsilon = self._proximity.update(num_accepted_tokens, self.accelerator.gather(rollout.divergence))
+        self._log_rollout(num_accepted_tokens, epsilon)
         return {
             "prompt_ids": torch.stack([trajectory, start], dim=1).tolist(),
             "completion_ids": rollout.tokens.tolist(),
@@ -106,6 +113,20 @@ class PPOWTrainer(GRPOTrainer):
             "divergence": rollout.divergence.tolist(),
             "proximity_epsilon": [epsilon] * len(trajectory),
         }
+
+    def _roll_out_in_parts(
+        self, trajectory: torch.Tensor, start: torch.Tensor, noise: torch.Tensor
+    ) -> Rollout:
+        """No more windows at a time than an update's forward has."""
+        size = self.args.per_device_train_batch_size
+        rows = zip(trajectory.split(size), start.split(size), noise.split(size), strict=True)
+        return Rollout.join([self.runner.roll_out(*part, inside(self.model_wrapped)) for part in rows])
+
+    def _whole_update(self, own: list[int]) -> tuple[torch.Tensor, slice]:
+        """The trajectories of all processes' rows, int64 [N] on the CPU, and which rows are this process's."""
+        everyone = self.accelerator.gather(torch.tensor(own, device=self.accelerator.device)).cpu()
+        first = self.accelerator.process_index * len(own)
+        return everyone, slice(first, first + len(own))
 
     def _draw(self, trajectory: torch.Tensor) -> torch.Tensor:
         """One start per row, rows of one trajectory together: int64 [N] on the CPU -> int64 [N] on the device."""
@@ -116,15 +137,14 @@ class PPOWTrainer(GRPOTrainer):
         column = torch.cat([torch.arange(int(count)) for count in counts])
         return draw.starts[torch.arange(len(ids)).repeat_interleave(counts), column]
 
-    def _generator(self, device: torch.device | None = None) -> torch.Generator:
+    def _generator(self, drafting: bool = False) -> torch.Generator:
         """Randomness of one update, from seed and step alone: a resumed run draws what an unbroken one would.
 
         Args:
-            device: where windows are drafted; without it, on the CPU, the one that chooses their starts.
+            drafting: the one for drafting and accepting windows instead of the one that chooses their starts.
         """
-        rank = self.accelerator.process_index
-        seed = (self.args.seed * 1_000_003 + self.state.global_step) * 1_009 + rank
-        return torch.Generator(device or "cpu").manual_seed(2 * seed + (device is not None))
+        seed = self.args.seed * 1_000_003 + self.state.global_step
+        return torch.Generator().manual_seed(2 * seed + drafting)
 
     def _log_draw(self, draw: Draw) -> None:
         self.window_log.add_draw(draw)
@@ -135,21 +155,25 @@ class PPOWTrainer(GRPOTrainer):
             metrics["windows/criticality_candidates"].append(draw.candidates.mean().item())
             metrics["windows/staleness"].append(draw.staleness.float().mean().item())
 
-    def _log_rollout(self, rollout: Rollout, epsilon: float) -> None:
+    def _log_rollout(self, num_accepted_tokens: torch.Tensor, epsilon: float) -> None:
         metrics = self._metrics["train"]
-        accepted = rollout.num_accepted_tokens.float()
+        accepted = num_accepted_tokens.float()
         metrics["windows/num_accepted_tokens"].append(accepted.mean().item())
         metrics["windows/nothing_accepted"].append((accepted == 0).float().mean().item())
         metrics["windows/proximity_epsilon"].append(epsilon)
-        self.window_log.add_accepted(counted_acceptance(rollout), len(accepted))
+        self.window_log.add_accepted(
+            counted_acceptance(num_accepted_tokens, self.args.num_speculative_tokens), len(accepted)
+        )
 
     def _log_expected(self, windows: PathWindows) -> None:
         """Expected acceptance, of the updates that are logged only: it takes softmaxes that the loss may not need."""
         if (self.state.global_step + 1) % self.state.logging_steps:
             return
         expected = expected_acceptance(windows.tokens, windows.target_logits, windows.draft_logits)
-        self.window_log.add_accepted(expected, len(windows.tokens))
-        accepted = expected.sum().item() / len(windows.tokens)
+        expected = self.accelerator.reduce(expected.to(self.accelerator.device)).cpu()
+        count = len(windows.tokens) * self.accelerator.num_processes
+        self.window_log.add_accepted(expected, count)
+        accepted = expected.sum().item() / count
         self._metrics["train"]["windows/expected_accepted_tokens"].append(accepted)
 
     # ------------------------------------------------------------ overridden methods of GRPOTrainer
@@ -161,11 +185,20 @@ class PPOWTrainer(GRPOTrainer):
                 assert self._rollout is not None  # _roll_out has run in the line above
                 # TRL's loss takes (N, K) as well.
                 batch["advantages"] = token_advantages(self._rollout, self.args)
-            return batch
+            return {**batch, "row": torch.arange(len(inputs), device=batch["advantages"].device)}
+        first = self.accelerator.process_index * len(inputs)
         prompts = [row["prompt"] for row in inputs]
-        trajectory = torch.tensor([prompt[i % len(prompt)] for i, prompt in enumerate(prompts)])
-        start = self._draw(trajectory)
-        return {"trajectory": trajectory.to(start.device), "start": start}
+        trajectory, mine = self._whole_update([p[i % len(p)] for i, p in enumerate(prompts, first)])
+        start = self._draw(trajectory)[mine]
+        row = torch.arange(len(inputs), device=start.device)
+        return {"trajectory": trajectory[mine].to(start.device), "start": start, "row": row}
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, torch.Tensor]:
+        forward = self._step % self.args.steps_per_generation
+        super()._prepare_inputs(generation_batch)
+        if forward == 0:
+            self._buffered_inputs: Any = _in_row_order(self._buffered_inputs)
+        return self._buffered_inputs[forward]
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -181,15 +214,32 @@ class PPOWTrainer(GRPOTrainer):
                 raise RuntimeError("TRL asked for reference log-probabilities before any rollout")
             return self._rollout.target_logps, None, None  # verification has scored these very tokens
         trajectory, start, tokens = input_ids[:, 0], input_ids[:, 1], input_ids[:, 2:]
-        logps, entropies = self.runner.draft_logps(trajectory, start, tokens)
+        logps, entropies = self.runner.draft_logps(trajectory, start, tokens, inside(model))
         return logps, entropies, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if self._objective is None:
             return super()._compute_loss(model, inputs)
-        windows = self.runner.path_windows(inputs["trajectory"], inputs["start"])
+        windows = self.runner.path_windows(inputs["trajectory"], inputs["start"], inside(model))
         self._log_expected(windows)
-        return self._objective(windows)
+        # As in TRL's own losses: its `loss_is_scaled_for_ga` keeps transformers from doing it.
+        return self._objective(windows) / self.current_gradient_accumulation_steps
+
+    # ------------------------------------------------------------ resuming
+
+    def own_state(self) -> dict[str, Any]:
+        """What a run needs to go on beside what transformers saves; JSON."""
+        return {
+            "proximity": self._proximity.state(),
+            "sampler": self.sampler.state_dict(),
+            "window_log": self.window_log.state_dict(),
+        }
+
+    def restore_own_state(self, state: dict[str, Any]) -> None:
+        """Go on from an `own_state`."""
+        self._proximity.restore(state["proximity"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.window_log.load_state_dict(state["window_log"])
 
 
 def make_sampler(runner: WindowRunner, args: PPOWConfig) -> WindowSampler:
@@ -202,6 +252,18 @@ def make_sampler(runner: WindowRunner, args: PPOWConfig) -> WindowSampler:
         uniform_share=args.uniform_share,
         refresh=args.criticality_refresh,
     )
+
+
+def _in_row_order(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """An update's forwards with its rows as they were before TRL shuffled them; scalars stay."""
+    order = torch.cat([batch["row"] for batch in batches]).argsort()
+    parts = order.chunk(len(batches))
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([batch[name] for batch in batches])
+
+    whole = {name: value if value.ndim == 0 else joined(name) for name, value in batches[0].items()}
+    return [{name: v if v.ndim == 0 else v[part] for name, v in whole.items()} for part in parts]
 
 
 def _check_lora_targets(model: torch.nn.Module, names: Iterable[str]) -> None:

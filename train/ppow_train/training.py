@@ -5,21 +5,25 @@ Left out: command-line parsing, serving.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
 
+from ppow_train.checkpoints import CheckpointState, finish_run, open_run, restore_state, run_facts
 from ppow_train.config import PPOWConfig
 from ppow_train.data import keep_long_enough, read_prompts
 from ppow_train.drafters import Drafter, load_drafter
 from ppow_train.errors import UserError
 from ppow_train.evaluation import SimulatedAcceptance, simulate_acceptance
 from ppow_train.generation import load_or_generate, load_tokenizer
+from ppow_train.microbatches import choose_windows_per_forward, divide_step
 from ppow_train.progress import ProgressBar, quiet_libraries
 from ppow_train.rollout import WindowRunner
 from ppow_train.target import Target
@@ -30,6 +34,7 @@ from vllm_ppow.artifact import (
     ModelRef,
     check_output,
     fingerprint_model,
+    read_adapter,
     resolve_directory,
     write_adapter,
 )
@@ -121,38 +126,68 @@ def train_adapter(
     *,
     held_out: Trajectories | None = None,
     facts: dict[str, Any] | None = None,
+    resume: bool = False,
     progress: Progress,
 ) -> TrainingResult:
-    """Train one adapter and write it to `output`.
+    """Train one adapter and write it to `output`; of several processes each calls this, and the main one writes.
 
     The pair's drafter is changed in place while training and restored before returning, so a pair can be used again.
-    """
-    from ppow_train.trainer import PPOWTrainer
+    With `save_strategy` "steps", training state is in `config.output_dir` until the adapter is written.
 
+    Args:
+        resume: go on with the unfinished run in `config.output_dir`, if there is one, instead of refusing.
+    """
     check_output(output)
     trajectories = keep_long_enough(trajectories, config.num_speculative_tokens)
     runner = _runner(pair, trajectories, config)
     test = (
         _runner(pair, keep_long_enough(held_out, config.num_speculative_tokens), config) if held_out else None
     )
-    before = simulate_acceptance(test) if test else None
-    bar = ProgressBar(f"training ({config.objective})", progress)
-    trainer = PPOWTrainer(runner, config, load_tokenizer(pair.target.directory), callbacks=[bar])
-    _quiet(trainer)
-    try:
-        trainer.train()
+    divide_step(config, choose_windows_per_forward(config))
+    with _state_of_run(pair, trajectories, config, resume) as checkpoint, _restored(pair.drafter.model):
+        before = simulate_acceptance(test) if test else None
+        trainer = _train(runner, config, checkpoint, progress)
         peft_model = trainer.accelerator.unwrap_model(trainer.model)
         peft_model.eval()
         after = simulate_acceptance(test) if test else None
         training = _facts(config, len(trajectories), before, after) | (facts or {})
-        adapter = write_adapter(
-            output,
-            _adapter_config(pair, config, training),
-            lambda out: _save_adapter(peft_model, out, trainer.window_log.path),
-        )
-        return TrainingResult(adapter, before, after, trainer.state.log_history)
-    finally:
-        _remove_lora(trainer.model)
+        if trainer.accelerator.is_main_process:
+            write_adapter(
+                output,
+                _adapter_config(pair, config, training),
+                lambda out: _save_adapter(peft_model, out, trainer.window_log.path),
+            )
+            trainer.window_log.path.unlink()  # it has gone with the adapter
+            finish_run(Path(config.output_dir))
+        trainer.accelerator.wait_for_everyone()
+        return TrainingResult(read_adapter(output), before, after, trainer.state.log_history)
+
+
+def _train(runner: WindowRunner, config: PPOWConfig, checkpoint: Path | None, progress: Progress) -> Any:
+    from ppow_train.trainer import PPOWTrainer
+
+    bar = ProgressBar(f"training ({config.objective})", progress)
+    trainer = PPOWTrainer(runner, config, load_tokenizer(runner.target.directory), callbacks=[bar])
+    trainer.add_callback(CheckpointState(trainer))
+    _quiet(trainer)
+    if checkpoint is not None:
+        restore_state(trainer, checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer
+
+
+@contextlib.contextmanager
+def _state_of_run(
+    pair: Pair, trajectories: Trajectories, config: PPOWConfig, resume: bool
+) -> Iterator[Path | None]:
+    """The checkpoint to go on from, or None."""
+    if config.save_strategy == "no":
+        yield None
+        return
+    fingerprints = {"target": pair.target_ref.fingerprint, "drafter": pair.drafter_ref.fingerprint}
+    facts = run_facts(config, trajectories, **fingerprints)
+    with open_run(Path(config.output_dir), facts, resume) as checkpoint:
+        yield checkpoint
 
 
 def _facts(
@@ -204,9 +239,17 @@ def _save_adapter(peft_model: Any, directory: Path, window_log: Path) -> None:
     (directory / window_log.name).write_bytes(window_log.read_bytes())
 
 
-def _remove_lora(peft_model: Any) -> None:
-    """Give the drafter its own linear layers back."""
-    peft_model.unload()
+@contextlib.contextmanager
+def _restored(model: torch.nn.Module) -> Iterator[None]:
+    """Give the drafter its own layers and forward back at the end, whatever was injected until then."""
+    own = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+    try:
+        yield
+    finally:
+        for parent, name, child in own:
+            setattr(parent, name, child)
+        for name in ("forward", "peft_config"):
+            model.__dict__.pop(name, None)
 
 
 def _adapter_config(pair: Pair, config: PPOWConfig, training: dict[str, Any]) -> AdapterConfig:

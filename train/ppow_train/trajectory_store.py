@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ppow_train.types import Trajectories
 
 MANIFEST = "manifest.json"
-_LOCK = ".lock"
+LOCK = ".lock"
 FORMAT = 1  # of the directory; counted up when shards or manifest change
 BYTES_PER_TOKEN = 4
 _BYTES_PER_RECORD = 9  # two lengths and the split
@@ -108,8 +108,19 @@ def open_store(directory: Path, facts: dict[str, Any], num_records: int) -> Iter
         UserError: it was begun with other facts, is something else, is damaged, or another process writes it.
     """
     _check_ours(directory)
+    with only_writer(directory):
+        yield TrajectoryStore(directory, _begin(directory, facts, num_records))
+
+
+@contextlib.contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Keep other processes from writing a directory, which is made if it is not there.
+
+    Raises:
+        UserError: another process writes it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / _LOCK).open("w") as handle:
+    with (directory / LOCK).open("w") as handle:
         # The kernel drops the lock with the process, however that ends; the file itself may stay.
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,14 +128,14 @@ def open_store(directory: Path, facts: dict[str, Any], num_records: int) -> Iter
             raise UserError(
                 f"{directory} is being written by another process: wait for it, or name another output directory."
             ) from None
-        yield TrajectoryStore(directory, _begin(directory, facts, num_records))
+        yield
 
 
 def _check_ours(directory: Path) -> None:
     """Nothing is put among files that are not ours."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file: name another output directory.")
-    ours = {MANIFEST, _LOCK, _partial(MANIFEST)}
+    ours = {MANIFEST, LOCK, _partial(MANIFEST)}
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()
     if MANIFEST not in names and names - ours:
         raise UserError(f"{directory} is not empty and holds no {MANIFEST}: name another output directory.")
@@ -146,15 +157,17 @@ def _begin(directory: Path, facts: dict[str, Any], num_records: int) -> Manifest
 
 def _check_same(directory: Path, found: Manifest, wanted: Manifest) -> None:
     before, now = ({**m.facts, "num_records": m.num_records} for m in (found, wanted))
-    other = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
-    if other:
-        changes = ", ".join(
-            f"{name} {_short(before.get(name))} (now {_short(now.get(name))})" for name in other
-        )
+    if changes := describe_changes(before, now):
         raise UserError(
             f"{directory} was begun with {changes}: give the same prompts and options, or name another output "
             "directory."
         )
+
+
+def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Facts that differ, for a sentence: `seed 3 (now 4), …`; empty where none does."""
+    other = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {_short(before.get(name))} (now {_short(now.get(name))})" for name in other)
 
 
 def _short(value: Any) -> str:
@@ -184,7 +197,7 @@ class TrajectoryStore:
                 "held_out": held_out,
             }
         )
-        _write(self.directory, name, content)
+        write_whole(self.directory, name, content)
         shard = Shard(
             file=name,
             records=len(prompt_ids),
@@ -240,14 +253,14 @@ def _flat(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 def _write_manifest(directory: Path, manifest: Manifest) -> None:
     value = {"format": FORMAT, **dataclasses.asdict(manifest)}
-    _write(directory, MANIFEST, (json.dumps(value, indent=1) + "\n").encode())
+    write_whole(directory, MANIFEST, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def _partial(name: str) -> str:
     return f".{name}.partial"
 
 
-def _write(directory: Path, name: str, content: bytes) -> None:
+def write_whole(directory: Path, name: str, content: bytes) -> None:
     """Under another name first; the rename, once both are on the disk, is what makes the file exist."""
     partial = directory / _partial(name)
     with partial.open("wb") as stream:

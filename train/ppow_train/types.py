@@ -7,6 +7,7 @@ per window, hidden size H, vocabulary V. Left out: behaviour.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,3 +98,9 @@ class Rollout:
     target_logps: torch.Tensor
     num_accepted_tokens: torch.Tensor
     divergence: torch.Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[Rollout]) -> Rollout:
+        """Rollouts of consecutive rows as one."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

@@ -16,7 +16,6 @@ from transformers import TrainerCallback, TrainerState
 
 from ppow_train.errors import UserError
 from ppow_train.sampler import Draw
-from ppow_train.types import Rollout
 from ppow_train.verification import overlap, survival_on_path, token_logps
 
 LOG_NAME = "windows.jsonl"
@@ -47,10 +46,10 @@ def expected_acceptance(
     return total
 
 
-def counted_acceptance(rollout: Rollout) -> torch.Tensor:
-    """Windows whose first i drafted tokens were accepted, float64 [K] on the CPU."""
-    positions = torch.arange(1, rollout.tokens.shape[1] + 1)
-    return (rollout.num_accepted_tokens.cpu()[:, None] >= positions).sum(0).double()
+def counted_acceptance(num_accepted_tokens: torch.Tensor, num_speculative_tokens: int) -> torch.Tensor:
+    """Windows whose first i drafted tokens were accepted: int64 [N] -> float64 [K] on the CPU."""
+    positions = torch.arange(1, num_speculative_tokens + 1)
+    return (num_accepted_tokens.cpu()[:, None] >= positions).sum(0).double()
 
 
 class WindowLog(TrainerCallback):

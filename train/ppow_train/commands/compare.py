@@ -158,6 +158,7 @@ class _Trainer:
             output_dir=str(self.output / "state"),
             serving_temperature=self.serving_temperature,
             use_cpu=True,
+            save_strategy="no",
             **values,
         )
 

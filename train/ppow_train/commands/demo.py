@@ -124,7 +124,14 @@ def _train(
     from ppow_train.training import get_trajectories, load_pair, train_adapter
 
     with tempfile.TemporaryDirectory() as scratch, make_progress(console) as progress:
-        config = PPOWConfig(output_dir=scratch, objective=objective, max_steps=steps, seed=seed, use_cpu=True)
+        config = PPOWConfig(
+            output_dir=scratch,
+            objective=objective,
+            max_steps=steps,
+            seed=seed,
+            use_cpu=True,
+            save_strategy="no",
+        )
         pair = load_pair(str(tiny / "target"), str(tiny / drafter))
         trajectories = get_trajectories(
             pair,

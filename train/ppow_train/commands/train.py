@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +50,13 @@ if TYPE_CHECKING:
     "--cache", default=Path("runs/trajectories"), show_default=True, type=click.Path(path_type=Path),
     help="where generated trajectories are kept for the next run",
 )  # fmt: skip
+@click.option(
+    "--checkpoints", type=click.Path(path_type=Path),
+    help="directory of training state while the run is unfinished  [default: OUTPUT.checkpoints]",
+)  # fmt: skip
+@click.option(
+    "--resume", is_flag=True, help="go on with the unfinished run in --checkpoints, if there is one"
+)
 @click.option("--seed", default=0, show_default=True, help="of trajectories, initialisation and windows")
 @click.option("--device", default=None, help="cpu or cuda  [default: cuda where there is one]")
 @click.option(
@@ -73,6 +79,8 @@ def train(
     config_file: Path | None,
     max_new_tokens: int,
     cache: Path,
+    checkpoints: Path | None,
+    resume: bool,
     seed: int,
     device: str | None,
     parity: bool,
@@ -108,11 +116,15 @@ def train(
         values,
         max_new_tokens,
         cache,
+        checkpoints or output.with_name(f"{output.name}.checkpoints"),
+        resume,
         seed,
         device,
         parity,
     )
     result, agreement = _run(request)
+    if result is None:
+        return  # another process reports
     _report(result, agreement, as_json)
     if agreement is not None and not agreement.holds:
         raise click.ClickException(
@@ -143,24 +155,31 @@ class _Request:
     values: dict[str, Any]
     max_new_tokens: int
     cache: Path
+    checkpoints: Path
+    resume: bool
     seed: int
     device: str | None
     parity: bool
 
 
-def _run(request: _Request) -> tuple[TrainingResult, Parity | None]:
+def _run(request: _Request) -> tuple[TrainingResult | None, Parity | None]:
+    """Train and check; where several processes train, only the main one has a result."""
     import torch
 
     from ppow_train.config import PPOWConfig
+    from ppow_train.distributed import leave_group
     from ppow_train.progress import make_progress
     from ppow_train.training import load_pair, train_adapter
 
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as scratch, make_progress() as progress:
-        fixed = {"output_dir": scratch, "seed": request.seed, "use_cpu": device == "cpu"}
-        config = PPOWConfig(**{**fixed, **request.values})
-        pair = load_pair(request.target, request.drafter, device)
-        trajectories, held_out = _splits(request, pair, config, progress)
+    fixed = {"output_dir": str(request.checkpoints), "seed": request.seed, "use_cpu": device == "cpu"}
+    config = PPOWConfig(**{**fixed, **request.values})
+    is_main = config.process_index == 0
+    with make_progress(is_shown=is_main) as progress:
+        pair = load_pair(request.target, request.drafter, str(config.device))
+        # One process generates, the others find what it put into the cache.
+        with config.main_process_first(local=False):
+            trajectories, held_out = _splits(request, pair, config, progress)
         source = request.data or request.prompts
         result = train_adapter(
             pair,
@@ -169,8 +188,12 @@ def _run(request: _Request) -> tuple[TrainingResult, Parity | None]:
             request.output,
             held_out=held_out,
             facts={"prompts": source.name if source else None},
+            resume=request.resume,
             progress=progress,
         )
+    leave_group()
+    if not is_main:
+        return None, None
     return result, _check_parity(request, pair, held_out, result) if held_out and request.parity else None
 
 

@@ -69,10 +69,31 @@ class Drafter(Protocol):
         starts: torch.Tensor,
         num_speculative_tokens: int,
         temperature: float,
-        generator: torch.Generator | None,
+        uniforms: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draft windows: tokens int64 [B, W, K] and their logits [B, W, K, D], without gradient."""
+        """Draft windows: tokens int64 [B, W, K] and their logits [B, W, K, D], without gradient.
+
+        Args:
+            uniforms: [B, W, K] in [0, 1), the randomness of each token; not read at temperature 0.
+        """
         ...
+
+
+def sample_columns(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Inverse transform sampling: the first column at which the cumulated softmax exceeds u.
+
+    One number per token, so that what a window draws does not depend on the rows it is batched with.
+
+    Args:
+        logits: [..., D].
+        uniforms: [...] in [0, 1).
+
+    Returns:
+        int64 [...].
+    """
+    cumulated = logits.double().softmax(-1).cumsum(-1)  # in float32, sums over a large vocabulary would drift
+    wanted = uniforms.double()[..., None] * cumulated[..., -1:]
+    return torch.searchsorted(cumulated, wanted, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
 class ChainDrafter(abc.ABC):
@@ -121,16 +142,16 @@ class ChainDrafter(abc.ABC):
         starts: torch.Tensor,
         num_speculative_tokens: int,
         temperature: float,
-        generator: torch.Generator | None = None,
+        uniforms: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draft windows at a temperature (0: argmax): tokens int64 [B, W, K], logits [B, W, K, D]."""
 
         def draw(step: int, logits: torch.Tensor) -> torch.Tensor:
             if temperature == 0:
                 return self.vocabulary.to_target(logits.argmax(-1))
-            probabilities = (logits / temperature).softmax(-1)
-            flat = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
-            return self.vocabulary.to_target(flat.view(logits.shape[:2]))
+            if uniforms is None:
+                raise ValueError("a temperature above 0 needs uniforms")
+            return self.vocabulary.to_target(sample_columns(logits / temperature, uniforms[..., step]))
 
         return self._chain(encoded, starts, num_speculative_tokens, draw)
 

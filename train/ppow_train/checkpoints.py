@@ -1,0 +1,142 @@
+"""Training state on disk: a run that is killed at any moment goes on, bit for bit as if nothing had happened.
+
+    DIR/run.json                 what the run depends on; there from its first moment until its adapter is written
+    DIR/checkpoint-100/          what transformers saves after 100 updates: adapter, optimizer, schedule, random state
+        ppow_state.json          what it does not know of (the proximity threshold); written last: where it is, all is
+
+A checkpoint without ppow_state.json was cut off by a kill, and is deleted. Left out: what is random in an update, which
+follows from seed and step alone (trainer.py); best checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from transformers import TrainerCallback
+
+from ppow_train.errors import UserError
+from ppow_train.trajectory_store import LOCK, describe_changes, only_writer, write_whole
+
+if TYPE_CHECKING:
+    from ppow_train.config import PPOWConfig
+    from ppow_train.trainer import PPOWTrainer
+    from ppow_train.types import Trajectories
+
+RUN, STATE = "run.json", "ppow_state.json"
+
+# Options that may change when a run goes on: they say what is kept and told, not what is learned.
+_FREE = ("output_dir", "run_name", "report_to", "project", "ddp_timeout")
+_FREE_PREFIXES = ("save_", "log", "hub_", "push_to_hub", "trackio_")
+
+
+def run_facts(config: PPOWConfig, trajectories: Trajectories, **models: str) -> dict[str, Any]:
+    """Everything that the result of a run depends on, as JSON values; `models` are fingerprints."""
+    digest = hashlib.sha256()
+    for tensor in (trajectories.input_ids, trajectories.prompt_lengths, trajectories.lengths):
+        digest.update(tensor.cpu().numpy().tobytes())
+    options = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in _FREE and not name.startswith(_FREE_PREFIXES)
+    }
+    facts = {**options, **models, "trajectories": digest.hexdigest(), "num_processes": config.world_size}
+    return json.loads(json.dumps(facts, default=str))
+
+
+@contextlib.contextmanager
+def open_run(directory: Path, facts: dict[str, Any], resume: bool) -> Iterator[Path | None]:
+    """Begin a run, or go on with an unfinished one; every process of the run enters.
+
+    Args:
+        directory: absent, or what an earlier run with the same facts left behind.
+        resume: go on if there is something to go on with, instead of refusing.
+
+    Yields:
+        The newest whole checkpoint, or None.
+
+    Raises:
+        UserError: an unfinished run is there and `resume` is false, or it is another one; another process writes
+            there.
+    """
+    processes = PartialState()
+    _check(directory, facts, resume)
+    processes.wait_for_everyone()  # all have looked before anything is written
+    with only_writer(directory) if processes.is_main_process else contextlib.nullcontext():
+        if processes.is_main_process:
+            for checkpoint in _checkpoints(directory):
+                if not (checkpoint / STATE).is_file():
+                    shutil.rmtree(checkpoint)
+            write_whole(directory, RUN, json.dumps(facts, indent=1).encode())
+        processes.wait_for_everyone()
+        yield next(reversed(_checkpoints(directory)), None)
+
+
+def finish_run(directory: Path) -> None:
+    """The adapter stands: drop the training state. Whatever else was put there, logs for instance, stays."""
+    for checkpoint in _checkpoints(directory):
+        # Killed half-way, this must not look whole.
+        (checkpoint / STATE).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint)
+    for name in ("README.md", RUN, LOCK):  # README.md: TRL's own, of a model that is not here
+        (directory / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """In the order of their updates."""
+    found = [path for path in directory.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def _check(directory: Path, facts: dict[str, Any], resume: bool) -> None:
+    run = directory / RUN
+    if not run.exists():
+        if directory.exists() and (not directory.is_dir() or _checkpoints(directory)):
+            raise UserError(
+                f"{directory} is something else than the training state of a run: name other --checkpoints."
+            )
+        return
+    try:
+        found = json.loads(run.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{run} is damaged: delete {directory} and begin again.") from error
+    if changes := describe_changes(found, facts):
+        raise UserError(
+            f"{directory} holds an unfinished run with {changes}: give its options and --resume, name other "
+            "--checkpoints, or delete it."
+        )
+    if not resume:
+        raise UserError(
+            f"{directory} holds an unfinished run of this very configuration: add --resume to go on, or delete it."
+        )
+
+
+class CheckpointState(TrainerCallback):
+    """Completes each checkpoint of a trainer with `STATE`."""
+
+    def __init__(self, trainer: PPOWTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log before saving: sums of a line that is not finished yet are in no checkpoint."""
+        control.should_log |= control.should_save
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Every process has written its part: say so."""
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_whole(directory, STATE, json.dumps(self.trainer.own_state()).encode())
+
+
+def restore_state(trainer: PPOWTrainer, checkpoint: Path) -> None:
+    """Give a new trainer what `CheckpointState` wrote; the rest is up to `trainer.train`."""
+    trainer.restore_own_state(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
