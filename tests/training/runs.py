@@ -84,10 +84,15 @@ def train_in_group(count: int, *args: Any, **options: Any) -> list[int | None]:
     return [process.exitcode for process in members]
 
 
+def log(directory: Path) -> list[dict[str, float]]:
+    """Every line of a run's log, without what it took in time."""
+    lines = json.loads((directory / "log.json").read_text())
+    return [{name: line[name] for name in line if name != "step_time"} for line in lines if "loss" in line]
+
+
 def curve(directory: Path) -> list[list[float]]:
     """[update, loss, norm of the gradient] of every line of a run's log."""
-    log = json.loads((directory / "log.json").read_text())
-    return [[entry[name] for name in ("step", "loss", "grad_norm")] for entry in log if "loss" in entry]
+    return [[line[name] for name in ("step", "loss", "grad_norm")] for line in log(directory)]
 
 
 def train_and_die(fatal: tuple[str, int], *args: Any, **options: Any) -> None:

@@ -271,7 +271,33 @@ def test_draws_follow_from_seed_and_step_alone(step, directories, trajectories, 
     assert starts.equal(chosen.first_starts()[:, None] + offsets)
 
 
+@pytest.mark.parametrize("objective", ["ppow", "exact"])
+def test_windows_of_a_trajectory_share_a_forward(objective, directories, trajectories, tmp_path):
+    """TRL shuffles the rows of an update before it splits them; every row is there once, in its own place."""
+    trainer = make_trainer(
+        directories, trajectories, make_config(tmp_path, objective=objective, windows_per_forward=8)
+    )
+    rows, seen = first_rows(trainer), []
+    for trainer._step in range(3):
+        batch = trainer._prepare_inputs(rows)
+        seen += batch["row"].tolist()
+        column = batch["trajectory"] if objective == "exact" else batch["prompt_ids"][:, 0]
+        assert len(column.unique()) == 1
+        assert len(column) == 8
+    assert seen == list(range(24))
+
+
 # ---------------------------------------------------------------- seams of TRL
+
+
+def test_trl_scales_its_own_losses_for_accumulation():
+    """As ours do; transformers then leaves them alone."""
+    assert GRPOTrainer.loss_is_scaled_for_ga is True
+
+
+def test_trl_keeps_the_forwards_of_an_update_where_we_put_them_in_order():
+    source = inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert "inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]" in source
 
 
 @pytest.mark.parametrize(
