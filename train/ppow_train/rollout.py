@@ -16,7 +16,8 @@ from ppow_train.drafters.base import Drafter
 from ppow_train.objectives import PathWindows
 from ppow_train.packing import window_tokens
 from ppow_train.target import Target
-from ppow_train.types import Rollout, Trajectories
+from ppow_train.target_cache import TargetCache
+from ppow_train.types import Encoded, Rollout, Trajectories
 from ppow_train.verification import (
     acceptance_ratio,
     greedy_accepted_length,
@@ -50,11 +51,13 @@ class PackedRows:
     """N rows regrouped by trajectory, padded to W windows each.
 
     Attributes:
-        trajectories: the B trajectories that occur.
+        ids: int64 [B], which trajectories occur, in ascending order.
+        trajectories: these B trajectories.
         starts: int64 [B, W]; padding repeats the trajectory's first row.
         row, column: int64 [N], where each row went.
     """
 
+    ids: torch.Tensor
     trajectories: Trajectories
     starts: torch.Tensor
     row: torch.Tensor
@@ -89,7 +92,7 @@ def pack_rows(trajectories: Trajectories, trajectory: torch.Tensor, start: torch
     column[order] = torch.arange(len(row), device=row.device) - begins.repeat_interleave(counts)
     starts = start[order[begins]][:, None].expand(-1, int(counts.max())).clone()
     starts[row, column] = start
-    return PackedRows(trajectories.select(ids), starts, row, column)
+    return PackedRows(ids, trajectories.select(ids), starts, row, column)
 
 
 class WindowRunner:
@@ -101,6 +104,7 @@ class WindowRunner:
         num_speculative_tokens: K.
         temperature: of p and q in training.
         greedy: verify against the target's greedy continuation (serving at temperature 0) instead of by sampling.
+        cache: keeps the target's states along these trajectories; without it they are computed at every update.
     """
 
     def __init__(
@@ -111,8 +115,9 @@ class WindowRunner:
         num_speculative_tokens: int,
         temperature: float,
         greedy: bool = False,
+        cache: TargetCache | None = None,
     ) -> None:
-        self.target, self.drafter, self.trajectories = target, drafter, trajectories
+        self.target, self.drafter, self.trajectories, self.cache = target, drafter, trajectories, cache
         self.num_speculative_tokens, self.temperature, self.greedy = (
             num_speculative_tokens,
             temperature,
@@ -200,7 +205,7 @@ class WindowRunner:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of drafted tokens and entropy of the drafter: int64 [N], [N], [N, K] -> [N, K] each."""
         packed = pack_rows(self.trajectories, trajectory, start)
-        target = self.target.encode(packed.trajectories)
+        target = self._states(packed)
         logits = run(
             lambda: self.drafter.score(
                 self.drafter.encode(packed.trajectories, target), packed.starts, packed.pack(tokens)
@@ -214,7 +219,7 @@ class WindowRunner:
     def path_windows(self, trajectory: torch.Tensor, start: torch.Tensor, run: Run = at_once) -> PathWindows:
         """Both distributions along the target's own windows: int64 [N], int64 [N] -> N windows."""
         packed = pack_rows(self.trajectories, trajectory, start)
-        target = self.target.encode(packed.trajectories)
+        target = self._states(packed)
         length, vocabulary = self.num_speculative_tokens, self.drafter.vocabulary
         tokens = window_tokens(packed.trajectories.input_ids, packed.starts, length)
         target_logits = self.target.path_logits(target, packed.starts, length) / self.temperature
@@ -232,3 +237,9 @@ class WindowRunner:
             draft_logits=packed.unpack(vocabulary.with_empty_rest(draft_logits / self.temperature)),
             has_rest=vocabulary.is_reduced,
         )
+
+    def _states(self, packed: PackedRows) -> Encoded:
+        """The target's hidden states and taps: all that its path and the drafter read."""
+        if self.cache is None:
+            return self.target.encode(packed.trajectories)
+        return self.cache.encoded(packed.ids, packed.trajectories.input_ids.shape[1])

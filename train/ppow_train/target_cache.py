@@ -1,0 +1,174 @@
+"""What the target thinks along the trajectories, computed once and kept: in memory, or on disk.
+
+Objectives on target paths read the target's last hidden states and, for an EAGLE head, its taps at every token; they
+are the same at every update. Keeping them saves the target's forward: H + T·H numbers per token (H its hidden size, T the
+number of taps), which is why it is optional and its size is told before anything is computed. Drafted windows (ppow)
+need the target's keys and values as well, which are never kept. Left out: when it pays (options.py, `target_cache`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ppow_train.errors import UserError
+from ppow_train.target import Target
+from ppow_train.types import Encoded, Trajectories
+
+AUTO_BYTES = (
+    2 * 2**30
+)  # `auto` keeps what is no larger in memory: by size alone, so that a resumed run decides alike
+_BATCH = 16  # trajectories per forward; part of the numbers (batches of other sizes round differently)
+_SHARD = 256  # trajectories per file
+_FORMAT = 1
+
+
+class TargetCache(Protocol):
+    """Keeps the target's states along trajectories."""
+
+    def encoded(self, rows: torch.Tensor, length: int) -> Encoded:
+        """States of the given trajectories, int64 [B], cut or padded to `length` slots: `Encoded` without keys."""
+        ...
+
+
+def cache_bytes(target: Target, trajectories: Trajectories) -> int:
+    """Size of the states of all trajectories, in bytes."""
+    hidden = target.model.config.get_text_config().hidden_size
+    per_token = hidden * (1 + len(target.tap_layers)) * torch.finfo(target.model.dtype).bits // 8
+    return int(trajectories.lengths.sum()) * per_token
+
+
+class _Rows:
+    """States of all tokens one after another, [tokens, H + T·H], and where each trajectory begins."""
+
+    def __init__(self, target: Target, trajectories: Trajectories) -> None:
+        self.hidden_size = target.model.config.get_text_config().hidden_size
+        self.has_taps = bool(target.tap_layers)
+        self.device = target.model.device
+        self.lengths = trajectories.lengths.tolist()
+
+    def padded(self, states: list[torch.Tensor], length: int) -> Encoded:
+        """[n_i, H + T·H] each -> `Encoded` with `length` slots; padding is zero and never read."""
+        padded = states[0].new_zeros(len(states), length, states[0].shape[1])
+        for row, state in enumerate(states):
+            padded[row, : min(length, len(state))] = state[:length]
+        padded = padded.to(self.device)
+        taps = padded[..., self.hidden_size :] if self.has_taps else None
+        return Encoded(padded[..., : self.hidden_size], None, first_slot=1, taps=taps)
+
+
+class MemoryCache:
+    """All states in main memory, moved to the target's device as they are read."""
+
+    def __init__(
+        self, target: Target, trajectories: Trajectories, report: Callable[[int], None] = lambda done: None
+    ) -> None:
+        self._rows = _Rows(target, trajectories)
+        self._states = list(_states(target, trajectories, report))
+
+    def encoded(self, rows: torch.Tensor, length: int) -> Encoded:
+        """See `TargetCache`."""
+        return self._rows.padded([self._states[row] for row in rows.tolist()], length)
+
+
+class DiskCache:
+    """All states in safetensors files of `_SHARD` trajectories, read as they are needed.
+
+    Args:
+        directory: where caches are kept; this one gets a name made of its content, so that it is found again.
+        fingerprint: of the target's weights.
+
+    Raises:
+        UserError: the disk has no room for it.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        trajectories: Trajectories,
+        directory: Path,
+        fingerprint: str,
+        report: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        self._rows = _Rows(target, trajectories)
+        self.directory = directory / f"target-{_key(target, trajectories, fingerprint)}"
+        if not self.directory.exists():
+            _check_room(directory, cache_bytes(target, trajectories))
+            _write_shards(self.directory, _states(target, trajectories, report))
+        report(len(trajectories))
+
+    def encoded(self, rows: torch.Tensor, length: int) -> Encoded:
+        """See `TargetCache`."""
+        return self._rows.padded([self._read(row) for row in rows.tolist()], length)
+
+    def _read(self, row: int) -> torch.Tensor:
+        from safetensors import safe_open
+
+        with safe_open(_shard(self.directory, row // _SHARD), framework="pt") as file:
+            return file.get_tensor(str(row))
+
+
+@torch.no_grad()
+def _states(
+    target: Target, trajectories: Trajectories, report: Callable[[int], None]
+) -> Iterator[torch.Tensor]:
+    """[n_i, H + T·H] of each trajectory in order, on the CPU."""
+    for begin in range(0, len(trajectories), _BATCH):
+        rows = torch.arange(
+            begin, min(begin + _BATCH, len(trajectories)), device=trajectories.input_ids.device
+        )
+        chosen = trajectories.select(rows)
+        encoded = target.encode(chosen)
+        states = encoded.hidden if encoded.taps is None else torch.cat([encoded.hidden, encoded.taps], dim=-1)
+        for state, length in zip(states.cpu(), chosen.lengths.tolist(), strict=True):
+            yield state[:length].clone()
+        report(begin + len(rows))
+
+
+def _key(target: Target, trajectories: Trajectories, fingerprint: str) -> str:
+    facts = json.dumps([_FORMAT, _BATCH, fingerprint, list(target.tap_layers), str(target.model.dtype)])
+    digest = hashlib.sha256(facts.encode())
+    for ids, length in zip(trajectories.input_ids.cpu(), trajectories.lengths.tolist(), strict=True):
+        digest.update(ids[:length].numpy().tobytes() + b"|")
+    return digest.hexdigest()[:16]
+
+
+def _shard(directory: Path, index: int) -> Path:
+    return directory / f"states-{index:05}.safetensors"
+
+
+def _check_room(directory: Path, needed: int) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(
+            f"The target's states take {needed / 2**30:.1f} GiB, {directory} has {free / 2**30:.1f} GiB free: give "
+            "another --cache, or --target-cache none, which computes them at every update."
+        )
+
+
+def _write_shards(directory: Path, states: Iterator[torch.Tensor]) -> None:
+    """Whole or not at all."""
+    from safetensors.torch import save_file
+
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        shard: dict[str, torch.Tensor] = {}
+        for row, state in enumerate(states):
+            shard[str(row)] = state
+            if len(shard) == _SHARD:
+                save_file(shard, _shard(temporary, row // _SHARD))
+                shard = {}
+        if shard:
+            save_file(shard, _shard(temporary, row // _SHARD))
+        os.rename(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
