@@ -1,8 +1,8 @@
 """What the target thinks along the trajectories, computed once and kept: in memory, or on disk.
 
 Objectives on target paths read the target's last hidden states and, for an EAGLE head, its taps at every token; they
-are the same at every update. Keeping them saves the target's forward: H + T·H numbers per token (H its hidden size, T the
-number of taps), which is why it is optional and its size is told before anything is computed. Drafted windows (ppow)
+are the same at every update. Keeping them saves the target's forward: H + T·H numbers per token (H hidden size, T
+taps), which is why it is optional and its size is told before anything is computed. Drafted windows (ppow)
 need the target's keys and values as well, which are never kept. Left out: when it pays (options.py, `target_cache`).
 """
 
