@@ -212,6 +212,7 @@ def test_keys_are_refused_by_their_source():
         ({"max_steps": 0}, ["max_steps must be >= 1"]),
         ({"lora_rank": 0}, ["lora_rank must be >= 1"]),
         ({"lora_targets": "q_proj"}, ["lora_targets must be a list", "q_proj"]),
+        ({"survival_smoothing": 1.0}, ["survival_smoothing must be in [0, 1)", "got 1.0"]),
         ({"greedy_sharpness_temperature": 0.0}, ["greedy_sharpness_temperature must be > 0"]),
         (
             {"draft_sample_method": "tree"},

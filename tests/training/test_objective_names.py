@@ -33,7 +33,7 @@ def test_the_weights_of_a_sum():
 
 @pytest.mark.parametrize("name", ["cst", "cst:", "cst:mse", "overlap:tv", "PPOW", ""])
 def test_unknown_objectives(name):
-    with refused("objective must be one of ppow, exact, overlap, cst:ce", f"got '{name}'"):
+    with refused("objective must be one of ppow, exact, overlap, drafts, cst:ce", f"got '{name}'"):
         parse_objective(name)
 
 

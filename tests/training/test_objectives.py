@@ -102,7 +102,22 @@ def test_an_alias_is_the_same_loss(windows):
     assert one.equal(other)
 
 
-@pytest.mark.parametrize("name", ["exact", "overlap", *(f"cst:{loss}" for loss in CST_LOSSES)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+def test_drafts_per_token(smoothing, case):
+    """Mean over windows of 1 / (1 + Σ_i Π_{l<=i} ((1 − s) overlap_l + s))."""
+    total = 0.0
+    for n in range(5):
+        survival, kept = 1.0, 0.0
+        for i in range(3):
+            overlap = 1 - per_token("tv", case.p[n][i], case.q[n][i], case.ids)
+            survival *= (1 - smoothing) * overlap + smoothing
+            kept += survival
+        total += 1 / (1 + kept) / 5
+    ours = objective_of("drafts", survival_smoothing=smoothing)(case.windows)
+    assert ours.item() == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["exact", "overlap", "drafts", *(f"cst:{loss}" for loss in CST_LOSSES)])
 def test_every_objective_moves_every_position(name, case):
     """With finite gradients, also where its tokens cannot be drafted; and is lower at the target itself."""
     windows = case.windows

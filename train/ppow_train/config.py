@@ -116,6 +116,7 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         _require(self.criticality_refresh >= 1, "criticality_refresh", ">= 1", self.criticality_refresh)
         _require(0 <= self.uniform_share <= 1, "uniform_share", "in 0..1", self.uniform_share)
         _require(0 <= self.adaptive_after <= 1, "adaptive_after", "in 0..1", self.adaptive_after)
+        _require(0 <= self.survival_smoothing < 1, "survival_smoothing", "in [0, 1)", self.survival_smoothing)
         _require(0 < self.proximity_quantile < 1, "proximity_quantile", "in 0..1", self.proximity_quantile)
         _require(0 < self.position_decay <= 1, "position_decay", "in (0, 1]", self.position_decay)
         _require(0 < self.dpace_alpha <= 1, "dpace_alpha", "in (0, 1]", self.dpace_alpha)

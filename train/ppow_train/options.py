@@ -23,8 +23,8 @@ class PPOWOptions:
     # The winner of the README's table ("Which objective"), not of our hopes.
     objective: str = _option(
         "cst:tv",
-        "what is minimised: ppow, exact, overlap, cst:LOSS (cst:tv, cst:kl, …), or a weighted sum of these without "
-        "ppow, in quotes: 'overlap + 4 * cst:tv'",
+        "what is minimised: ppow, exact, overlap, drafts, cst:LOSS (cst:tv, cst:kl, …), or a weighted sum of these "
+        "without ppow, in quotes: 'overlap + 4 * cst:tv'",
     )
     num_speculative_tokens: int = _option(8, "K, tokens per window (>= 1)")
     trajectories_per_step: int = _option(
@@ -44,17 +44,17 @@ class PPOWOptions:
     )
     draft_sample_method: Literal["probabilistic", "greedy"] = _option(
         "probabilistic",
-        "how vLLM will draw drafts at a temperature above 0; exact and overlap take the form for it",
+        "how vLLM will draw drafts at a temperature above 0; exact, overlap and drafts take the form for it",
     )
     greedy_target: Literal["soft", "hard"] = _option(
         "soft",
-        "exact and overlap at serving_temperature 0: p and q at greedy_sampling_temperature (soft), or the target's "
-        "own token against q at greedy_sharpness_temperature (hard)",
+        "exact, overlap and drafts at serving_temperature 0: p and q at greedy_sampling_temperature (soft), or the "
+        "target's own token against q at greedy_sharpness_temperature (hard)",
     )
     greedy_sharpness_temperature: float = _option(
         0.5,
-        "exact and overlap with greedy drafts: temperature of q where it stands for its argmax (> 0; lower is closer "
-        "to it, with gradients at fewer tokens)",
+        "exact, overlap and drafts with greedy drafts: temperature of q where it stands for its argmax (> 0; lower is "
+        "closer to it, with gradients at fewer tokens)",
     )
     draft_cost_ratio: float = _option(0.12, "time of one draft step / one target step, the paper's γ (>= 0)")
     ppow_credit: Literal["published", "acceptance"] = _option(
@@ -66,6 +66,9 @@ class PPOWOptions:
         "accepted",
         "ppow, exact and overlap: draft tokens that the speedup reward charges for, the k accepted ones as published, "
         "k / (kγ + 1), or all K as serving pays, k / (Kγ + 1)",
+    )
+    survival_smoothing: float = _option(
+        0.5, "drafts: share s of certainty mixed into every acceptance, a -> (1 - s) a + s (0..1, below 1)"
     )
     proximity_weight: float = _option(0.2, "η of the proximity reward, in units of the speedup reward (>= 0)")
     proximity_quantile: float = _option(

@@ -3,9 +3,9 @@
 Published PPOW is not here: its clipped group-relative loss is TRL's own, fed by rollout.py and rewards.py. Every
 objective here is a mean over windows and needs no sampling: y is the target's trajectory, p and q the target and
 draft distributions along it. Where a head drafts from a reduced vocabulary, what is about acceptance (exact, overlap,
-tv, nla) takes p as it is, what is about likeness (ce, kl_div, rkl, jsd) p renormalised on the draft vocabulary, and
-lk_hybrid each of its parts in its own form; vocabulary.py tells why. This file chooses; the formulas are in window.py
-and supervised.py, the names in names.py.
+drafts, tv, nla) takes p as it is, what is about likeness (ce, kl_div, rkl, jsd) p renormalised on the draft vocabulary,
+and lk_hybrid each of its parts in its own form; vocabulary.py tells why. This file chooses; the formulas are in
+window.py and supervised.py, the names in names.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ppow_train.objectives.names import CST_LOSSES, check_dpace, parse_objective
 from ppow_train.objectives.path_windows import PathWindows
 from ppow_train.objectives.supervised import continued_supervised, dpace_supervised
 from ppow_train.objectives.window import (
+    drafts_per_token,
     exact,
     exact_greedy_drafts,
     greedy_trajectory,
@@ -26,6 +27,7 @@ from ppow_train.objectives.window import (
     overlap_window,
 )
 from ppow_train.options import PPOWOptions
+from ppow_train.verification import agreement, overlap, token_logps
 
 __all__ = [
     "CST_LOSSES",
@@ -34,6 +36,7 @@ __all__ = [
     "check_dpace",
     "continued_supervised",
     "dpace_supervised",
+    "drafts_per_token",
     "exact",
     "exact_greedy_drafts",
     "greedy_trajectory",
@@ -68,7 +71,19 @@ def _part(name: str, options: PPOWOptions) -> Objective:
         return partial(continued_supervised, loss_name=loss, position_decay=options.position_decay)
     if name in ("exact", "overlap"):
         return _window_objective(name, options)
+    if name == "drafts":
+        return lambda windows: drafts_per_token(_acceptance(windows, options), options.survival_smoothing)
     raise ValueError(f"{name} is not an objective on target paths")
+
+
+def _acceptance(windows: PathWindows, options: PPOWOptions) -> torch.Tensor:
+    """Chance that a draft token is accepted once it is reached, in the form that fits how drafts are served: [N, K]."""
+    sharp = windows.draft_logits * (options.training_temperature / options.greedy_sharpness_temperature)
+    if options.serving_temperature == 0 and options.greedy_target == "hard":
+        return token_logps(sharp, windows.tokens).exp()
+    if options.serving_temperature > 0 and options.draft_sample_method == "greedy":
+        return agreement(windows.target_logits, sharp)
+    return overlap(windows.target_logits, windows.draft_logits)
 
 
 def _window_objective(name: str, options: PPOWOptions) -> Objective:

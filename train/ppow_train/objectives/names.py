@@ -6,6 +6,7 @@ import re
 
 from ppow_train.errors import UserError
 
+WINDOW_OBJECTIVES = ("exact", "overlap", "drafts")
 CST_LOSSES = ("ce", "kl_div", "rkl", "jsd", "tv", "nla", "lk_hybrid")
 CST_ALIASES = {"kl": "kl_div"}
 DPACE_LOSSES = ("ce", "tv")
@@ -15,7 +16,7 @@ _PLUS = re.compile(r"(?<!\d[eE])\+")  # but not that of 1e+3
 
 
 def parse_objective(text: str) -> str:
-    """Normalise an objective: `ppow`, `exact`, `overlap`, `cst:LOSS`, or a weighted sum of the last three.
+    """Normalise an objective: `ppow`, `exact`, `overlap`, `drafts`, `cst:LOSS`, or a weighted sum of all but the first.
 
     Parts keep their order, a weight of 1 is left out, and parts of one name are added up.
 
@@ -31,7 +32,7 @@ def parse_objective(text: str) -> str:
     if "ppow" in weights and weights != {"ppow": 1.0}:
         raise UserError(
             f"ppow drafts windows of its own and cannot be part of a sum, got {text!r}: "
-            "train by ppow alone, or mix exact, overlap and cst:LOSS."
+            "train by ppow alone, or mix exact, overlap, drafts and cst:LOSS."
         )
     return " + ".join(
         name if weight == 1 else f"{str(weight).removesuffix('.0')} * {name}"
@@ -78,13 +79,13 @@ def _weight(number: str, text: str) -> float:
 
 
 def _name(name: str, text: str) -> str:
-    if name in ("ppow", "exact", "overlap"):
+    if name in ("ppow", *WINDOW_OBJECTIVES):
         return name
     kind, _, loss = name.partition(":")
     loss = CST_ALIASES.get(loss, loss)
     if kind == "cst" and loss in CST_LOSSES:
         return f"cst:{loss}"
-    known = ["ppow", "exact", "overlap", *(f"cst:{loss}" for loss in (*CST_LOSSES, *CST_ALIASES))]
+    known = ["ppow", *WINDOW_OBJECTIVES, *(f"cst:{loss}" for loss in (*CST_LOSSES, *CST_ALIASES))]
     where = "" if name == text else f" in {text!r}"
     raise UserError(
         f"objective must be one of {', '.join(known)}, or a sum like 'overlap + 4 * cst:tv', got {name!r}{where}."

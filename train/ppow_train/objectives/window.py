@@ -1,8 +1,9 @@
-"""What a whole window is expected to earn, in every way of serving: `exact` and `overlap` (ours, beyond the paper).
+"""What a whole window is expected to earn, in every way of serving (ours, beyond the paper).
 
-All are −Σ_i S_i · (f(i) − f(i−1)) with S_i = P(first i draft tokens accepted) and f the speedup reward, since
-E[R_speedup] = Σ_i P(first i accepted) · (f(i) − f(i−1)); they differ in S. f charges for the accepted
-tokens, or for `num_charged_tokens` (speedup.py). Left out: supervised losses.
+`exact` and `overlap` are −Σ_i S_i · (f(i) − f(i−1)) with S_i = P(first i draft tokens accepted) and f the speedup
+reward, since E[R_speedup] = Σ_i P(first i accepted) · (f(i) − f(i−1)); they differ in S. f charges for the accepted
+tokens, or for `num_charged_tokens` (speedup.py). `drafts` counts the drafts that a token costs instead. Left out:
+supervised losses.
 
 Where drafts are greedy, a = argmax q is accepted with chance p(a) (at temperature 0: if a is the target's own token), a
 step function of the weights without a gradient. There q_τ = q^s / Σ q^s stands for the argmax, q at a temperature τ
@@ -103,6 +104,26 @@ def greedy_trajectory(
     """
     survival = token_logps(windows.draft_logits * sharpening, windows.tokens).cumsum(-1).exp()
     return -_worth(survival, draft_cost_ratio, num_charged_tokens)
+
+
+def drafts_per_token(acceptance: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Drafts that a served token costs, 1 / (1 + E[k]), with smoothed acceptance (ours): the mean over windows of
+
+    1 / (1 + Σ_i Π_{l<=i} ((1 − s) a_l + s)), a_l the chance that draft token l is accepted once it is reached.
+
+    Serving makes 1 / (1 + k) drafts per token, and makes most of them where k is small: so do the windows count here,
+    where `overlap` counts those most that go well already. Smoothing keeps a signal at every position of a window that
+    stops early; with s = 0 nothing reaches the positions behind a certain rejection.
+
+    Args:
+        acceptance: [N, K] in [0, 1].
+        smoothing: s in [0, 1).
+
+    Returns:
+        scalar.
+    """
+    survival = survival_product((1.0 - smoothing) * acceptance + smoothing)
+    return (1.0 / (1.0 + survival.sum(-1))).mean()
 
 
 def _worth(survival: torch.Tensor, draft_cost_ratio: float, num_charged_tokens: int | None) -> torch.Tensor:
