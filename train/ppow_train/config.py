@@ -104,6 +104,13 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         _require(named, "lora_targets", "a list of names", repr(self.lora_targets))
         _require(self.lora_rank >= 1, "lora_rank", ">= 1", self.lora_rank)
         _require(self.proximity_weight >= 0, "proximity_weight", ">= 0", self.proximity_weight)
+        evaluates = self.eval_steps is None or self.eval_steps >= 1
+        _require(evaluates, "eval_steps", ">= 1, or absent", self.eval_steps)
+        if self.early_stop_patience is not None:
+            _require(self.early_stop_patience >= 1, "early_stop_patience", ">= 1", self.early_stop_patience)
+            _require(
+                self.eval_steps is not None, "eval_steps", "set with early_stop_patience", self.eval_steps
+            )
         if self.is_rollout:
             _require(self.num_generations >= 2, "num_generations", ">= 2", self.num_generations)
         self._check_windows()

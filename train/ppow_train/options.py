@@ -61,6 +61,16 @@ class PPOWOptions:
     num_generations: int = _option(8, "G, drafted windows per prefix (ppow)")
     beta: float = _option(0.05, "weight of the KL penalty towards the target (ppow)")
     warmup_steps: float = _option(0.1, "updates of warm-up, or their share of the run if below 1")
+    eval_steps: int | None = _option(
+        None, "updates between two evaluations on one half of the held-out prompts (>= 1; default: none)"
+    )
+    early_stop_patience: int | None = _option(
+        None,
+        "evaluations without a gain in accepted length after which training stops (>= 1; default: never)",
+    )
+    keep_best: bool = _option(
+        True, "with eval_steps: write the adapter that accepted most on that half, not the last one"
+    )
     logging_steps: float = _option(10, "updates between two log lines")
     save_strategy: str = _option("no", "when to save training state: no, steps")
     report_to: str | list[str] | None = _option("none", "where to log: none, tensorboard, wandb, …")

@@ -124,6 +124,10 @@ class PPOWTrainer(GRPOTrainer):
         metrics["windows/nothing_accepted"].append((accepted == 0).float().mean().item())
         metrics["windows/proximity_epsilon"].append(epsilon)
 
+    def log_next(self, name: str, value: float) -> None:
+        """Put a figure into the next line of the training log."""
+        self._metrics["train"][name].append(value)
+
     # ------------------------------------------------------------ overridden methods of GRPOTrainer
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

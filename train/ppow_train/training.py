@@ -18,12 +18,15 @@ from ppow_train.config import PPOWConfig
 from ppow_train.data import keep_long_enough, read_prompts
 from ppow_train.drafters import Drafter, load_drafter
 from ppow_train.errors import UserError
-from ppow_train.evaluation import SimulatedAcceptance, simulate_acceptance
 from ppow_train.generation import load_or_generate, load_tokenizer
+from ppow_train.options import PPOWOptions
 from ppow_train.progress import ProgressBar, quiet_libraries
+from ppow_train.report import CURVE, write_curve
 from ppow_train.rollout import WindowRunner
+from ppow_train.selection import BestOnHeldOut, Judge, SelectionState, require_held_out, split_held_out
 from ppow_train.target import Target
 from ppow_train.types import Trajectories
+from ppow_train.walk import ExpectedWalk
 from vllm_ppow.artifact import (
     Adapter,
     AdapterConfig,
@@ -105,12 +108,22 @@ def get_trajectories(
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """What a run left behind: the adapter, and simulated acceptance on held-out prompts before and after (if given)."""
+    """What a run left behind.
+
+    Attributes:
+        adapter: as it was written.
+        before, after: expected walks on the held-out prompts that report, if there are any.
+        log: of TRL.
+        report: these prompts with their continuations; no adapter was chosen on them.
+        selection: how the adapter was chosen, if it was.
+    """
 
     adapter: Adapter
-    before: SimulatedAcceptance | None
-    after: SimulatedAcceptance | None
+    before: ExpectedWalk | None
+    after: ExpectedWalk | None
     log: list[dict[str, Any]]
+    report: Trajectories | None = None
+    selection: SelectionState | None = None
 
 
 def train_adapter(
@@ -127,54 +140,95 @@ def train_adapter(
     """Train one adapter and write it to `output`.
 
     The pair's drafter is changed in place while training and restored before returning, so a pair can be used again.
+
+    Args:
+        held_out: prompts to report on, and with `eval_steps` to choose the best adapter on (selection.py).
+        draft_sample_method: how serving will draw drafts.
+        facts: added to what the adapter records of its training.
     """
     from ppow_train.trainer import PPOWTrainer
 
     check_output(output)
     trajectories = keep_long_enough(trajectories, config.num_speculative_tokens)
     runner = _runner(pair, trajectories, config)
-    test = (
-        _runner(pair, keep_long_enough(held_out, config.num_speculative_tokens), config) if held_out else None
-    )
-    before = simulate_acceptance(test) if test else None
+    selecting, reporting = _judges(pair, held_out, config, draft_sample_method)
+    before = reporting() if reporting else None
     bar = ProgressBar(f"training ({config.objective})", progress)
     trainer = PPOWTrainer(runner, config, load_tokenizer(pair.target.directory), callbacks=[bar])
     _quiet(trainer)
+    best = BestOnHeldOut(selecting, config, trainer.log_next) if selecting else None
+    if best:
+        trainer.add_callback(best)
     try:
         trainer.train()
         peft_model = trainer.accelerator.unwrap_model(trainer.model)
         peft_model.eval()
-        after = simulate_acceptance(test) if test else None
-        training = _facts(config, len(trajectories), before, after) | (facts or {})
+        if best and config.keep_best:
+            best.restore_best(peft_model)
+        after = reporting() if reporting else None
+        training = _facts(config, trajectories, trainer.state.global_step) | (facts or {})
+        if before and after:
+            training["report"] = {"prompts": len(before.num_drafts)} | _gain(before, after)
+            training["gain_above_zero"] = after.mean_accepted > before.mean_accepted
+        if best:
+            training["selection"] = best.facts()
+            training["gain_above_zero"] = best.state.beats_untrained
         adapter = write_adapter(
             output,
             _adapter_config(pair, config, draft_sample_method, training),
-            lambda out: _save_peft(peft_model, out, pair),
+            lambda out: _write_parts(out, peft_model, best),
         )
-        return TrainingResult(adapter, before, after, trainer.state.log_history)
+        return TrainingResult(
+            adapter,
+            before,
+            after,
+            trainer.state.log_history,
+            reporting.runner.trajectories if reporting else None,
+            best.state if best else None,
+        )
     finally:
         _remove_lora(trainer.model)
 
 
-def _facts(
-    config: PPOWConfig,
-    num_trajectories: int,
-    before: SimulatedAcceptance | None,
-    after: SimulatedAcceptance | None,
-) -> dict[str, Any]:
+def _facts(config: PPOWConfig, trajectories: Trajectories, updates: int) -> dict[str, Any]:
     """What the adapter's card tells of its training."""
-    simulated = {"before": before, "after": after}
     return {
         "objective": config.objective,
         "seed": config.seed,
-        "updates": config.max_steps,
+        "updates": updates,
         "windows_per_update": config.windows_per_step,
         "learning_rate": config.learning_rate,
-        "trajectories": num_trajectories,
-        "simulated_accepted_tokens": {
-            name: round(value.num_accepted_tokens, 4) for name, value in simulated.items() if value
-        },
+        "trajectories": len(trajectories),
+        "tokens": int((trajectories.lengths - trajectories.prompt_lengths).sum()),
+        "options": {option.name: getattr(config, option.name) for option in dataclasses.fields(PPOWOptions)},
     }
+
+
+def _gain(before: ExpectedWalk, after: ExpectedWalk) -> dict[str, Any]:
+    """Accepted tokens per draft, in all and by position."""
+    return {
+        name: {
+            "accepted_per_draft": round(walk.mean_accepted, 4),
+            "per_position": [round(share, 4) for share in walk.acceptance_per_position],
+        }
+        for name, walk in (("before", before), ("after", after))
+    }
+
+
+def _judges(
+    pair: Pair, held_out: Trajectories | None, config: PPOWConfig, draft_sample_method: str
+) -> tuple[Judge | None, Judge | None]:
+    """Who selects and who reports; nobody selects without eval_steps, nobody does anything without prompts."""
+    require_held_out(config, held_out is not None)
+    if held_out is None:
+        return None, None
+    greedy_drafts = config.serving_temperature == 0 or draft_sample_method == "greedy"
+    held_out = keep_long_enough(held_out, config.num_speculative_tokens)
+    halves = split_held_out(held_out) if config.eval_steps else (None, held_out)
+    selecting, reporting = (
+        Judge(_runner(pair, half, config), greedy_drafts) if half is not None else None for half in halves
+    )
+    return selecting, reporting
 
 
 def _runner(pair: Pair, trajectories: Trajectories, config: PPOWConfig) -> WindowRunner:
@@ -196,7 +250,13 @@ def _quiet(trainer: Any) -> None:
         trainer.remove_callback(callback)
 
 
-def _save_peft(peft_model: Any, directory: Path, pair: Pair) -> None:
+def _write_parts(directory: Path, peft_model: Any, best: BestOnHeldOut | None) -> None:
+    _save_peft(peft_model, directory)
+    if best:
+        write_curve(directory / CURVE, best.facts())
+
+
+def _save_peft(peft_model: Any, directory: Path) -> None:
     """PEFT's two files; embeddings are never saved, they are the base drafter's own."""
     with tempfile.TemporaryDirectory() as scratch:
         peft_model.save_pretrained(scratch, save_embedding_layers=False)

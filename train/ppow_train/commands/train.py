@@ -163,12 +163,14 @@ def _run(request: _Request) -> tuple[TrainingResult, Parity | None]:
 
     from ppow_train.config import PPOWConfig
     from ppow_train.progress import make_progress
+    from ppow_train.selection import require_held_out
     from ppow_train.training import load_pair, train_adapter
 
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as scratch, make_progress() as progress:
         fixed = {"output_dir": scratch, "seed": request.seed, "use_cpu": device == "cpu"}
         config = PPOWConfig(**{**fixed, **request.values})
+        require_held_out(config, request.data is not None or request.held_out is not None)
         pair = load_pair(request.target, request.drafter, device)
         trajectories, held_out = _splits(request, pair, config, progress)
         source = request.data or request.prompts
@@ -182,7 +184,8 @@ def _run(request: _Request) -> tuple[TrainingResult, Parity | None]:
             facts={"prompts": source.name if source else None},
             progress=progress,
         )
-    return result, _check_parity(request, pair, held_out, result) if held_out and request.parity else None
+    report = result.report
+    return result, _check_parity(request, pair, report, result) if report and request.parity else None
 
 
 def _check_parity(
@@ -236,16 +239,29 @@ def _splits(
 
 
 def _report(result: TrainingResult, parity: Parity | None, as_json: bool) -> None:
+    from ppow_train.report import CURVE
+
     config = result.adapter.config
+    if config.training.get("gain_above_zero") is False:
+        click.echo(
+            "Warning: on held-out prompts nothing accepted more than the drafter alone. The best adapter is written "
+            "all the same: do not serve it.",
+            err=True,
+        )
     if as_json:
         value = {"adapter": str(result.adapter.directory), "training": config.training}
         click.echo(json.dumps(value | {"parity": parity.as_json() if parity else None}))
         return
     if result.before and result.after:
-        before, after = result.before.num_accepted_tokens, result.after.num_accepted_tokens
+        before, after = result.before.mean_accepted, result.after.mean_accepted
         click.echo(
-            f"Simulated accepted tokens per draft on held-out prompts: {before:.3f} -> {after:.3f} "
-            f"({100 * (after / before - 1):+.1f} %)"
+            f"Expected accepted tokens per draft on {len(result.before.num_drafts)} held-out prompts: "
+            f"{before:.3f} -> {after:.3f} ({100 * (after / before - 1):+.1f} %)"
+        )
+    if (chosen := config.training.get("selection")) is not None:
+        click.echo(
+            f"Written: the adapter after {chosen['written_after_updates']} of {config.training['updates']} updates, by "
+            f"{chosen['prompts']} other held-out prompts ({result.adapter.directory / CURVE})"
         )
     if parity:
         click.echo(
