@@ -111,6 +111,10 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
             _require(
                 self.eval_steps is not None, "eval_steps", "set with early_stop_patience", self.eval_steps
             )
+        if self.push_to_hub:  # transformers would upload training state; `ppow train` takes the option away
+            raise UserError(
+                "push_to_hub is an option of `ppow train`: call ppow_train.push.push_adapter instead."
+            )
         if self.is_rollout:
             _require(self.num_generations >= 2, "num_generations", ">= 2", self.num_generations)
         self._check_windows()

@@ -71,6 +71,13 @@ class PPOWOptions:
     keep_best: bool = _option(
         True, "with eval_steps: write the adapter that accepted most on that half, not the last one"
     )
+    push_to_hub: bool = _option(
+        False, "upload the adapter to the Hugging Face Hub when it is finished and parity holds"
+    )
+    hub_model_id: str | None = _option(
+        None, "repo to upload to (default: named as the output directory, in your own namespace)"
+    )
+    hub_private_repo: bool | None = _option(True, "make the repo private if it is new")
     logging_steps: float = _option(10, "updates between two log lines")
     save_strategy: str = _option("no", "when to save training state: no, steps")
     report_to: str | list[str] | None = _option("none", "where to log: none, tensorboard, wandb, …")

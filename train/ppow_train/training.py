@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from ppow_train.card import write_card
 from ppow_train.config import PPOWConfig
 from ppow_train.data import keep_long_enough, read_prompts
 from ppow_train.drafters import Drafter, load_drafter
@@ -166,18 +167,15 @@ def train_adapter(
         if best and config.keep_best:
             best.restore_best(peft_model)
         after = reporting() if reporting else None
-        training = _facts(config, trajectories, trainer.state.global_step) | (facts or {})
+        training: dict[str, Any] = _facts(config, trajectories, trainer.state.global_step) | (facts or {})
         if before and after:
             training["report"] = {"prompts": len(before.num_drafts)} | _gain(before, after)
             training["gain_above_zero"] = after.mean_accepted > before.mean_accepted
         if best:
             training["selection"] = best.facts()
             training["gain_above_zero"] = best.state.beats_untrained
-        adapter = write_adapter(
-            output,
-            _adapter_config(pair, config, draft_sample_method, training),
-            lambda out: _write_parts(out, peft_model, best),
-        )
+        recorded = _adapter_config(pair, config, draft_sample_method, training)
+        adapter = write_adapter(output, recorded, lambda out: _write_parts(out, recorded, peft_model))
         return TrainingResult(
             adapter,
             before,
@@ -192,6 +190,7 @@ def train_adapter(
 
 def _facts(config: PPOWConfig, trajectories: Trajectories, updates: int) -> dict[str, Any]:
     """What the adapter's card tells of its training."""
+    values = config.to_dict()
     return {
         "objective": config.objective,
         "seed": config.seed,
@@ -200,7 +199,11 @@ def _facts(config: PPOWConfig, trajectories: Trajectories, updates: int) -> dict
         "learning_rate": config.learning_rate,
         "trajectories": len(trajectories),
         "tokens": int((trajectories.lengths - trajectories.prompt_lengths).sum()),
-        "options": {option.name: getattr(config, option.name) for option in dataclasses.fields(PPOWOptions)},
+        "options": {
+            option.name: values[option.name]
+            for option in dataclasses.fields(PPOWOptions)
+            if not option.name.startswith(("push_", "hub_", "report_", "save_"))
+        },
     }
 
 
@@ -250,10 +253,11 @@ def _quiet(trainer: Any) -> None:
         trainer.remove_callback(callback)
 
 
-def _write_parts(directory: Path, peft_model: Any, best: BestOnHeldOut | None) -> None:
+def _write_parts(directory: Path, config: AdapterConfig, peft_model: Any) -> None:
     _save_peft(peft_model, directory)
-    if best:
-        write_curve(directory / CURVE, best.facts())
+    if "selection" in config.training:
+        write_curve(directory / CURVE, config.training["selection"])
+    write_card(directory, config)
 
 
 def _save_peft(peft_model: Any, directory: Path) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ppow_train.config import PPOWConfig
     from ppow_train.parity import Parity
+    from ppow_train.push import Push
     from ppow_train.training import Pair, TrainingResult
     from ppow_train.types import Trajectories
 
@@ -93,7 +94,9 @@ def train(
     trained on. The adapter directory is what vLLM is given as "model" of method ppow.
     """
     _check_usage(ctx, prompts, data)
+    from ppow_train.card import write_card
     from ppow_train.data import read_prompts
+    from ppow_train.push import push_adapter
 
     for file in (prompts, held_out):
         if file is not None:
@@ -106,6 +109,7 @@ def train(
 
     values = {**(read_config_file(config_file) if config_file else {}), **given(options)}
     check_keys(values, "the command line")
+    push = _take_push(values, output, parity, held_out is not None or data is not None)
     request = _Request(
         target,
         drafter,
@@ -122,11 +126,36 @@ def train(
         parity,
     )
     result, agreement = _run(request)
+    checked = agreement.as_json() if agreement else None
+    write_card(result.adapter.directory, result.adapter.config, checked)
     _report(result, agreement, as_json)
     if agreement is not None and not agreement.holds:
         raise click.ClickException(
             "vLLM does not accept what training simulates (above): the adapter is written, do not trust its figures."
+            + (" It was not uploaded." if push else "")
         )
+    if push is not None:
+        if parity and agreement is None:
+            raise click.ClickException(
+                "nothing was held out, so parity was not checked: it was not uploaded."
+            )
+        click.echo(f"Uploaded: {push_adapter(result.adapter, push, checked)}", err=as_json)
+
+
+def _take_push(values: dict[str, Any], output: Path, parity: bool, has_held_out: bool) -> Push | None:
+    """Where to upload to, asked before hours of training; nothing is uploaded unchecked unless told so."""
+    from ppow_train.errors import UserError
+    from ppow_train.push import take_push
+
+    if values.get("push_to_hub") and parity:
+        if not has_held_out:
+            raise UserError("push_to_hub waits for parity, which needs --held-out: give it, or --no-parity.")
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                "push_to_hub waits for parity, which needs vLLM: install it (pip install 'vllm-ppow[cpu]' or [gpu]), "
+                "or give --no-parity."
+            )
+    return take_push(values, output)
 
 
 def _check_usage(ctx: click.Context, prompts: Path | None, data: Path | None) -> None:
