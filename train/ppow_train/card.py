@@ -24,7 +24,7 @@ _FORMULAS = {
     "the target",
     "exact": f"−Σ_i P(first i accepted) · (f(i) − f(i−1)), {_WORTH}",
     "overlap": f"−Σ_i Π_(l≤i) Σ_v min(p, q)_l · (f(i) − f(i−1)), {_WORTH}",
-    "cst": "Σ_i w_i · LOSS(p, q)_i over the positions of a window, LOSS of the speculators library",
+    "cst": "Σ_i w_i · LOSS(p, q)_i over the positions of a window, a loss of the speculators library",
 }
 
 
@@ -69,10 +69,7 @@ def last_name(name_or_path: str) -> str:
 def formula(objective: str) -> str:
     """The formula of an objective, or of each part of a weighted sum."""
     names = [term.split("*")[-1].strip() for term in objective.split(" + ")]
-    lines = [
-        _FORMULAS[name.partition(":")[0]].replace("LOSS", name.partition(":")[2] or "LOSS", 1)
-        for name in names
-    ]
+    lines = [_FORMULAS[name.partition(":")[0]].replace("LOSS", name.partition(":")[2]) for name in names]
     return "; ".join(lines)
 
 
