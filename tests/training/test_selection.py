@@ -219,6 +219,24 @@ def test_a_resumed_run_selects_as_an_unbroken_one(directories, training_rows, he
         trained(directories, training_rows, other, config, str(checkpoint))
 
 
+def test_a_run_that_had_stopped_early_does_not_go_on(wrecked, directories, training_rows, held_out, tmp_path):
+    config = config_of(
+        tmp_path,
+        early_stop_patience=1,
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=16,
+        windows_per_step=16,
+    )
+    stopped = trained(directories, training_rows, held_out, config, None).state
+    last = stopped.curve[-1][0]
+    assert last < 16
+    checkpoint = Path(config.output_dir) / f"checkpoint-{last}"
+    resumed = trained(directories, training_rows, held_out, config, str(checkpoint)).state
+    assert resumed.curve == stopped.curve
+    assert all(resumed.best[name].equal(stopped.best[name]) for name in stopped.best)
+
+
 def test_state_comes_back_from_disk(tmp_path):
     state = SelectionState([(0, 0.25), (5, 1 / 3)], "abc", {"a.b": torch.randn(2, 3)})
     state.save(tmp_path)

@@ -180,6 +180,9 @@ class BestOnHeldOut(TrainerCallback):
             raise UserError(
                 f"{directory} selected on other held-out prompts: give the same ones, or begin the run again."
             )
+        control.should_training_stop = (
+            self._is_over
+        )  # transformers makes one more update, which is not evaluated
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Evaluate when it is time, and after the last update."""
@@ -187,10 +190,7 @@ class BestOnHeldOut(TrainerCallback):
             return
         self.log(ACCEPTED, self._evaluate(state.global_step, model))
         control.should_log = True
-        patience = self.config.early_stop_patience
-        control.should_training_stop |= (
-            patience is not None and self.state.evaluations_without_gain >= patience
-        )
+        control.should_training_stop |= self._is_over
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the state to the checkpoint that was just written."""
@@ -213,6 +213,11 @@ class BestOnHeldOut(TrainerCallback):
             else self.state.curve[-1][0],
             "stopped_early": self.state.curve[-1][0] < self.config.max_steps,
         }
+
+    @property
+    def _is_over(self) -> bool:
+        patience = self.config.early_stop_patience
+        return patience is not None and self.state.evaluations_without_gain >= patience
 
     def _evaluate(self, updates: int, model: torch.nn.Module) -> float:
         # Every process must come to the same decision: the main one's figure counts.
