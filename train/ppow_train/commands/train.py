@@ -94,9 +94,7 @@ def train(
     trained on. The adapter directory is what vLLM is given as "model" of method ppow.
     """
     _check_usage(ctx, prompts, data)
-    from ppow_train.card import write_card
     from ppow_train.data import read_prompts
-    from ppow_train.push import push_adapter
 
     for file in (prompts, held_out):
         if file is not None:
@@ -125,6 +123,14 @@ def train(
         device,
         parity,
     )
+    _finish(request, push, as_json)
+
+
+def _finish(request: _Request, push: Push | None, as_json: bool) -> None:
+    """Run, tell, and upload what may be uploaded."""
+    from ppow_train.card import write_card
+    from ppow_train.push import push_adapter
+
     result, agreement = _run(request)
     checked = agreement.as_json() if agreement else None
     write_card(result.adapter.directory, result.adapter.config, checked)
@@ -135,7 +141,7 @@ def train(
             + (" It was not uploaded." if push else "")
         )
     if push is not None:
-        if parity and agreement is None:
+        if request.parity and agreement is None:
             raise click.ClickException(
                 "nothing was held out, so parity was not checked: it was not uploaded."
             )
