@@ -27,10 +27,11 @@ import click
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
+from ppow_train.pair import Pair, load_pair
 from ppow_train.progress import make_progress
 from ppow_train.report import write_json
 from ppow_train.rollout import WindowRunner
-from ppow_train.training import Pair, get_trajectories, load_pair
+from ppow_train.training import get_trajectories
 from ppow_train.types import Rollout, Trajectories
 
 TINY = Path(__file__).parents[1] / "tiny"

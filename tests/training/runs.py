@@ -20,8 +20,9 @@ from rich.console import Console
 from training_pair import Directories, K
 
 from ppow_train.config import PPOWConfig
+from ppow_train.pair import load_pair
 from ppow_train.progress import make_progress
-from ppow_train.training import load_pair, train_adapter
+from ppow_train.training import train_adapter
 from ppow_train.types import Trajectories
 
 _FORK = multiprocessing.get_context("fork")

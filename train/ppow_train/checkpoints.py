@@ -5,7 +5,7 @@
         ppow_state.json          what it does not know of (the proximity threshold); written last: where it is, all is
 
 A checkpoint without ppow_state.json was cut off by a kill, and is deleted. Left out: what is random in an update, which
-follows from seed and step alone (trainer.py); best checkpoints.
+follows from seed and step alone (trainer.py); which adapter is kept (selection.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 RUN, STATE = "run.json", "ppow_state.json"
 
 # Options that may change when a run goes on: they say what is kept and told, not what is learned.
-_FREE = ("output_dir", "run_name", "report_to", "project", "ddp_timeout")
+_FREE = ("output_dir", "keep_best", "run_name", "report_to", "project", "ddp_timeout")
 _FREE_PREFIXES = ("save_", "log", "hub_", "push_to_hub", "trackio_")
 
 

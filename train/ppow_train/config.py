@@ -129,13 +129,6 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         _require(self.lora_rank >= 1, "lora_rank", ">= 1", self.lora_rank)
         bound = self.windows_per_forward
         _require(bound is None or bound >= 1, "windows_per_forward", ">= 1", bound)
-        kept = self.save_total_limit
-        # While one is being written, the one before it must stay.
-        _require(kept is None or kept >= 2, "save_total_limit", ">= 2", kept)
-        _require(
-            self.save_strategy in ("no", "steps"), "save_strategy", "no or steps", repr(self.save_strategy)
-        )
-        _check_reporters(self.report_to)
         _require(self.proximity_weight >= 0, "proximity_weight", ">= 0", self.proximity_weight)
         greedy_drafts = self.draft_sample_method == "greedy" and self.serving_temperature > 0
         if self.ppow_credit == "acceptance" and greedy_drafts:
@@ -146,6 +139,28 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         if self.is_rollout:
             _require(self.num_generations >= 2, "num_generations", ">= 2", self.num_generations)
         self._check_windows()
+        self._check_keeping()
+
+    def _check_keeping(self) -> None:
+        """What is saved, evaluated and told on the way."""
+        kept = self.save_total_limit
+        # While one is being written, the one before it must stay.
+        _require(kept is None or kept >= 2, "save_total_limit", ">= 2", kept)
+        _require(
+            self.save_strategy in ("no", "steps"), "save_strategy", "no or steps", repr(self.save_strategy)
+        )
+        _check_reporters(self.report_to)
+        evaluates = self.eval_steps is None or self.eval_steps >= 1
+        _require(evaluates, "eval_steps", ">= 1, or absent", self.eval_steps)
+        if self.early_stop_patience is not None:
+            _require(self.early_stop_patience >= 1, "early_stop_patience", ">= 1", self.early_stop_patience)
+            _require(
+                self.eval_steps is not None, "eval_steps", "set with early_stop_patience", self.eval_steps
+            )
+        if self.push_to_hub:  # transformers would upload training state; `ppow train` takes the option away
+            raise UserError(
+                "push_to_hub is an option of `ppow train`: call ppow_train.push.push_adapter instead."
+            )
 
     def _check_windows(self) -> None:
         if self.is_rollout:

@@ -176,6 +176,10 @@ class PPOWTrainer(GRPOTrainer):
         accepted = expected.sum().item() / count
         self._metrics["train"]["windows/expected_accepted_tokens"].append(accepted)
 
+    def log_next(self, name: str, value: float) -> None:
+        """Put a figure into the next line of the training log."""
+        self._metrics["train"][name].append(value)
+
     # ------------------------------------------------------------ overridden methods of GRPOTrainer
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

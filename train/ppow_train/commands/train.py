@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from ppow_train.config import PPOWConfig
+    from ppow_train.pair import Pair
     from ppow_train.parity import Parity
-    from ppow_train.training import Pair, TrainingResult
+    from ppow_train.push import Push
+    from ppow_train.training import TrainingResult
     from ppow_train.types import Trajectories
 
 
@@ -106,6 +108,7 @@ def train(
 
     values = {**(read_config_file(config_file) if config_file else {}), **given(options)}
     check_keys(values, "the command line")
+    push = _take_push(values, output, parity, held_out is not None or data is not None)
     request = _Request(
         target,
         drafter,
@@ -122,14 +125,47 @@ def train(
         device,
         parity,
     )
+    _finish(request, push, as_json)
+
+
+def _finish(request: _Request, push: Push | None, as_json: bool) -> None:
+    """Run, tell, and upload what may be uploaded."""
+    from ppow_train.card import write_card
+    from ppow_train.push import push_adapter
+
     result, agreement = _run(request)
     if result is None:
         return  # another process reports
+    checked = agreement.as_json() if agreement else None
+    write_card(result.adapter.directory, result.adapter.config, checked)
     _report(result, agreement, as_json)
     if agreement is not None and not agreement.holds:
         raise click.ClickException(
             "vLLM does not accept what training simulates (above): the adapter is written, do not trust its figures."
+            + (" It was not uploaded." if push else "")
         )
+    if push is not None:
+        if request.parity and agreement is None:
+            raise click.ClickException(
+                "nothing was held out, so parity was not checked: it was not uploaded."
+            )
+        click.echo(f"Uploaded: {push_adapter(result.adapter, push, checked)}", err=as_json)
+
+
+def _take_push(values: dict[str, Any], output: Path, parity: bool, has_held_out: bool) -> Push | None:
+    """Where to upload to, asked before hours of training; nothing is uploaded unchecked unless told so."""
+    from ppow_train.errors import UserError
+    from ppow_train.push import take_push
+
+    if values.get("push_to_hub") and parity:
+        if not has_held_out:
+            raise UserError("push_to_hub waits for parity, which needs --held-out: give it, or --no-parity.")
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                "push_to_hub waits for parity, which needs vLLM: install it (pip install 'vllm-ppow[cpu]' or [gpu]), "
+                "or give --no-parity."
+            )
+    return take_push(values, output)
 
 
 def _check_usage(ctx: click.Context, prompts: Path | None, data: Path | None) -> None:
@@ -168,12 +204,15 @@ def _run(request: _Request) -> tuple[TrainingResult | None, Parity | None]:
 
     from ppow_train.config import PPOWConfig
     from ppow_train.distributed import leave_group
+    from ppow_train.pair import load_pair
     from ppow_train.progress import make_progress
-    from ppow_train.training import load_pair, train_adapter
+    from ppow_train.selection import require_held_out
+    from ppow_train.training import train_adapter
 
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     fixed = {"output_dir": str(request.checkpoints), "seed": request.seed, "use_cpu": device == "cpu"}
     config = PPOWConfig(**{**fixed, **request.values})
+    require_held_out(config, request.data is not None or request.held_out is not None)
     is_main = config.process_index == 0
     with make_progress(is_shown=is_main) as progress:
         pair = load_pair(request.target, request.drafter, str(config.device))
@@ -194,7 +233,8 @@ def _run(request: _Request) -> tuple[TrainingResult | None, Parity | None]:
     leave_group()
     if not is_main:
         return None, None
-    return result, _check_parity(request, pair, held_out, result) if held_out and request.parity else None
+    report = result.report
+    return result, _check_parity(request, pair, report, result) if report and request.parity else None
 
 
 def _check_parity(
@@ -248,16 +288,29 @@ def _splits(
 
 
 def _report(result: TrainingResult, parity: Parity | None, as_json: bool) -> None:
+    from ppow_train.report import CURVE
+
     config = result.adapter.config
+    if config.training.get("gain_above_zero") is False:
+        click.echo(
+            "Warning: on held-out prompts nothing accepted more than the drafter alone. The best adapter is written "
+            "all the same: do not serve it.",
+            err=True,
+        )
     if as_json:
         value = {"adapter": str(result.adapter.directory), "training": config.training}
         click.echo(json.dumps(value | {"parity": parity.as_json() if parity else None}))
         return
     if result.before and result.after:
-        before, after = result.before.num_accepted_tokens, result.after.num_accepted_tokens
+        before, after = result.before.mean_accepted, result.after.mean_accepted
         click.echo(
-            f"Simulated accepted tokens per draft on held-out prompts: {before:.3f} -> {after:.3f} "
-            f"({100 * (after / before - 1):+.1f} %)"
+            f"Expected accepted tokens per draft on {len(result.before.num_drafts)} held-out prompts: "
+            f"{before:.3f} -> {after:.3f} ({100 * (after / before - 1):+.1f} %)"
+        )
+    if (chosen := config.training.get("selection")) is not None:
+        click.echo(
+            f"Written: the adapter after {chosen['written_after_updates']} of {config.training['updates']} updates, by "
+            f"{chosen['prompts']} other held-out prompts ({result.adapter.directory / CURVE})"
         )
     if parity:
         click.echo(
