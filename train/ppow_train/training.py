@@ -20,6 +20,7 @@ from ppow_train.drafters import Drafter, load_drafter
 from ppow_train.errors import UserError
 from ppow_train.evaluation import SimulatedAcceptance, simulate_acceptance
 from ppow_train.generation import load_or_generate, load_tokenizer
+from ppow_train.memory import peak_bytes, windows_that_fit
 from ppow_train.progress import ProgressBar, quiet_libraries
 from ppow_train.rollout import WindowRunner
 from ppow_train.target import Target
@@ -132,20 +133,24 @@ def train_adapter(
 
     check_output(output)
     trajectories = keep_long_enough(trajectories, config.num_speculative_tokens)
-    runner = _runner(pair, trajectories, config)
+    runner = make_runner(pair, trajectories, config)
+    check_memory(runner, config)
     test = (
-        _runner(pair, keep_long_enough(held_out, config.num_speculative_tokens), config) if held_out else None
+        make_runner(pair, keep_long_enough(held_out, config.num_speculative_tokens), config)
+        if held_out
+        else None
     )
     before = simulate_acceptance(test) if test else None
     bar = ProgressBar(f"training ({config.objective})", progress)
     trainer = PPOWTrainer(runner, config, load_tokenizer(pair.target.directory), callbacks=[bar])
-    _quiet(trainer)
+    quiet_trainer(trainer)
     try:
         trainer.train()
         peft_model = trainer.accelerator.unwrap_model(trainer.model)
         peft_model.eval()
         after = simulate_acceptance(test) if test else None
         training = _facts(config, len(trajectories), before, after) | (facts or {})
+        training["peak_memory_bytes"] = peak_bytes(pair.target.model.device)
         adapter = write_adapter(
             output,
             _adapter_config(pair, config, draft_sample_method, training),
@@ -153,7 +158,7 @@ def train_adapter(
         )
         return TrainingResult(adapter, before, after, trainer.state.log_history)
     finally:
-        _remove_lora(trainer.model)
+        remove_lora(trainer.model)
 
 
 def _facts(
@@ -177,7 +182,23 @@ def _facts(
     }
 
 
-def _runner(pair: Pair, trajectories: Trajectories, config: PPOWConfig) -> WindowRunner:
+def check_memory(runner: WindowRunner, config: PPOWConfig) -> int:
+    """Windows of a forward, all of an update's.
+
+    Raises:
+        UserError: they do not fit in memory.
+    """
+    fits = windows_that_fit(runner, config)
+    if fits < config.windows_per_step:
+        each = config.windows_per_step // config.trajectories_per_step
+        raise UserError(
+            f"Only {fits} of {config.windows_per_step} windows_per_step fit in memory: set windows_per_step to {fits} "
+            f"and trajectories_per_step to {fits // each}, or free memory."
+        )
+    return fits
+
+
+def make_runner(pair: Pair, trajectories: Trajectories, config: PPOWConfig) -> WindowRunner:
     return WindowRunner(
         pair.target,
         pair.drafter,
@@ -188,7 +209,7 @@ def _runner(pair: Pair, trajectories: Trajectories, config: PPOWConfig) -> Windo
     )
 
 
-def _quiet(trainer: Any) -> None:
+def quiet_trainer(trainer: Any) -> None:
     """Our progress bar replaces the line-per-log printer of transformers."""
     from transformers import PrinterCallback, ProgressCallback
 
@@ -205,7 +226,7 @@ def _save_adapter(peft_model: Any, directory: Path, window_log: Path) -> None:
     (directory / window_log.name).write_bytes(window_log.read_bytes())
 
 
-def _remove_lora(peft_model: Any) -> None:
+def remove_lora(peft_model: Any) -> None:
     """Give the drafter its own linear layers back."""
     peft_model.unload()
 

@@ -66,6 +66,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="with --held-out: serve the adapter in vLLM at the end and fail unless it accepts what training simulates",
 )
+@click.option(
+    "--estimate", is_flag=True, help="print the memory and time that the run will take, and train nothing"
+)
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
 @training_options
 @click.pass_context
@@ -84,6 +87,7 @@ def train(
     seed: int,
     device: str | None,
     parity: bool,
+    estimate: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -121,6 +125,9 @@ def train(
         device,
         parity,
     )
+    if estimate:
+        _estimate(request, as_json)
+        return
     result, agreement = _run(request)
     _report(result, agreement, as_json)
     if agreement is not None and not agreement.holds:
@@ -158,18 +165,34 @@ class _Request:
     parity: bool
 
 
-def _run(request: _Request) -> tuple[TrainingResult, Parity | None]:
+def _load(request: _Request, scratch: str) -> tuple[PPOWConfig, Pair]:
     import torch
 
     from ppow_train.config import PPOWConfig
-    from ppow_train.progress import make_progress
-    from ppow_train.training import load_pair, train_adapter
+    from ppow_train.training import load_pair
 
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    fixed = {"output_dir": scratch, "seed": request.seed, "use_cpu": device == "cpu"}
+    return PPOWConfig(**{**fixed, **request.values}), load_pair(request.target, request.drafter, device)
+
+
+def _estimate(request: _Request, as_json: bool) -> None:
+    from ppow_train.estimate import estimate_run
+    from ppow_train.progress import make_progress
+
     with tempfile.TemporaryDirectory() as scratch, make_progress() as progress:
-        fixed = {"output_dir": scratch, "seed": request.seed, "use_cpu": device == "cpu"}
-        config = PPOWConfig(**{**fixed, **request.values})
-        pair = load_pair(request.target, request.drafter, device)
+        config, pair = _load(request, scratch)
+        trajectories, _ = _splits(request, pair, config, progress)
+        estimated = estimate_run(pair, trajectories, config, Path(scratch))
+    click.echo(json.dumps(estimated.as_json()) if as_json else str(estimated))
+
+
+def _run(request: _Request) -> tuple[TrainingResult, Parity | None]:
+    from ppow_train.progress import make_progress
+    from ppow_train.training import train_adapter
+
+    with tempfile.TemporaryDirectory() as scratch, make_progress() as progress:
+        config, pair = _load(request, scratch)
         trajectories, held_out = _splits(request, pair, config, progress)
         source = request.data or request.prompts
         result = train_adapter(
@@ -256,6 +279,7 @@ def _report(result: TrainingResult, parity: Parity | None, as_json: bool) -> Non
             )
             + f": {'agree' if parity.holds else 'DIFFER'}"
         )
+    click.echo(f"Peak memory: {config.training['peak_memory_bytes'] / 2**20:,.0f} MiB")
     spec = json.dumps({"method": "ppow", "model": str(result.adapter.directory)})
     click.echo(f"Adapter: {result.adapter.directory}")
     click.echo(f"Serve it: vllm serve {config.target.name_or_path} --speculative-config '{spec}'")
