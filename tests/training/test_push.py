@@ -144,7 +144,7 @@ def train(directories, tmp_path, monkeypatch):
     def call(*more: str, holds: bool = True) -> int:
         served = SpecDecodeCounts(100, 200, 60 if holds else 200, (40, 20) if holds else (100, 100))
         parity = Parity(SpecDecodeCounts(100, 200, 60, (40, 20)), served)
-        monkeypatch.setattr("ppow_train.commands.train._check_parity", lambda *args: parity)
+        monkeypatch.setattr("ppow_train.commands.training_run.check_parity", lambda *args: parity)
         command = [
             "train",
             "--target",

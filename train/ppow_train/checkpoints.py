@@ -50,6 +50,14 @@ def run_facts(config: PPOWConfig, trajectories: Trajectories, **models: str) -> 
     return json.loads(json.dumps(facts, default=str))
 
 
+def recorded_windows_per_forward(directory: Path) -> int | None:
+    """What the unfinished run in `directory` chose, or None: it goes on so, wherever it is resumed, bit for bit."""
+    try:
+        return json.loads((directory / RUN).read_text(encoding="utf-8"))["windows_per_forward"]
+    except (OSError, ValueError, KeyError):
+        return None  # no run, or none to go on with: `open_run` says so
+
+
 @contextlib.contextmanager
 def open_run(directory: Path, facts: dict[str, Any], resume: bool) -> Iterator[Path | None]:
     """Begin a run, or go on with an unfinished one; every process of the run enters.

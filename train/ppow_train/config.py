@@ -14,7 +14,7 @@ from typing import Any
 
 from ppow_train.compat import silence_import_warnings
 from ppow_train.errors import UserError
-from ppow_train.microbatches import choose_windows_per_forward, divide_step, num_processes
+from ppow_train.microbatches import divide_step, num_processes
 from ppow_train.objectives import check_dpace, parse_objective
 from ppow_train.options import CHOICES, PPOWOptions
 
@@ -54,7 +54,8 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
             self.beta = 0.0
         if self.ppow_credit == "acceptance":
             self.proximity_weight = 0.0  # credit.py: the gradient of E[R_speedup], of which R_dist is no part
-        divide_step(self, choose_windows_per_forward(self))
+        # Undivided until what fits in memory is known (training.py).
+        divide_step(self, self.windows_per_forward or self.windows_per_step)
         self.generation_batch_size = None
         self.gradient_checkpointing = False
         self.shuffle_dataset = (

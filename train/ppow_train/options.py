@@ -36,11 +36,12 @@ class PPOWOptions:
     )
     windows_per_forward: int | None = _option(
         None,
-        "windows in one forward and backward of a process at most (>= 1; default all); memory, not the result",
+        "windows in one forward and backward of a process at most (>= 1; default: as many as fit in memory, which a "
+        "resumed run keeps); memory, not the result",
     )
     serving_temperature: float = _option(1.0, "temperature the drafter is trained to serve (0 = greedy)")
     greedy_sampling_temperature: float = _option(
-        0.5, "temperature of p and q in training when serving_temperature is 0 (> 0)"
+        0.7, "temperature of p and q in training when serving_temperature is 0 (> 0)"
     )
     draft_sample_method: Literal["probabilistic", "greedy"] = _option(
         "probabilistic",

@@ -15,10 +15,18 @@ import torch
 from rich.progress import Progress
 
 from ppow_train.adapter import adapter_config, held_out_facts, training_facts, write_files
-from ppow_train.checkpoints import CheckpointState, finish_run, open_run, restore_state, run_facts
+from ppow_train.checkpoints import (
+    CheckpointState,
+    finish_run,
+    open_run,
+    recorded_windows_per_forward,
+    restore_state,
+    run_facts,
+)
 from ppow_train.config import PPOWConfig
 from ppow_train.data import keep_long_enough, read_prompts
 from ppow_train.generation import load_or_generate, load_tokenizer
+from ppow_train.memory import peak_bytes
 from ppow_train.microbatches import choose_windows_per_forward, divide_step
 from ppow_train.pair import Pair
 from ppow_train.progress import ProgressBar
@@ -102,7 +110,7 @@ def train_adapter(
     trajectories = keep_long_enough(trajectories, config.num_speculative_tokens)
     runner = make_runner(pair, trajectories, config)
     selecting, reporting = _judges(pair, held_out, config)
-    divide_step(config, choose_windows_per_forward(config))
+    _divide(runner, config)
     with _state_of_run(pair, trajectories, config, resume) as checkpoint, restored(pair.drafter.model):
         before = reporting() if reporting else None
         trainer, best = _train(runner, config, selecting, checkpoint, progress)
@@ -112,6 +120,7 @@ def train_adapter(
             best.restore(peft_model)
         after = reporting() if reporting else None
         training = training_facts(config, trajectories, trainer.state.global_step) | (facts or {})
+        training["peak_memory_bytes"] = peak_bytes(pair.target.model.device)  # of this process
         recorded = adapter_config(pair, config, training | held_out_facts(before, after, best))
         log = trainer.window_log.path
         if trainer.accelerator.is_main_process:
@@ -127,6 +136,14 @@ def train_adapter(
             reporting.runner.trajectories if reporting else None,
             best.state if best else None,
         )
+
+
+def _divide(runner: WindowRunner, config: PPOWConfig) -> None:
+    """Settle the windows of a forward: as told, as the run began that is resumed here, or what fits."""
+    if config.save_strategy != "no" and config.windows_per_forward is None:
+        config.windows_per_forward = recorded_windows_per_forward(Path(config.output_dir))
+    config.windows_per_forward = choose_windows_per_forward(runner, config)
+    divide_step(config, config.windows_per_forward)
 
 
 def _train(
