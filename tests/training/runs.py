@@ -35,6 +35,7 @@ def train_into(
     *,
     resume: bool = False,
     kind: str = "eagle3",
+    cache: Path | None = None,
     **options: Any,
 ) -> None:
     """Train `directory`/adapter and write the run's log beside it; training state is in `directory`/state."""
@@ -54,7 +55,7 @@ def train_into(
     pair = load_pair(str(directories.target), str(directories.drafter[kind]))
     progress = make_progress(Console(quiet=True))
     result = train_adapter(
-        pair, trajectories, config, directory / "adapter", resume=resume, progress=progress
+        pair, trajectories, config, directory / "adapter", resume=resume, cache=cache, progress=progress
     )
     if config.process_index == 0:
         (directory / "log.json").write_text(json.dumps(result.log))

@@ -15,12 +15,11 @@ from training_pair import VOCAB, Directories, load
 from ppow_train.cli import run
 from ppow_train.config import PPOWConfig
 from ppow_train.errors import UserError
+from ppow_train.machine import available_bytes, peak_bytes
 from ppow_train.memory import (
     SHARE,
     MemoryEstimate,
-    available_bytes,
     estimate_memory,
-    peak_bytes,
     windows_that_fit,
 )
 from ppow_train.microbatches import choose_windows_per_forward

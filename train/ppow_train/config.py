@@ -137,6 +137,10 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
                 "ppow_credit acceptance follows sampled drafts, but draft_sample_method is greedy: "
                 "set probabilistic, or objective exact, which has a form for greedy drafts."
             )
+        if self.is_rollout and self.target_cache in ("memory", "disk"):
+            raise UserError(
+                f"target_cache {self.target_cache} keeps too little for ppow, whose drafts the target reads: drop it."
+            )
         if self.is_rollout:
             _require(self.num_generations >= 2, "num_generations", ">= 2", self.num_generations)
         self._check_windows()

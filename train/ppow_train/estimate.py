@@ -17,7 +17,8 @@ from transformers import TrainerCallback, TrainerState
 from ppow_train.config import PPOWConfig
 from ppow_train.data import keep_long_enough
 from ppow_train.generation import load_tokenizer
-from ppow_train.memory import available_bytes, estimate_memory
+from ppow_train.machine import available_bytes
+from ppow_train.memory import estimate_memory
 from ppow_train.microbatches import choose_windows_per_forward, divide_step
 from ppow_train.pair import Pair
 from ppow_train.training import make_runner, quiet_trainer, restored

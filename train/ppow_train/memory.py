@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import resource
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ppow_train.errors import UserError
+from ppow_train.machine import gib
 from ppow_train.objectives.names import parts_of
 from ppow_train.rollout import LOGITS_AT_ONCE, WindowRunner
+from ppow_train.target_cache import cache_bytes, resolve_kind
 
 if TYPE_CHECKING:
     from ppow_train.config import PPOWConfig
@@ -110,6 +110,9 @@ def estimate_memory(runner: WindowRunner, config: PPOWConfig) -> MemoryEstimate:
     if math.isfinite(config.adaptive_from):
         logits = config.trajectories_per_step * length * runner.target.vocab_size
         fixed += _CRITICALITY_COPIES * 4 * min(LOGITS_AT_ONCE, logits)
+    on_cpu = runner.target.model.device.type == "cpu"  # states kept in memory are in main memory
+    if on_cpu and resolve_kind(runner.target, runner.trajectories, config) == "memory":
+        fixed += cache_bytes(runner.target, runner.trajectories)
     return MemoryEstimate(window, prefix, fixed, each)
 
 
@@ -117,9 +120,11 @@ def _prefix_bytes(runner: WindowRunner, config: PPOWConfig, length: int) -> floa
     """Of one trajectory: the target's keys and values, what the drafter reads of it, the drafter's own pass."""
     target, drafter = _Shapes.of(runner.target.model), _Shapes.of(runner.drafter.model)
     taps = len(runner.target.tap_layers)
-    kept = 2 * target.layers * target.keys + (taps + 1) * target.hidden
-    # While the target runs, all its residual streams are returned if any is tapped, and one layer is at work.
-    running = kept + (target.layers * target.hidden if taps else 0) + 3 * target.intermediate
+    kept = running = (taps + 1) * target.hidden
+    if resolve_kind(runner.target, runner.trajectories, config) == "none":
+        kept += 2 * target.layers * target.keys
+        # While the target runs, all its residual streams are returned if any is tapped, and one layer is at work.
+        running = kept + (target.layers * target.hidden if taps else 0) + 3 * target.intermediate
     own = drafter.activations
     if taps:  # every step of a chain keeps the prefix's keys and values, repeated for every head
         own += (config.num_speculative_tokens - 1) * 2 * drafter.layers * drafter.queries * drafter.element
@@ -174,62 +179,7 @@ def windows_that_fit(estimate: MemoryEstimate, available: float, windows: int) -
         if windows % size == 0 and estimate.of(size) <= room:
             return size
     raise UserError(
-        f"One window with its prefix needs about {_gib(estimate.of(1))} of memory, {_gib(room)} of {_gib(available)} "
-        "may be used: lower num_speculative_tokens or --max-new-tokens, drop long prompts, free memory, or set "
-        "windows_per_forward, which is not checked."
+        f"One window with its prefix needs about {gib(estimate.of(1))} of memory, {gib(room)} of {gib(available)} "
+        "may be used: lower num_speculative_tokens or --max-new-tokens, drop long prompts, free memory, give "
+        "--target-cache none, or set windows_per_forward, which is not checked."
     )
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
-
-
-# ---------------------------------------------------------------- what the machine has
-
-
-def available_bytes(device: torch.device, root: Path = Path("/")) -> int:
-    """Memory that this process can still take: free memory of a CUDA device, or of the machine and its cgroup (Linux).
-
-    Args:
-        device: where models run.
-        root: of the file system that the kernel's figures are read from.
-    """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    fields = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    return min([available, *_cgroup_room(root)])
-
-
-def _cgroup_room(root: Path) -> list[int]:
-    """Room under every limit (cgroup v2) that holds for this process; file cache that can be dropped counts as room."""
-    own = [line.removeprefix("0::/") for line in _lines(root / "proc/self/cgroup") if line.startswith("0::/")]
-    mounted = root / "sys/fs/cgroup"
-    groups = [
-        mounted,
-        *(
-            mounted.joinpath(*Path(name).parts[:n])
-            for name in own
-            for n in range(1, len(Path(name).parts) + 1)
-        ),
-    ]
-    rooms = []
-    for group in groups:
-        limit = "".join(_lines(group / "memory.max"))
-        if limit.isdigit():
-            used = int("".join(_lines(group / "memory.current")))
-            stat = dict(line.split() for line in _lines(group / "memory.stat"))
-            rooms.append(int(limit) - used + int(stat.get("inactive_file", 0)))
-    return rooms
-
-
-def _lines(file: Path) -> list[str]:
-    return file.read_text().splitlines() if file.is_file() else []
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that was in use: allocated on a CUDA device, or resident in this process since it began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from accelerate.utils import gather_object
 
 from ppow_train.errors import UserError
-from ppow_train.memory import available_bytes, estimate_memory, windows_that_fit
+from ppow_train.machine import available_bytes, processes_here
+from ppow_train.memory import estimate_memory, windows_that_fit
 
 if TYPE_CHECKING:
     from ppow_train.config import PPOWConfig
@@ -29,10 +30,9 @@ def choose_windows_per_forward(runner: WindowRunner, config: PPOWConfig) -> int:
     if config.windows_per_forward:
         return config.windows_per_forward
     device = runner.target.model.device
-    # On a CPU the processes of a machine share its memory.
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    available = available_bytes(device) / processes_here(device)
     share = config.windows_per_step // num_processes()
-    fitting = windows_that_fit(estimate_memory(runner, config), available_bytes(device) / sharing, share)
+    fitting = windows_that_fit(estimate_memory(runner, config), available, share)
     return min(gather_object([fitting]))
 
 

@@ -99,6 +99,11 @@ class PPOWOptions:
     )
     position_decay: float = _option(0.7, "cst only: weight of position i is decay^i (0..1]")
     dpace_alpha: float = _option(0.5, "position_weights dpace: smoothing α of the confidence (0..1]")
+    target_cache: Literal["auto", "none", "memory", "disk"] = _option(
+        "auto",
+        "where the target's states along the training trajectories are kept, not computed at every update: none, "
+        "memory, disk (under --cache), or auto (memory if they take 2 GiB at most; ppow, which needs more: none)",
+    )
     lora_rank: int = _option(32, "LoRA rank r (>= 1)")
     lora_alpha: int = _option(64, "LoRA α; deltas are scaled by α / r")
     lora_targets: list[str] | None = _option(

@@ -26,12 +26,13 @@ from ppow_train.checkpoints import (
 from ppow_train.config import PPOWConfig
 from ppow_train.data import keep_long_enough, read_prompts
 from ppow_train.generation import load_or_generate, load_tokenizer
-from ppow_train.memory import peak_bytes
+from ppow_train.machine import peak_bytes
 from ppow_train.microbatches import choose_windows_per_forward, divide_step
 from ppow_train.pair import Pair
 from ppow_train.progress import ProgressBar
 from ppow_train.rollout import WindowRunner
 from ppow_train.selection import BestOnHeldOut, Judge, SelectionState, require_held_out, split_held_out
+from ppow_train.target_cache import TargetCache, open_cache
 from ppow_train.types import Trajectories
 from ppow_train.walk import ExpectedWalk
 from vllm_ppow.artifact import Adapter, check_output, read_adapter, write_adapter
@@ -94,6 +95,7 @@ def train_adapter(
     held_out: Trajectories | None = None,
     facts: dict[str, Any] | None = None,
     resume: bool = False,
+    cache: Path | None = None,
     progress: Progress,
 ) -> TrainingResult:
     """Train one adapter and write it to `output`; of several processes each calls this, and the main one writes.
@@ -105,6 +107,7 @@ def train_adapter(
         held_out: prompts to report on, and with `eval_steps` to choose the best adapter on (selection.py).
         facts: added to what the adapter records of its training.
         resume: go on with the unfinished run in `config.output_dir`, if there is one, instead of refusing.
+        cache: directory of the target's states, for `target_cache` "disk".
     """
     check_output(output)
     trajectories = keep_long_enough(trajectories, config.num_speculative_tokens)
@@ -112,6 +115,7 @@ def train_adapter(
     selecting, reporting = _judges(pair, held_out, config)
     _divide(runner, config)
     with _state_of_run(pair, trajectories, config, resume) as checkpoint, restored(pair.drafter.model):
+        runner.cache = _open_cache(pair, runner.trajectories, config, cache, progress)
         before = reporting() if reporting else None
         trainer, best = _train(runner, config, selecting, checkpoint, progress)
         peft_model = trainer.accelerator.unwrap_model(trainer.model)
@@ -144,6 +148,15 @@ def _divide(runner: WindowRunner, config: PPOWConfig) -> None:
         config.windows_per_forward = recorded_windows_per_forward(Path(config.output_dir))
     config.windows_per_forward = choose_windows_per_forward(runner, config)
     divide_step(config, config.windows_per_forward)
+
+
+def _open_cache(
+    pair: Pair, trajectories: Trajectories, config: PPOWConfig, directory: Path | None, progress: Progress
+) -> TargetCache | None:
+    # On disk one process writes what the others find; in memory each has its own.
+    on_disk = config.target_cache == "disk"
+    with config.main_process_first(local=False) if on_disk else contextlib.nullcontext():
+        return open_cache(pair.target, trajectories, config, directory, pair.target_ref.fingerprint, progress)
 
 
 def _train(

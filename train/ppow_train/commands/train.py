@@ -161,7 +161,8 @@ def _take_push(values: dict[str, Any], output: Path, parity: bool, has_held_out:
 def _check_usage(ctx: click.Context, prompts: Path | None, data: Path | None) -> None:
     if (prompts is None) == (data is None):
         raise click.UsageError("give exactly one of --prompts and --data.")
-    for name in ("held_out", "max_new_tokens", "cache") if data is not None else ():
+    settled = ["held_out", "max_new_tokens"] + ["cache"] * (ctx.params["target_cache"] != "disk")
+    for name in settled if data is not None else ():
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             raise click.UsageError(
                 f"--{name.replace('_', '-')} was settled by `ppow data`: drop it, or give --prompts."

@@ -69,6 +69,7 @@ def run(request: Request) -> tuple[TrainingResult | None, Parity | None]:
             held_out=held_out,
             facts={"prompts": source.name if source else None},
             resume=request.resume,
+            cache=request.cache,
             progress=progress,
         )
     leave_group()
