@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -103,6 +106,31 @@ def test_an_error_in_one_process_ends_the_others(directories, trajectories, tmp_
     assert codes == [1, 1]
     assert time.monotonic() - began < 100
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_accelerate_starts_two_processes_on_a_cpu(directories, tmp_path):
+    """The README's command, where --cpu would start one process only: two processes, one adapter."""
+    prompts = tmp_path / "prompts.jsonl"
+    texts = ("windows", "of draft", "tokens ", "dow", "raft", "ken")
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
+    options = {
+        "target": directories.target, "drafter": directories.drafter["eagle3"], "prompts": prompts,
+        "output": tmp_path / "adapter", "cache": tmp_path / "cache", "device": "cpu", "max-new-tokens": 24,
+        "max-steps": 2, "trajectories-per-step": 2, "windows-per-step": 8, "lora-rank": 4,
+    }  # fmt: skip
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "ppow_train.cli", "train", *flags, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (told,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert json.loads(told)["training"]["options"]["windows_per_forward"] == 4  # each has half of an update's
+    assert [path.name for path in tmp_path.glob("adapter*")] == ["adapter"]
 
 
 # ---------------------------------------------------------------- killed and resumed

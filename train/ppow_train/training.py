@@ -129,8 +129,7 @@ def train_adapter(
         log = trainer.window_log.path
         if trainer.accelerator.is_main_process:
             write_adapter(output, recorded, lambda out: write_files(out, recorded, peft_model, log))
-            log.unlink()  # it has gone with the adapter
-            finish_run(Path(config.output_dir))
+            _drop_state(config, log)
         trainer.accelerator.wait_for_everyone()
         return TrainingResult(
             read_adapter(output),
@@ -180,6 +179,15 @@ def _train(
         restore_state(trainer, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer, best
+
+
+def _drop_state(config: PPOWConfig, log: Path) -> None:
+    """The adapter stands, its log with it. The log goes last: a run that is killed here is resumed, and reads it."""
+    if config.save_strategy != "no":  # else what is there is another run's
+        finish_run(Path(config.output_dir))
+    log.unlink()
+    with contextlib.suppress(OSError):
+        log.parent.rmdir()
 
 
 @contextlib.contextmanager
