@@ -36,6 +36,7 @@ def train_into(
     resume: bool = False,
     kind: str = "eagle3",
     cache: Path | None = None,
+    held_out: Trajectories | None = None,
     **options: Any,
 ) -> None:
     """Train `directory`/adapter and write the run's log beside it; training state is in `directory`/state."""
@@ -55,7 +56,14 @@ def train_into(
     pair = load_pair(str(directories.target), str(directories.drafter[kind]))
     progress = make_progress(Console(quiet=True))
     result = train_adapter(
-        pair, trajectories, config, directory / "adapter", resume=resume, cache=cache, progress=progress
+        pair,
+        trajectories,
+        config,
+        directory / "adapter",
+        held_out=held_out,
+        resume=resume,
+        cache=cache,
+        progress=progress,
     )
     if config.process_index == 0:
         (directory / "log.json").write_text(json.dumps(result.log))
