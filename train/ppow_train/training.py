@@ -144,7 +144,7 @@ def train_adapter(
         _runner(pair, keep_long_enough(held_out, config.num_speculative_tokens), config) if held_out else None
     )
     divide_step(config, choose_windows_per_forward(config))
-    with _state_of_run(pair, trajectories, config, resume) as checkpoint, _restored(pair.drafter.model):
+    with _state_of_run(pair, trajectories, config, resume) as checkpoint, restored(pair.drafter.model):
         before = simulate_acceptance(test) if test else None
         trainer = _train(runner, config, checkpoint, progress)
         peft_model = trainer.accelerator.unwrap_model(trainer.model)
@@ -169,7 +169,7 @@ def _train(runner: WindowRunner, config: PPOWConfig, checkpoint: Path | None, pr
     bar = ProgressBar(f"training ({config.objective})", progress)
     trainer = PPOWTrainer(runner, config, load_tokenizer(runner.target.directory), callbacks=[bar])
     trainer.add_callback(CheckpointState(trainer))
-    _quiet(trainer)
+    quiet_trainer(trainer)
     if checkpoint is not None:
         restore_state(trainer, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -222,7 +222,7 @@ def _runner(pair: Pair, trajectories: Trajectories, config: PPOWConfig) -> Windo
     )
 
 
-def _quiet(trainer: Any) -> None:
+def quiet_trainer(trainer: Any) -> None:
     """Our progress bar replaces the line-per-log printer of transformers."""
     from transformers import PrinterCallback, ProgressCallback
 
@@ -240,7 +240,7 @@ def _save_adapter(peft_model: Any, directory: Path, window_log: Path) -> None:
 
 
 @contextlib.contextmanager
-def _restored(model: torch.nn.Module) -> Iterator[None]:
+def restored(model: torch.nn.Module) -> Iterator[None]:
     """Give the drafter its own layers and forward back at the end, whatever was injected until then."""
     own = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     try:
