@@ -40,7 +40,7 @@ class PPOWOptions:
     )
     serving_temperature: float = _option(1.0, "temperature the drafter is trained to serve (0 = greedy)")
     greedy_sampling_temperature: float = _option(
-        0.5, "temperature of p and q in training when serving_temperature is 0 (> 0)"
+        0.7, "temperature of p and q in training when serving_temperature is 0 (> 0)"
     )
     draft_sample_method: Literal["probabilistic", "greedy"] = _option(
         "probabilistic",
