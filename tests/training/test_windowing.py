@@ -172,16 +172,22 @@ def test_ordinary_windows_are_uniform():
 
 
 @pytest.mark.parametrize("criticality", [None, CRITICALITY + 0.01])
-def test_starts_are_distinct_while_there_are_enough(criticality):
+def test_every_start_is_drawn_as_often_as_its_chance_says(criticality):
+    """In every single draw, to less than one: ordinary windows are distinct while there are enough of them."""
     generator = torch.Generator().manual_seed(2)
+    valid = torch.arange(5) < NUM_STARTS[:, None]
+    chance = valid / valid.sum(-1, keepdim=True)
+    if criticality is not None:
+        weight = criticality * valid
+        chance = 0.7 * weight / weight.sum(-1, keepdim=True) + 0.3 * chance
     for _ in range(50):
         drawn = draw_starts(NUM_STARTS, 3, generator, criticality, 0.3)
         assert drawn.shape == (3, 3)
-        assert (drawn < NUM_STARTS[:, None]).all()
-        assert (drawn >= 0).all()
-        assert len(set(drawn[0].tolist())) == 3
-        assert len(set(drawn[1].tolist())) == 3
+        counts = torch.stack([row.bincount(minlength=5) for row in drawn])
+        assert ((counts - 3 * chance).abs() < 1).all()
         assert drawn[2].tolist() == [0, 0, 0]
+        if criticality is None:
+            assert len(set(drawn[0].tolist())) == len(set(drawn[1].tolist())) == 3
 
 
 def test_draws_follow_the_generator():

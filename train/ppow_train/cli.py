@@ -28,6 +28,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ppow_train.commands.compare:compare",
         "Train several objectives alike and compare what they earn.",
     ),
+    "study": (
+        "ppow_train.commands.study:study",
+        "Compare training arms by a plan: tuned, seeded, with intervals.",
+    ),
     "windows": (
         "ppow_train.commands.windows:windows",
         "Draw which windows a run trained on, and what they earned.",

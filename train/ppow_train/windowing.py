@@ -96,7 +96,9 @@ def draw_starts(
 
     With criticality, the chance of a start is (1 − u) · criticality / Σ criticality + u · uniform, u the uniform share
     (ours: the paper says "with priority"; a share of ordinary windows keeps the easy places from being forgotten).
-    Starts of one trajectory are distinct while there are enough of them.
+    Draws are systematic (Madow 1949): one uniform number per trajectory, W points at equal distances of cumulated
+    chance. A start is drawn W times its chance in expectation, once at most while that is below one, and the windows
+    of a trajectory spread over it, which trained better than independent draws (ours).
 
     Args:
         num_starts: int64 [B], >= 1, starts that leave room for a window.
@@ -118,10 +120,7 @@ def draw_starts(
         total = weight.sum(-1, keepdim=True)
         adaptive = torch.where(total > 0, weight / total.clamp(min=1e-30), chance)
         chance = (1.0 - uniform_share) * adaptive + uniform_share * chance
-    enough = (chance > 0).sum(-1) >= windows
-    drawn = torch.empty(len(num_starts), windows, dtype=torch.long)
-    for row in range(len(num_starts)):
-        drawn[row] = torch.multinomial(
-            chance[row], windows, replacement=not bool(enough[row]), generator=generator
-        )
-    return drawn
+    offset = torch.rand(len(chance), 1, generator=generator, dtype=torch.float64)
+    points = (offset + torch.arange(windows)) / windows
+    drawn = torch.searchsorted(chance.cumsum(-1), points, right=True)
+    return torch.minimum(drawn, num_starts[:, None] - 1)  # chances may add up to a little less than one

@@ -1,0 +1,37 @@
+"""`ppow study`: every objective against the supervised start, by a plan. Left out: everything but the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="directory of results; the same one goes on",
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda")
+@click.option("--table-only", is_flag=True, help="print what is there, run nothing")
+def study(plan: Path, output: Path, device: str, table_only: bool) -> None:
+    """Compare training arms at equal windows: tuned learning rates, several seeds, 95 % intervals paired by prompt.
+
+    PLAN is a YAML file (examples/benchmarks/study.yaml). Acceptance is the expected serving walk on held-out prompts.
+    Start the same command several times to work at one study with several processes.
+    """
+    from ppow_train.study.plan import read_plan
+    from ppow_train.study.results import Results
+    from ppow_train.study.table import tables
+
+    wanted = read_plan(plan)
+    if not table_only:
+        from ppow_train.study.run import run_study
+
+        run_study(wanted, output, device, say=lambda text: click.echo(text, err=True))
+    text = tables(wanted, Results(output).read())
+    (output / "table.md").write_text(text, encoding="utf-8")
+    click.echo(text)

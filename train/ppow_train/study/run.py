@@ -1,0 +1,180 @@
+"""Runs a study: tunes learning rates on prompts set apart, then trains every arm with every seed and measures it.
+
+What is measured is the expected serving walk (walk.py) on held-out prompts, the same for all arms. A study goes on
+where it stopped, and several processes may work at one (results.py). Left out: statistics and tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppow_train.config import PPOWConfig
+from ppow_train.data import keep_long_enough, read_prompts
+from ppow_train.generation import load_or_generate, load_tokenizer
+from ppow_train.pair import Pair, load_pair
+from ppow_train.rollout import WindowRunner
+from ppow_train.study.plan import Cell, Plan
+from ppow_train.study.results import Measured, Results, RunKey
+from ppow_train.study.schedule import runs
+from ppow_train.target_cache import MemoryCache
+from ppow_train.trainer import PPOWTrainer
+from ppow_train.training import quiet_trainer, restored
+from ppow_train.types import Trajectories
+from ppow_train.walk import ExpectedWalk, TargetPath, expected_walk, target_paths
+
+_HELD_OUT_SEED = 1_000_000  # of their continuations: apart from every run's
+_POLL_S = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Prompts that a drafter is measured on, with the target's part of the walk."""
+
+    runner: WindowRunner
+    paths: list[TargetPath]
+    max_tokens: int
+
+    def walk(self, greedy_drafts: bool) -> ExpectedWalk:
+        """What the drafter, as it is now, is expected to earn."""
+        return expected_walk(self.runner, self.max_tokens, greedy_drafts, self.paths)
+
+
+class CellBench:
+    """A cell made ready: the pair, trajectories by seed, and the prompts that judge.
+
+    Args:
+        plan, cell: what is compared, and where.
+        cache: directory for generated trajectories.
+        device: where models run.
+    """
+
+    def __init__(self, plan: Plan, cell: Cell, cache: Path, device: str = "cpu") -> None:
+        self.plan, self.cell, self.cache = plan, cell, cache
+        self.pair: Pair = load_pair(plan.target, cell.drafter, device)
+        self.tokenizer = load_tokenizer(self.pair.target.directory)
+        self.length = int(plan.options.get("num_speculative_tokens", PPOWConfig.num_speculative_tokens))
+        self.training = functools.lru_cache(maxsize=1)(self._training)
+        self.judge = functools.lru_cache(maxsize=2)(self._judge)
+
+    def _trajectories(self, file: str, seed: int, new_tokens: int) -> Trajectories:
+        return load_or_generate(
+            self.cache,
+            self.pair.target.model,
+            self.tokenizer,
+            read_prompts(Path(file)),
+            target_fingerprint=self.pair.target_ref.fingerprint,
+            max_new_tokens=new_tokens,
+            temperature=self.cell.temperature,
+            seed=seed,
+        ).to(self.pair.target.model.device)
+
+    def _training(self, seed: int) -> tuple[Trajectories, MemoryCache]:
+        """Trajectories of the prompts that are trained on, with the target's states along them."""
+        whole = self._trajectories(self.cell.prompts, seed, self.plan.max_new_tokens)
+        used = whole.select(torch.arange(len(whole) - self.plan.tuning_prompts))
+        used = keep_long_enough(used, self.length)
+        return used, MemoryCache(self.pair.target, used)
+
+    def _judge(self, phase: str) -> Judge:
+        """The prompts that are reported, or those that are set apart for tuning."""
+        # K tokens longer: the last draft of a walk must fit.
+        tokens = self.plan.max_tokens + self.length
+        if phase == "report":
+            judges = self._trajectories(self.cell.held_out, _HELD_OUT_SEED, tokens)
+        else:
+            whole = self._trajectories(self.cell.prompts, _HELD_OUT_SEED, tokens)
+            judges = whole.select(torch.arange(len(whole) - self.plan.tuning_prompts, len(whole)))
+        runner = WindowRunner(
+            self.pair.target, self.pair.drafter, judges, self.length, self.cell.temperature or 1.0
+        )
+        return Judge(runner, list(target_paths(runner)), self.plan.max_tokens)
+
+    def config(self, arm: str, scratch: Path, **values: Any) -> PPOWConfig:
+        """The configuration of one run."""
+        fixed = {
+            "output_dir": str(scratch),
+            "use_cpu": self.pair.target.model.device.type == "cpu",
+            "serving_temperature": self.cell.temperature,
+            "save_strategy": "no",
+        }
+        return PPOWConfig(**{**fixed, **self.plan.options_of(arm), **values})
+
+    def trainer(self, config: PPOWConfig) -> PPOWTrainer:
+        """A trainer whose LoRA is in the drafter from now on: use it within `restored`."""
+        trajectories, cache = self.training(config.seed)
+        runner = WindowRunner(
+            self.pair.target,
+            self.pair.drafter,
+            trajectories,
+            self.length,
+            config.training_temperature,
+            greedy=self.cell.temperature == 0,
+            cache=None if config.is_rollout else cache,
+        )
+        trainer = PPOWTrainer(runner, config, self.tokenizer)
+        quiet_trainer(trainer)
+        return trainer
+
+    def measure(self, key: RunKey) -> Measured:
+        """Do one run: train an arm and walk, or walk with the untrained drafter."""
+        judge = self.judge(key.phase)
+        if key.arm is None:
+            return _measured(judge.walk(self.cell.temperature == 0), 0.0)
+        with tempfile.TemporaryDirectory() as scratch, restored(self.pair.drafter.model):
+            config = self.config(
+                key.arm, Path(scratch), seed=key.seed, max_steps=key.steps, learning_rate=key.learning_rate
+            )
+            trainer = self.trainer(config)
+            begin = time.perf_counter()
+            trainer.train()
+            seconds = time.perf_counter() - begin
+            trainer.model.eval()
+            greedy = config.serving_temperature == 0 or config.draft_sample_method == "greedy"
+            return _measured(judge.walk(greedy), seconds)
+
+
+def _measured(walk: ExpectedWalk, seconds: float) -> Measured:
+    return Measured(walk.num_drafts.tolist(), walk.num_accepted_tokens.tolist(), seconds)
+
+
+def run_study(
+    plan: Plan, directory: Path, device: str = "cpu", say: Callable[[str], None] = lambda text: None
+) -> Results:
+    """Do what is not done yet; returns when all is done, by this process or by others that work at the same study."""
+    results = Results(directory)
+    benches: dict[str, CellBench] = {}
+    cells = {cell.name: cell for cell in plan.cells}
+    while True:
+        done = results.read()
+        wanted = list(runs(plan, done))
+        if all(key in done for key in wanted):
+            return results
+        for key in wanted:
+            if key is None or key in done:
+                continue
+            with results.claim(key) as mine:
+                done = results.read()  # another process may have finished it just now
+                if not mine or key in done:
+                    continue
+                if key.cell not in benches:
+                    benches = {key.cell: CellBench(plan, cells[key.cell], directory / "trajectories", device)}
+                measured = benches[key.cell].measure(key)
+                results.add(key, measured)
+            say(_line(key, measured, f"{len(done) + 1} of {len(wanted)}"))
+            break
+        else:
+            time.sleep(_POLL_S)  # what is left is being done, or waits for learning rates that are
+
+
+def _line(key: RunKey, measured: Measured, progress: str) -> str:
+    accepted = sum(measured.accepted) / sum(measured.drafts)
+    what = "supervised start" if key.arm is None else f"{key.arm}, seed {key.seed}, lr {key.learning_rate:g}"
+    return f"[{progress}] {key.phase} {key.cell}: {what}: {accepted:.3f} accepted per draft ({measured.seconds:.0f} s)"

@@ -1,0 +1,38 @@
+"""Which runs a study consists of, and the learning rate that each of them has. Left out: doing them (run.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ppow_train.study.plan import Cell, Plan
+from ppow_train.study.results import Measured, RunKey
+
+
+def best_rate(plan: Plan, results: dict[RunKey, Measured], cell: Cell, arm: str) -> float | None:
+    """The learning rate of an arm in a cell; None while its tuning is not finished."""
+    tuned = plan.tuning_cell(cell)
+    keys = [RunKey("tune", tuned.name, arm, plan.tuning_seed, plan.steps[0], r) for r in plan.rates_of(arm)]
+    if not all(key in results for key in keys):
+        return None
+    return max(keys, key=lambda key: sum(results[key].accepted) / sum(results[key].drafts)).learning_rate
+
+
+def start_key(phase: str, cell: Cell) -> RunKey:
+    """The supervised start of a cell."""
+    return RunKey(phase, cell.name, None, 0, 0, 0.0)
+
+
+def runs(plan: Plan, results: dict[RunKey, Measured]) -> Iterator[RunKey | None]:
+    """All runs of a study in the order in which they are wanted; None for one whose learning rate is not known yet."""
+    for cell in plan.cells:
+        yield start_key("report", cell)
+        if cell.tuned_like is None:
+            for arm in plan.arms:
+                for rate in plan.rates_of(arm):
+                    yield RunKey("tune", cell.name, arm, plan.tuning_seed, plan.steps[0], rate)
+    for steps in plan.steps:
+        for cell in plan.cells:
+            for seed in plan.seeds:
+                for arm in plan.arms_of(steps):
+                    best = best_rate(plan, results, cell, arm)
+                    yield None if best is None else RunKey("report", cell.name, arm, seed, steps, best)
