@@ -32,7 +32,9 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     def percent(self) -> str:
-        """As text, in per cent."""
+        """As text, in per cent; a dash where there is nothing to compare with."""
+        if np.isnan(self.mean):
+            return "–"
         return f"{100 * self.mean:+.1f} ({100 * self.low:+.1f} … {100 * self.high:+.1f})"
 
 
@@ -50,27 +52,32 @@ class Resampled:
         if len(measured) == 1:  # the same whatever the seed
             drafts, accepted = (values.repeat(num_seeds, axis=0) for values in (drafts, accepted))
         random = np.random.default_rng(_SEED)
-        seeds = random.integers(len(drafts), size=(_RESAMPLES, len(drafts)))
-        prompts = random.integers(drafts.shape[1], size=(_RESAMPLES, drafts.shape[1]))
-        self.mean = float(accepted.sum() / drafts.sum())
-        self.draws = np.array(
-            [
-                accepted[np.ix_(seed, prompt)].sum() / drafts[np.ix_(seed, prompt)].sum()
-                for seed, prompt in zip(seeds, prompts, strict=True)
-            ]
+        # How often each seed and each prompt is drawn: [resamples, S] and [resamples, B].
+        seeds, prompts = (
+            random.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES) for count in drafts.shape
         )
+        self.mean = float(accepted.sum() / drafts.sum())
+        self.draws = _over(*(((seeds @ values) * prompts).sum(-1) for values in (accepted, drafts)))
 
 
 def gain(arm: Resampled, start: Resampled) -> Interval:
-    """Accepted tokens per draft over the start's, minus 1."""
-    return _interval(arm.mean / start.mean - 1.0, arm.draws / start.draws - 1.0)
+    """Accepted tokens per draft over the start's, minus 1; nan where the start has none accepted."""
+    return _interval(_over(arm.mean, start.mean) - 1.0, _over(arm.draws, start.draws) - 1.0)
 
 
 def difference(arm: Resampled, reference: Resampled, start: Resampled) -> Interval:
     """Gain of an arm minus that of the reference, both over the same start."""
-    return _interval((arm.mean - reference.mean) / start.mean, (arm.draws - reference.draws) / start.draws)
+    return _interval(
+        _over(arm.mean - reference.mean, start.mean), _over(arm.draws - reference.draws, start.draws)
+    )
 
 
-def _interval(mean: float, draws: np.ndarray) -> Interval:
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return Interval(mean, float(low), float(high))
+def _over(values: np.ndarray | float, start: np.ndarray | float) -> np.ndarray:
+    values, start = np.asarray(values), np.asarray(start)
+    return np.divide(values, start, out=np.full(values.shape, np.nan), where=start > 0)
+
+
+def _interval(mean: np.ndarray, draws: np.ndarray) -> Interval:
+    kept = draws[~np.isnan(draws)]  # a resampling without any draft says nothing
+    low, high = np.quantile(kept, (0.025, 0.975)) if len(kept) else (np.nan, np.nan)
+    return Interval(float(mean), float(low), float(high))

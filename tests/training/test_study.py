@@ -1,0 +1,241 @@
+"""A study does each of its runs once, whoever does them, however often it stops; its intervals say what they should."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from training_pair import K
+
+from ppow_train.cli import run
+from ppow_train.errors import UserError
+from ppow_train.study.intervals import Resampled, difference, gain
+from ppow_train.study.plan import Cell, Plan, read_plan
+from ppow_train.study.results import Measured, Results, RunKey
+from ppow_train.study.run import run_study
+from ppow_train.study.schedule import best_rate, runs, start_key
+from ppow_train.study.table import tables
+
+REPO = Path(__file__).parents[2]
+
+
+def cell(name: str = "here", **values: Any) -> Cell:
+    return Cell(
+        **{"name": name, "drafter": "d", "prompts": "p", "held_out": "h", "temperature": 1.0, **values}
+    )
+
+
+def plan(**values: Any) -> Plan:
+    fixed: dict[str, Any] = {
+        "target": "t",
+        "cells": (cell(), cell("there", tuned_like="here")),
+        "arms": {"one": {"objective": "cst:tv"}, "other": {"objective": "exact", "learning_rates": [0.1]}},
+        "reference": "one",
+        "seeds": (0, 1),
+        "learning_rates": (0.1, 0.2),
+        "tuning_prompts": 2,
+        "steps": (5,),
+        "options": {},
+        "max_new_tokens": 12,
+        "max_tokens": 8,
+    }
+    return Plan(**{**fixed, **values})
+
+
+def measured(accepted: list[float], drafts: float = 10.0) -> Measured:
+    return Measured([drafts] * len(accepted), accepted, 1.0)
+
+
+# ---------------------------------------------------------------- plan
+
+
+def test_the_plan_of_the_repository_is_one():
+    kept = read_plan(REPO / "examples" / "benchmarks" / "study.yaml")
+    assert kept.reference in kept.arms
+    assert len(kept.seeds) >= 5
+    assert {each.temperature for each in kept.cells} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("cells: 1", "is not a plan of a study"),
+        ("- a", "is not a plan of a study"),
+        ("cells: [", "is not a plan of a study"),
+        (
+            "cells: []\nseeds: []\nlearning_rates: []\nsteps: []\nspeed: 1",
+            "unexpected keyword argument 'speed'",
+        ),
+    ],
+)
+def test_what_is_no_plan_is_refused(tmp_path, text, says):
+    (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=says):
+        read_plan(tmp_path / "plan.yaml")
+
+
+def test_names_in_a_plan_must_fit():
+    with pytest.raises(UserError, match="two cells of one name"):
+        plan(cells=(cell(), cell()))
+    with pytest.raises(UserError, match="tuned like 'nowhere', which is no cell"):
+        plan(cells=(cell(tuned_like="nowhere"),))
+    with pytest.raises(UserError, match="names the arm 'third', known are one, other"):
+        plan(reference="third")
+
+
+# ---------------------------------------------------------------- schedule
+
+
+def test_rates_are_chosen_where_they_were_tuned():
+    study = plan()
+    wanted = list(runs(study, {}))
+    tuning = [key for key in wanted if key is not None and key.phase == "tune"]
+    assert {(key.arm, key.learning_rate) for key in tuning} == {("one", 0.1), ("one", 0.2), ("other", 0.1)}
+    assert {key.cell for key in tuning} == {"here"}
+    assert wanted.count(None) == 2 * 2 * 2, "nothing is reported before its rate is known"
+    done = {key: measured([2.0 if key.learning_rate == 0.1 else 3.0]) for key in tuning}
+    assert best_rate(study, done, study.cells[1], "one") == 0.2
+    reported = [key for key in runs(study, done) if key is not None and key.phase == "report" and key.arm]
+    assert len(reported) == len(set(reported)) == 8
+    assert {key.learning_rate for key in reported if key.arm == "one"} == {0.2}
+
+
+# ---------------------------------------------------------------- results on disk
+
+
+def test_results_survive_a_kill_in_the_middle_of_a_line(tmp_path):
+    results = Results(tmp_path)
+    one, other = (RunKey("report", "here", "one", seed, 5, 0.1) for seed in (0, 1))
+    results.add(one, measured([1.0]))
+    with results.file.open("a") as stream:
+        stream.write('{"run": {"phase": "rep')
+    assert list(results.read()) == [one]
+    results.add(other, measured([2.0]))
+    assert list(Results(tmp_path).read()) == [one, other]
+
+
+def test_a_run_is_claimed_by_one_process_until_it_ends(tmp_path):
+    key = RunKey("report", "here", "one", 0, 5, 0.1)
+    code = (
+        "import sys, pathlib; from ppow_train.study.results import Results, RunKey\n"
+        "with Results(pathlib.Path(sys.argv[1])).claim(RunKey('report', 'here', 'one', 0, 5, 0.1)) as mine:\n"
+        "    print(mine)"
+    )
+
+    def elsewhere() -> str:
+        return subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    with Results(tmp_path).claim(key) as mine:
+        assert mine
+        assert elsewhere() == "False"
+    assert elsewhere() == "True"
+
+
+# ---------------------------------------------------------------- intervals
+
+
+def test_an_interval_covers_what_chance_makes_of_it():
+    """Of many studies without any difference about one in twenty finds one; resampled seeds are few, so up to 15 %."""
+    random = np.random.default_rng(0)
+    found = 0
+    for _ in range(60):
+        prompts = random.normal(size=40)
+        arms = [
+            [measured(list(10 + prompts + random.normal() * 0.3 + random.normal(size=40))) for _ in range(5)]
+            for _ in range(2)
+        ]
+        start = Resampled([measured(list(10 + prompts))], 5)
+        found += difference(*(Resampled(arm, 5) for arm in arms), start).is_clear_of_zero
+    assert 0 < found <= 12
+
+
+def test_a_real_difference_is_found_and_what_is_common_drops_out():
+    random = np.random.default_rng(1)
+    prompts = random.normal(size=40) * 3  # far larger than the difference
+    one = [measured(list(10 + prompts)) for _ in range(5)]
+    other = [measured(list(10.2 + prompts + random.normal(size=40) * 0.1)) for _ in range(5)]
+    start = Resampled([measured(list(5 + prompts / 2))], 5)
+    over = difference(Resampled(other, 5), Resampled(one, 5), start)
+    assert over.is_clear_of_zero
+    assert over.mean == pytest.approx(0.04, abs=0.01)
+    assert gain(Resampled(one, 5), start).mean == pytest.approx(1.0)
+
+
+def test_the_table_says_what_is_clear_of_zero():
+    study = plan(cells=(cell(),), seeds=(0, 1, 2))
+    done = {start_key("report", study.cells[0]): measured([5.0, 6.0])}
+    for arm, value in (("one", 6.0), ("other", 7.0)):
+        for rate in study.rates_of(arm):
+            done[RunKey("tune", "here", arm, 100, 5, rate)] = measured([1.0 - rate])
+        for seed in study.seeds:
+            done[RunKey("report", "here", arm, seed, 5, 0.1)] = measured([value, value + 1])
+    text = tables(study, done)
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| `") or "start |" in line]
+    assert [line[0] for line in lines] == ["| `other`", "| `one`", "| supervised start"]
+    assert lines[0][5].startswith("**+** +18.")
+    assert lines[1][5] == "– |"
+
+
+# ---------------------------------------------------------------- the whole thing
+
+
+@pytest.fixture
+def small_study(directories, tmp_path) -> Path:
+    """A plan for the test pair: two arms, one of them drafting, in two cells."""
+    texts = ["windows", "of draft", "tokens ", "dow", "so", "many"]
+    for name in ("train", "held_out"):
+        lines = "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    cells = [
+        {
+            "name": name,
+            "drafter": str(directories.drafter[name]),
+            "prompts": str(tmp_path / "train.jsonl"),
+            "held_out": str(tmp_path / "held_out.jsonl"),
+            "temperature": temperature,
+        }
+        for name, temperature in (("eagle3", 1.0), ("causal_lm", 0.0))
+    ]
+    cells[1]["tuned_like"] = "eagle3"
+    values = {
+        "target": str(directories.target),
+        "cells": cells,
+        "arms": {"cst:tv": {"objective": "cst:tv"}, "ppow": {"objective": "ppow", "num_generations": 2}},
+        "reference": "cst:tv",
+        "seeds": [0],
+        "learning_rates": [0.003],
+        "tuning_prompts": 2,
+        "steps": [2],
+        "options": {"num_speculative_tokens": K, "trajectories_per_step": 2, "windows_per_step": 4},
+        "max_new_tokens": 12,
+        "max_tokens": 8,
+    }
+    (tmp_path / "plan.yaml").write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
+    return tmp_path / "plan.yaml"
+
+
+def test_a_study_goes_on_where_it_stopped_and_ends_in_a_table(small_study, tmp_path, capsys):
+    whole = run_study(read_plan(small_study), tmp_path / "whole").read()
+    assert len(whole) == 2 + 2 + 2 * 2  # starts, tuning, reported
+    stopped = Results(tmp_path / "stopped")
+    for key in list(whole)[:5]:
+        stopped.add(key, whole[key])
+    assert run(["study", str(small_study), "--output", str(tmp_path / "stopped"), "--cell", "causal_lm"]) == 0
+    assert len(stopped.read()) < len(whole)
+    assert run(["study", str(small_study), "--output", str(tmp_path / "stopped")]) == 0
+    output = capsys.readouterr().out
+    again = stopped.read()
+    assert again.keys() == whole.keys()
+    for key, value in whole.items():
+        assert again[key].accepted == pytest.approx(value.accepted, abs=1e-3), key
+    for name in ("eagle3, 2 updates", "causal_lm, 2 updates", "| `ppow` |"):
+        assert name in output
+    assert run(["study", str(small_study), "--output", str(tmp_path / "stopped"), "--cell", "nowhere"]) == 2
+    assert (tmp_path / "stopped" / "table.md").read_text(encoding="utf-8").strip() in output
