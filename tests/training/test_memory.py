@@ -56,7 +56,7 @@ def make_config(tmp_path: Path, objective: str, count: int, windows: int, **opti
         windows_per_step=count * windows,
         lora_rank=8,
         use_cpu=True,
-        **{"adaptive_windows": "false", "output_dir": str(tmp_path), **options},
+        **{"adaptive_windows": "false", "target_cache": "none", "output_dir": str(tmp_path), **options},
     )
 
 
