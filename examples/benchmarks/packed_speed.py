@@ -27,22 +27,24 @@ import click
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
+from ppow_train.pair import Pair, load_pair
 from ppow_train.progress import make_progress
 from ppow_train.report import write_json
 from ppow_train.rollout import WindowRunner
-from ppow_train.training import Pair, get_trajectories, load_pair
+from ppow_train.training import get_trajectories
 from ppow_train.types import Rollout, Trajectories
 
 TINY = Path(__file__).parents[1] / "tiny"
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2  # relative; gradient: of the difference's norm, float32
 PENALTY = 0.05  # β of the KL penalty
+CLOCKS = ("wall", "cpu")  # what passed, and what this process computed: the fairer one where other jobs run
 
 
 @dataclasses.dataclass
 class WindowPath:
     """One way to run windows: the three things that are timed."""
 
-    roll_out: Callable[[torch.Tensor, torch.Tensor, torch.Generator], Rollout]
+    roll_out: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Rollout]
     draft_logps: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -68,9 +70,9 @@ def unpacked(runner: WindowRunner) -> WindowPath:
             every,
         )
 
-    def roll_out(trajectory: torch.Tensor, start: torch.Tensor, generator: torch.Generator) -> Rollout:
+    def roll_out(trajectory: torch.Tensor, start: torch.Tensor, noise: torch.Tensor) -> Rollout:
         single, every = alone(trajectory, start)
-        return single.roll_out(every, start, generator)
+        return single.roll_out(every, start, noise)
 
     def draft_logps(trajectory: torch.Tensor, start: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         if runner.drafter.drafter_type == "causal_lm":
@@ -148,27 +150,32 @@ class Benchmark:
             (trajectories.first_starts()[chosen][:, None] + offset).flatten().repeat_interleave(self.group)
         )
         trajectory = chosen.repeat_interleave(starts_each * self.group)
-        seed = int(torch.randint(2**31, (1,), generator=self.generator))
+        noise = self.runner.draw_noise(len(start), self.generator)
         seconds, rollouts, results = {}, {}, {}
         order = ("packed", "unpacked") if packed_first else ("unpacked", "packed")
         for name in order:
             self.runner.target.forget()
-            begin = time.perf_counter()
-            rollouts[name] = self.paths[name].roll_out(trajectory, start, torch.Generator().manual_seed(seed))
-            seconds[name] = time.perf_counter() - begin
+            begin = clocks()
+            rollouts[name] = self.paths[name].roll_out(trajectory, start, noise)
+            seconds[name] = clocks() - begin
         shared = rollouts["packed"]  # the update of both is on the same drafted windows
         advantages = group_advantages(shared, self.group)
         for name in order:
             if name == "packed":
-                self.runner.target.encode(trajectories.select(chosen))  # what its rollout, just now, has left
-            begin = time.perf_counter()
+                self.runner.target.encode(trajectories.select(chosen))  # as its rollout left it
+            begin = clocks()
             logps = self.paths[name].draft_logps(trajectory, start, shared.tokens)
             loss = ppow_loss(logps, shared, advantages)
             gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.weights)])
-            seconds[name] += time.perf_counter() - begin
+            seconds[name] += clocks() - begin
             results[name] = loss.item(), gradient
         same = (rollouts["packed"].tokens == rollouts["unpacked"].tokens).all(-1)
-        return {**seconds, **_agreement(results), "same_rollouts": same.float().mean().item()}
+        spent = {
+            f"{clock}_{name}": both[i].item()
+            for name, both in seconds.items()
+            for i, clock in enumerate(CLOCKS)
+        }
+        return {**spent, **_agreement(results), "same_rollouts": same.float().mean().item()}
 
 
 def _agreement(results: dict[str, tuple[float, torch.Tensor]]) -> dict[str, float]:
@@ -187,14 +194,21 @@ def _agreement(results: dict[str, tuple[float, torch.Tensor]]) -> dict[str, floa
     return {"loss_difference": loss_difference, "gradient_difference": gradient_difference}
 
 
+def clocks() -> torch.Tensor:
+    """Seconds on both clocks, [2]."""
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
+
+
 def summarise(rounds: list[dict[str, Any]], windows: int) -> dict[str, Any]:
-    """Medians with their spread over the rounds."""
-    rates = {name: [windows / r[name] for r in rounds] for name in ("packed", "unpacked")}
-    rates["ratio"] = [r["unpacked"] / r["packed"] for r in rounds]
-    summary: dict[str, Any] = {
-        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
-        for name, values in rates.items()
-    }
+    """Windows per second and their ratio, medians with their spread over the rounds, on either clock."""
+    summary: dict[str, Any] = {}
+    for clock in CLOCKS:
+        rates = {name: [windows / r[f"{clock}_{name}"] for r in rounds] for name in ("packed", "unpacked")}
+        rates["ratio"] = [p / u for p, u in zip(rates["packed"], rates["unpacked"], strict=True)]
+        summary[clock] = {
+            name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+            for name, values in rates.items()
+        }
     for name in ("loss_difference", "gradient_difference"):
         summary[f"largest_{name}"] = max(r[name] for r in rounds)
     summary["same_rollouts"] = min(r["same_rollouts"] for r in rounds)
@@ -210,9 +224,17 @@ def facts(**options: Any) -> dict[str, Any]:
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "threads": torch.get_num_threads(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-        "clock": "wall time in alternating rounds, other jobs on the machine",
+        "clocks": "seconds of wall and of this process's CPU time, alternating rounds, other jobs on the machine",
         **options,
     }
+
+
+def _line(clock: str, rates: dict[str, Any]) -> str:
+    packed, unpacked, ratio = (rates[name] for name in ("packed", "unpacked", "ratio"))
+    return (
+        f"{clock}: packed {packed['median']:.1f}/s, unpacked {unpacked['median']:.1f}/s, "
+        f"ratio {ratio['median']:.1f} ({ratio['min']:.1f}–{ratio['max']:.1f})"
+    )
 
 
 @click.command()
@@ -227,16 +249,16 @@ def facts(**options: Any) -> dict[str, Any]:
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
-    default=TINY / "prompts" / "tests_train.jsonl",
+    default=TINY / "prompts" / "tests_held_out.jsonl",
     show_default=True,
 )
 @click.option("--max-new-tokens", default=128, show_default=True, help="tokens of each trajectory at most")
 @click.option(
     "--cache", type=click.Path(path_type=Path), default=Path("runs/trajectories"), show_default=True
 )
-@click.option("--rounds", default=7, show_default=True, help="timed rounds, after one that is not")
+@click.option("--rounds", default=5, show_default=True, help="timed rounds, after one that is not")
 @click.option("--trajectories-per-step", default=16, show_default=True)
-@click.option("--windows-per-step", default=128, show_default=True)
+@click.option("--windows-per-step", multiple=True, type=int, default=(128, 256), show_default=True)
 @click.option("--num-generations", default=8, show_default=True, help="G, windows of one start")
 @click.option("--num-speculative-tokens", default=8, show_default=True, help="K")
 @click.option("--seed", default=0, show_default=True)
@@ -249,17 +271,17 @@ def main(
     cache: Path,
     rounds: int,
     trajectories_per_step: int,
-    windows_per_step: int,
+    windows_per_step: tuple[int, ...],
     num_generations: int,
     num_speculative_tokens: int,
     seed: int,
     output: Path,
 ) -> None:
     """Packed against unpacked windows: rollout, verification and gradient of ppow's update."""
-    if windows_per_step % (trajectories_per_step * num_generations):
+    if any(windows % (trajectories_per_step * num_generations) for windows in windows_per_step):
         raise click.UsageError("windows per step must be a multiple of trajectories per step × generations.")
     options = {k: v for k, v in click.get_current_context().params.items() if isinstance(v, int)}
-    results = {}
+    results = []
     for name in drafters:
         pair = load_pair(target, name)
         with make_progress() as progress:
@@ -276,18 +298,21 @@ def main(
         benchmark = Benchmark(
             pair, long, trajectories_per_step, num_generations, num_speculative_tokens, seed
         )
-        benchmark.round(windows_per_step, packed_first=True)
-        timed = [benchmark.round(windows_per_step, packed_first=bool(i % 2)) for i in range(rounds)]
-        summary = summarise(timed, windows_per_step)
+        benchmark.round(windows_per_step[0], packed_first=True)
         kind = pair.drafter.drafter_type
-        results[kind] = {**summary, "mean_tokens": long.lengths.float().mean().item(), "rounds": timed}
-        ratio = summary["ratio"]
-        click.echo(
-            f"{kind}, windows/s: packed {summary['packed']['median']:.0f}, "
-            f"unpacked {summary['unpacked']['median']:.0f}, "
-            f"ratio {ratio['median']:.1f} ({ratio['min']:.1f}–{ratio['max']:.1f})"
-        )
-    write_json(output, {**facts(**options), "drafters": results})
+        for windows in windows_per_step:
+            timed = [benchmark.round(windows, packed_first=bool(i % 2)) for i in range(rounds)]
+            summary = summarise(timed, windows)
+            shape = {
+                "drafter": kind,
+                "windows_per_step": windows,
+                "mean_tokens": long.lengths.float().mean().item(),
+            }
+            results.append({**shape, **summary, "rounds": timed})
+            write_json(output, {**facts(**options), "results": results})  # each as soon as it is known
+            click.echo(
+                f"{kind}, {windows} windows, " + "; ".join(_line(clock, summary[clock]) for clock in CLOCKS)
+            )
 
 
 if __name__ == "__main__":

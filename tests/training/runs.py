@@ -20,8 +20,9 @@ from rich.console import Console
 from training_pair import Directories, K
 
 from ppow_train.config import PPOWConfig
+from ppow_train.pair import load_pair
 from ppow_train.progress import make_progress
-from ppow_train.training import load_pair, train_adapter
+from ppow_train.training import train_adapter
 from ppow_train.types import Trajectories
 
 _FORK = multiprocessing.get_context("fork")
@@ -34,6 +35,8 @@ def train_into(
     *,
     resume: bool = False,
     kind: str = "eagle3",
+    cache: Path | None = None,
+    held_out: Trajectories | None = None,
     **options: Any,
 ) -> None:
     """Train `directory`/adapter and write the run's log beside it; training state is in `directory`/state."""
@@ -53,7 +56,14 @@ def train_into(
     pair = load_pair(str(directories.target), str(directories.drafter[kind]))
     progress = make_progress(Console(quiet=True))
     result = train_adapter(
-        pair, trajectories, config, directory / "adapter", resume=resume, progress=progress
+        pair,
+        trajectories,
+        config,
+        directory / "adapter",
+        held_out=held_out,
+        resume=resume,
+        cache=cache,
+        progress=progress,
     )
     if config.process_index == 0:
         (directory / "log.json").write_text(json.dumps(result.log))

@@ -27,10 +27,10 @@ from ppow_train.drafters import detect_drafter_type, load_drafter
 from ppow_train.errors import UserError
 from ppow_train.generation import generate, load_tokenizer
 from ppow_train.packing import window_tokens
+from ppow_train.pair import load_pair
 from ppow_train.rollout import WindowRunner
 from ppow_train.target import Target
 from ppow_train.trainer import PPOWTrainer
-from ppow_train.training import load_pair
 from ppow_train.types import Trajectories
 
 

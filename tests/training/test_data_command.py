@@ -103,9 +103,7 @@ def test_train_on_it(arguments, directories, tmp_path, capsys):
     manifest = read_manifest(data)
     held_out = sum(shard.held_out for shard in manifest.shards)
     assert 0 < training["trajectories"] <= len(TEXTS) - held_out
-    assert set(training["simulated_accepted_tokens"]) == {"before", "after"}, (
-        "held-out prompts were measured on"
-    )
+    assert set(training["report"]) == {"prompts", "before", "after"}, "held-out prompts were measured on"
     assert training["prompts"] == "set"
 
     assert run([*train, "--serving-temperature", "0.5"]) == 1

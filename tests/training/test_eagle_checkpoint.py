@@ -29,7 +29,7 @@ from training_pair import (
 
 from ppow_train.drafters import detect_drafter_type, load_drafter
 from ppow_train.errors import UserError
-from ppow_train.training import load_pair
+from ppow_train.pair import load_pair
 
 EMBEDDING = "embed_tokens.weight"
 

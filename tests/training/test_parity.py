@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ppow_train.data import collate
+from ppow_train.pair import load_pair
 from ppow_train.parity import Parity
 from ppow_train.rollout import WindowRunner
-from ppow_train.training import load_pair
 from ppow_train.verification import acceptance_ratio, overlap
 from ppow_train.walk import expected_walk, simulate_walk
 from vllm_ppow.metrics import SpecDecodeCounts

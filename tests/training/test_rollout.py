@@ -10,15 +10,12 @@ import torch
 from training_pair import K
 from unpacked import draft_windows, over_target_vocabulary, target_windows
 
-from ppow_train.evaluation import simulate_acceptance
 from ppow_train.rollout import WindowRunner, pack_rows
 from ppow_train.types import Rollout, Trajectories
 from ppow_train.verification import (
     acceptance_ratio,
     greedy_accepted_length,
-    overlap,
     sampled_accepted_length,
-    survival_on_path,
     token_logps,
 )
 
@@ -191,22 +188,3 @@ def test_path_windows_are_rows_in_order(runner, trajectories):
         torch.testing.assert_close(windows.target_logits[row].softmax(-1)[:, -1], rest, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(windows.draft_logits[row, :, :-1], q, atol=1e-3, rtol=1e-4)
         assert (windows.draft_logits[row, :, -1] == float("-inf")).all()
-
-
-@pytest.mark.parametrize("batch_size", [1, 16])
-def test_simulated_acceptance_is_the_mean_over_strided_windows(runner, trajectories, batch_size):
-    seen = simulate_acceptance(runner, stride=3, batch_size=batch_size)
-    total, count = torch.zeros(K), 0
-    for row in range(3):
-        first, last = int(trajectories.prompt_lengths[row]) + 1, int(trajectories.lengths[row]) - K
-        for start in range(first, last + 1, 3):
-            windows = runner.path_windows(torch.tensor([row]), torch.tensor([start]))
-            total += survival_on_path(
-                token_logps(windows.target_logits, windows.tokens),
-                token_logps(windows.draft_logits, windows.tokens),
-                overlap(windows.target_logits, windows.draft_logits),
-            )[0].detach()
-            count += 1
-    assert seen.num_windows == count
-    assert seen.per_position == pytest.approx((total / count).tolist(), abs=1e-4)
-    assert seen.num_accepted_tokens == pytest.approx(total.sum().item() / count, abs=1e-4)

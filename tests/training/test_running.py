@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from training_pair import VOCAB
 from ppow_train.checkpoints import RUN, STATE, finish_run, open_run, run_facts
 from ppow_train.config import PPOWConfig
 from ppow_train.types import Trajectories
+from vllm_ppow.artifact import read_adapter
 
 OBJECTIVES = ("cst:tv", "ppow")
 # Where a run is killed, and how often a whole run of six updates passes there.
@@ -105,6 +109,31 @@ def test_an_error_in_one_process_ends_the_others(directories, trajectories, tmp_
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.slow
+def test_accelerate_starts_two_processes_on_a_cpu(directories, tmp_path):
+    """The README's command, where --cpu would start one process only: two processes, one adapter."""
+    prompts = tmp_path / "prompts.jsonl"
+    texts = ("windows", "of draft", "tokens ", "dow", "raft", "ken")
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
+    options = {
+        "target": directories.target, "drafter": directories.drafter["eagle3"], "prompts": prompts,
+        "output": tmp_path / "adapter", "cache": tmp_path / "cache", "device": "cpu", "max-new-tokens": 24,
+        "max-steps": 2, "trajectories-per-step": 2, "windows-per-step": 8, "lora-rank": 4,
+    }  # fmt: skip
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "ppow_train.cli", "train", *flags, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (told,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert json.loads(told)["training"]["options"]["windows_per_forward"] == 4  # each has half of an update's
+    assert [path.name for path in tmp_path.glob("adapter*")] == ["adapter"]
+
+
 # ---------------------------------------------------------------- killed and resumed
 
 
@@ -126,6 +155,30 @@ def test_a_run_killed_anywhere_goes_on_bit_by_bit(unbroken, directories, traject
     assert log(tmp_path) == log(alone)
     assert windows(tmp_path) == windows(alone)
     assert not (tmp_path / "state").exists()
+
+
+def test_the_best_adapter_is_chosen_alike_in_two_processes_and_after_a_kill(
+    directories, trajectories, tmp_path
+):
+    ids = torch.randint(1, VOCAB, (12, 20), generator=torch.Generator().manual_seed(7))
+    held_out = Trajectories(ids, torch.full((12,), 3), torch.full((12,), 20))
+    options = {"held_out": held_out, "eval_steps": 2}
+    alone, two, killed = (tmp_path / name for name in ("alone", "two", "killed"))
+    for directory in (alone, two, killed):
+        directory.mkdir()
+    assert finish(start(train_into, alone, directories, trajectories, **options)) == 0
+    assert train_in_group(2, two, directories, trajectories, **options) == [0, 0]
+    assert_close(alone, two)
+    fatal = ("ppow_train.trainer:PPOWTrainer.training_step", 4)
+    life = start(train_and_die, fatal, killed, directories, trajectories, **options)
+    assert finish(life) == -signal.SIGKILL
+    options = {**options, "keep_best": True, "resume": True}
+    assert finish(start(train_into, killed, directories, trajectories, **options)) == 0
+    assert weights(killed) == weights(alone)
+    assert log(killed) == log(alone)
+    chosen = [read_adapter(d / "adapter").config.training["selection"] for d in (alone, two, killed)]
+    assert chosen[2] == chosen[0]
+    assert chosen[1]["written_after_updates"] == chosen[0]["written_after_updates"]
 
 
 # ---------------------------------------------------------------- the directory of training state

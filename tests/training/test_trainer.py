@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -357,3 +358,21 @@ def test_rollout_columns_reach_the_reward_functions(trained):
 
 def test_one_update_per_batch_needs_no_old_log_probabilities(trained):
     assert trained[1].get("old_per_token_logps") is None
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_nothing_is_told_to_the_hub_unless_allowed(allowed, directories, trajectories, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _telemetry
+
+    for name in ("CI", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE"):
+        monkeypatch.setattr(constants, name, False)
+    if allowed:
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    sent = []
+    monkeypatch.setattr(_telemetry, "_start_telemetry_thread", lambda: sent.append("thread"))
+    monkeypatch.setattr(_telemetry, "_TELEMETRY_QUEUE", queue.Queue())
+    make_trainer(directories, trajectories, make_config(tmp_path))
+    assert sent == (["thread"] if allowed else [])

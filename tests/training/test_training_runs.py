@@ -17,14 +17,15 @@ from training_pair import VOCAB, Directories, K, load
 from ppow_train.config import PPOWConfig
 from ppow_train.data import collate
 from ppow_train.drafters import load_drafter
-from ppow_train.evaluation import simulate_acceptance
 from ppow_train.generation import generate, load_tokenizer
 from ppow_train.objectives import make_objective
 from ppow_train.options import PPOWOptions
+from ppow_train.pair import Pair, load_pair
 from ppow_train.progress import make_progress
 from ppow_train.rollout import WindowRunner
-from ppow_train.training import Pair, load_pair, train_adapter
+from ppow_train.training import train_adapter
 from ppow_train.types import Trajectories
+from ppow_train.walk import ExpectedWalk, expected_walk, serving_tokens
 from vllm_ppow.artifact import ArtifactError, read_adapter
 
 
@@ -80,12 +81,16 @@ def runner_of(pair: Pair, trajectories: Trajectories) -> WindowRunner:
     return WindowRunner(pair.target, pair.drafter, trajectories, K, temperature=1.0)
 
 
+def walk(runner: WindowRunner, greedy_drafts: bool = True) -> ExpectedWalk:
+    return expected_walk(runner, serving_tokens(runner.trajectories, K), greedy_drafts)
+
+
 def loss_on_all(objective: Any, pair: Pair, trajectories: Trajectories) -> float:
     """The objective on every second window of every trajectory."""
-    from ppow_train.evaluation import _strided_starts
-
     runner = runner_of(pair, trajectories)
-    rows = _strided_starts(runner, torch.arange(len(trajectories)), 2)
+    room, first = trajectories.num_starts(K).tolist(), trajectories.first_starts().tolist()
+    windows = [(row, first[row] + at) for row in range(len(trajectories)) for at in range(0, room[row], 2)]
+    rows = torch.tensor(windows).T
     with torch.no_grad():
         return objective(runner.path_windows(*rows)).item()
 
@@ -213,15 +218,16 @@ def test_the_drafter_comes_back_and_the_adapter_reloads(kind, directories, conti
     assert adapter.config.training["prompts"] == "mine"
     assert "torch" in adapter.config.versions
 
-    reloaded = simulate_acceptance(
-        runner_of(merged(pair, directories, kind, adapter.directory), continuations)
-    )
     assert result.after is not None
     assert result.before is not None
-    assert reloaded.per_position == pytest.approx(result.after.per_position, abs=1e-5)
-    assert abs(result.after.num_accepted_tokens - result.before.num_accepted_tokens) > 1e-3
-    restored = simulate_acceptance(runner_of(pair, continuations))
-    assert restored.per_position == pytest.approx(result.before.per_position, abs=1e-6)
+    reloaded = walk(runner_of(merged(pair, directories, kind, adapter.directory), continuations))
+    assert reloaded.acceptance_per_position == pytest.approx(result.after.acceptance_per_position, abs=1e-5)
+    restored = walk(runner_of(pair, continuations))
+    assert restored.acceptance_per_position == pytest.approx(result.before.acceptance_per_position, abs=1e-6)
+    trained = merged(pair, directories, kind, adapter.directory)
+    sampled = [walk(runner_of(drafts, continuations), False).mean_accepted for drafts in (trained, pair)]
+    assert abs(sampled[0] - sampled[1]) > 1e-3
+    assert adapter.config.training["report"]["prompts"] == len(continuations)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from transformers import TrainerState
 from ppow_train import cli
 from ppow_train.config import PPOWConfig
 from ppow_train.errors import UserError
+from ppow_train.pair import load_pair
 from ppow_train.sampler import Draw
-from ppow_train.training import load_pair, train_adapter
+from ppow_train.training import train_adapter
 from ppow_train.window_log import (
     LOG_NAME,
     WindowLog,

@@ -121,7 +121,7 @@ def test_runner_lost_tokens_are_those_of_the_windows_trained_on(directories, tra
 @pytest.mark.parametrize("kind", ["divergence", "lost_tokens"])
 def test_criticality_in_pieces_is_the_same(runner, trajectories, kind, monkeypatch):
     whole = runner.criticality(trajectories, kind)
-    monkeypatch.setattr("ppow_train.rollout._LOGITS_AT_ONCE", 3 * VOCAB * 2)  # two positions at a time
+    monkeypatch.setattr("ppow_train.rollout.LOGITS_AT_ONCE", 3 * VOCAB * 2)  # two positions at a time
     torch.testing.assert_close(runner.criticality(trajectories, kind), whole, atol=1e-5, rtol=1e-4)
 
 

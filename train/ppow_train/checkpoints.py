@@ -5,7 +5,7 @@
         ppow_state.json          what it does not know of (the proximity threshold); written last: where it is, all is
 
 A checkpoint without ppow_state.json was cut off by a kill, and is deleted. Left out: what is random in an update, which
-follows from seed and step alone (trainer.py); best checkpoints.
+follows from seed and step alone (trainer.py); which adapter is kept (selection.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 RUN, STATE = "run.json", "ppow_state.json"
 
 # Options that may change when a run goes on: they say what is kept and told, not what is learned.
-_FREE = ("output_dir", "run_name", "report_to", "project", "ddp_timeout")
+_FREE = ("output_dir", "keep_best", "run_name", "report_to", "project", "ddp_timeout")
 _FREE_PREFIXES = ("save_", "log", "hub_", "push_to_hub", "trackio_")
 
 
@@ -48,6 +48,14 @@ def run_facts(config: PPOWConfig, trajectories: Trajectories, **models: str) -> 
     }
     facts = {**options, **models, "trajectories": digest.hexdigest(), "num_processes": config.world_size}
     return json.loads(json.dumps(facts, default=str))
+
+
+def recorded_windows_per_forward(directory: Path) -> int | None:
+    """What the unfinished run in `directory` chose, or None: it goes on so, wherever it is resumed, bit for bit."""
+    try:
+        return json.loads((directory / RUN).read_text(encoding="utf-8"))["windows_per_forward"]
+    except (OSError, ValueError, KeyError):
+        return None  # no run, or none to go on with: `open_run` says so
 
 
 @contextlib.contextmanager

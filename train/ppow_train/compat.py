@@ -25,6 +25,18 @@ def silence_rollout_warning() -> None:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
+def silence_telemetry() -> None:
+    """TRL tells the Hugging Face Hub at the start of every trainer what it runs on; nobody asked for that here.
+
+    `HF_HUB_DISABLE_TELEMETRY=0` in the environment lets it. The constant is set too: the Hub's client has read the
+    variable when it was imported. Can go when TRL asks before it sends.
+    """
+    from huggingface_hub import constants
+
+    if os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1") != "0":
+        constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
 def ensure_generation_config(model: Any) -> None:
     """TRL writes pad and end tokens into `model.generation_config`, which a head that cannot `generate` lacks.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ppow_train.compat import silence_import_warnings
 from ppow_train.errors import UserError
-from ppow_train.microbatches import choose_windows_per_forward, divide_step, num_processes
+from ppow_train.microbatches import divide_step, num_processes
 from ppow_train.objectives import check_dpace, parse_objective
 from ppow_train.options import CHOICES, PPOWOptions
 
@@ -54,7 +54,8 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
             self.beta = 0.0
         if self.ppow_credit == "acceptance":
             self.proximity_weight = 0.0  # credit.py: the gradient of E[R_speedup], of which R_dist is no part
-        divide_step(self, choose_windows_per_forward(self))
+        # Undivided until what fits in memory is known (training.py).
+        divide_step(self, self.windows_per_forward or self.windows_per_step)
         self.generation_batch_size = None
         self.gradient_checkpointing = False
         self.shuffle_dataset = (
@@ -129,13 +130,6 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         _require(self.lora_rank >= 1, "lora_rank", ">= 1", self.lora_rank)
         bound = self.windows_per_forward
         _require(bound is None or bound >= 1, "windows_per_forward", ">= 1", bound)
-        kept = self.save_total_limit
-        # While one is being written, the one before it must stay.
-        _require(kept is None or kept >= 2, "save_total_limit", ">= 2", kept)
-        _require(
-            self.save_strategy in ("no", "steps"), "save_strategy", "no or steps", repr(self.save_strategy)
-        )
-        _check_reporters(self.report_to)
         _require(self.proximity_weight >= 0, "proximity_weight", ">= 0", self.proximity_weight)
         greedy_drafts = self.draft_sample_method == "greedy" and self.serving_temperature > 0
         if self.ppow_credit == "acceptance" and greedy_drafts:
@@ -143,9 +137,35 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
                 "ppow_credit acceptance follows sampled drafts, but draft_sample_method is greedy: "
                 "set probabilistic, or objective exact, which has a form for greedy drafts."
             )
+        if self.is_rollout and self.target_cache in ("memory", "disk"):
+            raise UserError(
+                f"target_cache {self.target_cache} keeps too little for ppow, whose drafts the target reads: drop it."
+            )
         if self.is_rollout:
             _require(self.num_generations >= 2, "num_generations", ">= 2", self.num_generations)
         self._check_windows()
+        self._check_keeping()
+
+    def _check_keeping(self) -> None:
+        """What is saved, evaluated and told on the way."""
+        kept = self.save_total_limit
+        # While one is being written, the one before it must stay.
+        _require(kept is None or kept >= 2, "save_total_limit", ">= 2", kept)
+        _require(
+            self.save_strategy in ("no", "steps"), "save_strategy", "no or steps", repr(self.save_strategy)
+        )
+        _check_reporters(self.report_to)
+        evaluates = self.eval_steps is None or self.eval_steps >= 1
+        _require(evaluates, "eval_steps", ">= 1, or absent", self.eval_steps)
+        if self.early_stop_patience is not None:
+            _require(self.early_stop_patience >= 1, "early_stop_patience", ">= 1", self.early_stop_patience)
+            _require(
+                self.eval_steps is not None, "eval_steps", "set with early_stop_patience", self.eval_steps
+            )
+        if self.push_to_hub:  # transformers would upload training state; `ppow train` takes the option away
+            raise UserError(
+                "push_to_hub is an option of `ppow train`: call ppow_train.push.push_adapter instead."
+            )
 
     def _check_windows(self) -> None:
         if self.is_rollout:

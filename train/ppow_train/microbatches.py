@@ -1,6 +1,6 @@
 """How the windows of an update are divided: processes × gradient accumulation × windows of one forward and backward.
 
-Plain arithmetic on TRL's own fields. Left out: which windows those are (trainer.py).
+Arithmetic on TRL's own fields. Left out: which windows those are (trainer.py); what they take (memory.py).
 """
 
 from __future__ import annotations
@@ -8,15 +8,32 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from accelerate.utils import gather_object
+
 from ppow_train.errors import UserError
+from ppow_train.machine import available_bytes, processes_here
+from ppow_train.memory import estimate_memory, windows_that_fit
 
 if TYPE_CHECKING:
     from ppow_train.config import PPOWConfig
+    from ppow_train.rollout import WindowRunner
 
 
-def choose_windows_per_forward(config: PPOWConfig) -> int:
-    """Windows that one process may hold in one forward and backward: as configured, or all (>= 1)."""
-    return config.windows_per_forward or config.windows_per_step
+def choose_windows_per_forward(runner: WindowRunner, config: PPOWConfig) -> int:
+    """Windows that one process may hold in one forward and backward: as configured, or as many as fit now (>= 1).
+
+    Every process of a run calls it, and all get what fits in each of them.
+
+    Raises:
+        UserError: not even one window fits.
+    """
+    if config.windows_per_forward:
+        return config.windows_per_forward
+    device = runner.target.model.device
+    available = available_bytes(device) / processes_here(device)
+    share = config.windows_per_step // num_processes()
+    fitting = windows_that_fit(estimate_memory(runner, config), available, share)
+    return min(gather_object([fitting]))
 
 
 def divide_step(config: PPOWConfig, windows_per_forward: int) -> None:

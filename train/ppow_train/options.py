@@ -36,7 +36,8 @@ class PPOWOptions:
     )
     windows_per_forward: int | None = _option(
         None,
-        "windows in one forward and backward of a process at most (>= 1; default all); memory, not the result",
+        "windows in one forward and backward of a process at most (>= 1; default: as many as fit in memory, which a "
+        "resumed run keeps); memory, not the result",
     )
     serving_temperature: float = _option(1.0, "temperature the drafter is trained to serve (0 = greedy)")
     greedy_sampling_temperature: float = _option(
@@ -98,6 +99,11 @@ class PPOWOptions:
     )
     position_decay: float = _option(0.7, "cst only: weight of position i is decay^i (0..1]")
     dpace_alpha: float = _option(0.5, "position_weights dpace: smoothing α of the confidence (0..1]")
+    target_cache: Literal["auto", "none", "memory", "disk"] = _option(
+        "auto",
+        "where the target's states along the training trajectories are kept, not computed at every update: none, "
+        "memory, disk (under --cache), or auto (memory if they take 2 GiB at most; ppow, which needs more: none)",
+    )
     lora_rank: int = _option(32, "LoRA rank r (>= 1)")
     lora_alpha: int = _option(64, "LoRA α; deltas are scaled by α / r")
     lora_targets: list[str] | None = _option(
@@ -110,6 +116,23 @@ class PPOWOptions:
     num_generations: int = _option(8, "G, drafted windows per prefix (ppow)")
     beta: float = _option(0.05, "weight of the KL penalty towards the target (ppow)")
     warmup_steps: float = _option(0.1, "updates of warm-up, or their share of the run if below 1")
+    eval_steps: int | None = _option(
+        None, "updates between two evaluations on one half of the held-out prompts (>= 1; default: none)"
+    )
+    early_stop_patience: int | None = _option(
+        None,
+        "evaluations without a gain in accepted length after which training stops (>= 1; default: never)",
+    )
+    keep_best: bool = _option(
+        True, "with eval_steps: write the adapter that accepted most on that half, not the last one"
+    )
+    push_to_hub: bool = _option(
+        False, "upload the adapter to the Hugging Face Hub when it is finished and parity holds"
+    )
+    hub_model_id: str | None = _option(
+        None, "repo to upload to (default: named as the output directory, in your own namespace)"
+    )
+    hub_private_repo: bool | None = _option(True, "make the repo private if it is new")
     logging_steps: float = _option(10, "updates between two log lines")
     save_strategy: str = _option("steps", "when to save training state: no, steps")
     save_steps: float = _option(
@@ -123,6 +146,18 @@ class PPOWOptions:
     def training_temperature(self) -> float:
         """Temperature of p and q in training."""
         return self.serving_temperature or self.greedy_sampling_temperature
+
+    @property
+    def acceptance_form(self) -> Literal["trajectory", "greedy", "sampled"]:
+        """Form of acceptance in exact, overlap and drafts that fits how drafts are served.
+
+        Against the target's own token (`trajectory`), of a greedy draft (`greedy`) or of a sampled one (`sampled`).
+        """
+        if self.serving_temperature == 0 and self.greedy_target == "hard":
+            return "trajectory"
+        return (
+            "greedy" if self.serving_temperature > 0 and self.draft_sample_method == "greedy" else "sampled"
+        )
 
     @property
     def num_charged_tokens(self) -> int | None:

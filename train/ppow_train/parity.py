@@ -15,12 +15,11 @@ from typing import Any
 import torch
 
 from ppow_train.drafters import load_drafter
-from ppow_train.errors import UserError
+from ppow_train.pair import Pair
 from ppow_train.rollout import WindowRunner
 from ppow_train.serving_eval import ADAPTER, Engine, EngineOptions, ppow_spec
-from ppow_train.training import Pair
 from ppow_train.types import Trajectories
-from ppow_train.walk import simulate_walk
+from ppow_train.walk import serving_tokens, simulate_walk
 from vllm_ppow.artifact import Adapter
 from vllm_ppow.metrics import SpecDecodeCounts
 
@@ -104,13 +103,7 @@ def check_parity(
     """
     config = adapter.config
     trajectories = trajectories.select(torch.arange(min(LIMIT, len(trajectories))))
-    outputs = trajectories.lengths - trajectories.prompt_lengths
-    max_tokens = int(outputs.max()) - config.num_speculative_tokens
-    if max_tokens < 2:
-        raise UserError(
-            f"The held-out continuations have {int(outputs.max())} tokens at most, parity with vLLM needs "
-            f"{config.num_speculative_tokens + 2}: raise --max-new-tokens or give --no-parity."
-        )
+    max_tokens = serving_tokens(trajectories, config.num_speculative_tokens)
     greedy = config.temperature == 0 or config.draft_sample_method == "greedy"
     merged = merged_pair(pair, adapter, drafter_directory)
     runner = WindowRunner(

@@ -61,4 +61,6 @@ class ProgressBar(TrainerCallback):
         note = f"loss {logs['loss']:.4f}"
         if "windows/num_accepted_tokens" in logs:
             note += f", {logs['windows/num_accepted_tokens']:.2f} accepted per window"
+        if "held_out/accepted_per_draft" in logs:
+            note += f", {logs['held_out/accepted_per_draft']:.3f} accepted per draft on held-out prompts"
         self.progress.update(self.task, note=note)

@@ -1,4 +1,4 @@
-"""Tables, JSON and the plot of a benchmark. Left out: measuring."""
+"""Tables, JSON and the plot of a benchmark, and the plot of a training run. Left out: measuring."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ppow_train.benchmark import ArmResult
+
+CURVE = "selection.png"  # beside the adapter
 
 _TABLE_WIDTH = 120  # characters; at 8 positions nothing wraps
 _CAPTION = (
@@ -116,6 +118,36 @@ def write_plot(path: Path, results: Sequence[ArmResult], title: str) -> None:
     figure.suptitle(title)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_curve(path: Path, selection: dict[str, Any]) -> None:
+    """Accepted tokens per draft over the updates of a run, and which adapter was written, a PNG.
+
+    Args:
+        selection: `BestOnHeldOut.facts()`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    updates, accepted = zip(*selection["curve"], strict=True)
+    written = selection["written_after_updates"]
+    axes.axhline(accepted[0], color="#888888", linewidth=0.8, label="untrained drafter")
+    axes.plot(updates, accepted, color="#d1495b", marker="o", markersize=4)
+    axes.plot(
+        [written], [dict(selection["curve"])[written]], "o", color="#d1495b", markersize=9, label="written"
+    )
+    axes.set(
+        xlabel="updates",
+        ylabel="accepted tokens per draft",
+        title=f"Expected on {selection['prompts']} held-out prompts",
+    )
+    axes.legend(frameon=False)
+    figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -26,7 +26,7 @@ from ppow_train.verification import (
 )
 from ppow_train.windowing import lost_tokens, token_acceptance, token_criticality, window_criticality
 
-_LOGITS_AT_ONCE = (
+LOGITS_AT_ONCE = (
     2**26
 )  # of p or q while criticality is computed: 256 MiB in float32, whatever V and the trajectories
 
@@ -144,7 +144,7 @@ class WindowRunner:
         position = torch.minimum(
             chosen.first_starts()[:, None] + torch.arange(span, device=last.device), last
         )
-        at_once = max(1, _LOGITS_AT_ONCE // (len(chosen) * self.target.vocab_size))
+        at_once = max(1, LOGITS_AT_ONCE // (len(chosen) * self.target.vocab_size))
         values = []
         for part in position.split(at_once, dim=1):
             p = self.target.path_logits(target, part, 1)[:, :, 0] / self.temperature

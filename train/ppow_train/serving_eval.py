@@ -106,7 +106,12 @@ class Engine:
     def __init__(self, name: str, options: EngineOptions, speculative_config: dict[str, Any] | None) -> None:
         self.name = name
         self._log = tempfile.NamedTemporaryFile("w+", prefix="ppow-engine-", suffix=".log")  # noqa: SIM115
-        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+        environment = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",  # nobody asked for them
+            **os.environ,
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ppow_train.serving_eval"],
             stdin=subprocess.PIPE,

@@ -3,7 +3,7 @@
 Objectives on target paths read the target's last hidden states and, for an EAGLE head, its taps at every token; they
 are the same at every update. Keeping them saves the target's forward: H + T·H numbers per token (H hidden size, T
 taps), which is why it is optional and its size is told before anything is computed. Drafted windows (ppow)
-need the target's keys and values as well, which are never kept. Left out: when it pays (options.py, `target_cache`).
+need the target's keys and values as well, which are never kept. Left out: what is read of them (rollout.py).
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
+from rich.progress import Progress
 
 from ppow_train.errors import UserError
+from ppow_train.machine import available_bytes, gib, processes_here
+from ppow_train.options import PPOWOptions
 from ppow_train.target import Target
 from ppow_train.types import Encoded, Trajectories
 
-AUTO_BYTES = (
-    2 * 2**30
-)  # `auto` keeps what is no larger in memory: by size alone, so that a resumed run decides alike
+# `auto` keeps what is no larger in memory: by size alone, so that a resumed run decides alike.
+AUTO_BYTES = 2 * 2**30
 _BATCH = 16  # trajectories per forward; part of the numbers (batches of other sizes round differently)
 _SHARD = 256  # trajectories per file
 _FORMAT = 1
@@ -44,6 +46,63 @@ def cache_bytes(target: Target, trajectories: Trajectories) -> int:
     hidden = target.model.config.get_text_config().hidden_size
     per_token = hidden * (1 + len(target.tap_layers)) * torch.finfo(target.model.dtype).bits // 8
     return int(trajectories.lengths.sum()) * per_token
+
+
+def resolve_kind(
+    target: Target, trajectories: Trajectories, options: PPOWOptions
+) -> Literal["none", "memory", "disk"]:
+    """What `options.target_cache` comes to for these trajectories."""
+    if options.objective == "ppow":
+        return "none"
+    if options.target_cache != "auto":
+        return options.target_cache
+    return "memory" if cache_bytes(target, trajectories) <= AUTO_BYTES else "none"
+
+
+def open_cache(
+    target: Target,
+    trajectories: Trajectories,
+    options: PPOWOptions,
+    directory: Path | None,
+    fingerprint: str,
+    progress: Progress,
+) -> TargetCache | None:
+    """The cache that the options ask for, filled; None where nothing is kept.
+
+    Args:
+        directory, fingerprint: as in `DiskCache`.
+        progress: shows how far the target has read, and how much is kept.
+
+    Raises:
+        UserError: no room for it, or no directory where one is needed.
+    """
+    kind = resolve_kind(target, trajectories, options)
+    if kind == "none":
+        return None
+    needed = cache_bytes(target, trajectories)
+    task = progress.add_task(
+        "target reads the trajectories", total=len(trajectories), note=f"{needed / 2**20:,.0f} MiB, {kind}"
+    )
+
+    def report(done: int) -> None:
+        progress.update(task, completed=done)
+
+    if kind == "memory":
+        _check_memory(needed)
+        return MemoryCache(target, trajectories, report)
+    if directory is None:
+        raise UserError("target_cache disk needs a directory: give one, or target_cache memory or none.")
+    return DiskCache(target, trajectories, directory, fingerprint, report)
+
+
+def _check_memory(needed: int) -> None:
+    main = torch.device("cpu")
+    available = available_bytes(main) / processes_here(main)
+    if needed > available:
+        raise UserError(
+            f"The target's states take {gib(needed)} of memory, {gib(available)} are free for each process: give "
+            "--target-cache disk, or none, which computes them at every update."
+        )
 
 
 class _Rows:
@@ -73,6 +132,7 @@ class MemoryCache:
     ) -> None:
         self._rows = _Rows(target, trajectories)
         self._states = list(_states(target, trajectories, report))
+        target.forget()
 
     def encoded(self, rows: torch.Tensor, length: int) -> Encoded:
         """See `TargetCache`."""
@@ -150,7 +210,7 @@ def _check_room(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(
-            f"The target's states take {needed / 2**30:.1f} GiB, {directory} has {free / 2**30:.1f} GiB free: give "
+            f"The target's states take {gib(needed)}, {directory} has {gib(free)} free: give "
             "another --cache, or --target-cache none, which computes them at every update."
         )
 
@@ -169,6 +229,10 @@ def _write_shards(directory: Path, states: Iterator[torch.Tensor]) -> None:
                 shard = {}
         if shard:
             save_file(shard, _shard(temporary, row // _SHARD))
-        os.rename(temporary, directory)
+        try:
+            os.rename(temporary, directory)
+        except OSError:
+            if not directory.exists():  # else another process has written the same
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -25,7 +25,12 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from ppow_train.compat import TargetAnchor, ensure_generation_config, silence_rollout_warning
+from ppow_train.compat import (
+    TargetAnchor,
+    ensure_generation_config,
+    silence_rollout_warning,
+    silence_telemetry,
+)
 from ppow_train.config import GRPOTrainer, PPOWConfig
 from ppow_train.credit import token_advantages
 from ppow_train.distributed import admit_computations, inside
@@ -75,6 +80,7 @@ class PPOWTrainer(GRPOTrainer):
         )
         _check_lora_targets(runner.drafter.model, lora.target_modules)
         silence_rollout_warning()
+        silence_telemetry()
         ensure_generation_config(runner.drafter.model)
         super().__init__(
             model=runner.drafter.model,
@@ -175,6 +181,10 @@ class PPOWTrainer(GRPOTrainer):
         self.window_log.add_accepted(expected, count)
         accepted = expected.sum().item() / count
         self._metrics["train"]["windows/expected_accepted_tokens"].append(accepted)
+
+    def log_next(self, name: str, value: float) -> None:
+        """Put a figure into the next line of the training log."""
+        self._metrics["train"][name].append(value)
 
     # ------------------------------------------------------------ overridden methods of GRPOTrainer
 

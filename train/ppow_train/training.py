@@ -1,14 +1,12 @@
-"""One training run from start to adapter: load the pair, get trajectories, train, write. What `ppow train` does.
+"""One training run from start to adapter: get trajectories, train, write. What `ppow train` does.
 
-Left out: command-line parsing, serving.
+Left out: command-line parsing; loading the pair (pair.py); what the adapter records (adapter.py); serving.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,68 +14,28 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from ppow_train.checkpoints import CheckpointState, finish_run, open_run, restore_state, run_facts
+from ppow_train.adapter import adapter_config, held_out_facts, training_facts, write_files
+from ppow_train.checkpoints import (
+    CheckpointState,
+    finish_run,
+    open_run,
+    recorded_windows_per_forward,
+    restore_state,
+    run_facts,
+)
 from ppow_train.config import PPOWConfig
 from ppow_train.data import keep_long_enough, read_prompts
-from ppow_train.drafters import Drafter, load_drafter
-from ppow_train.errors import UserError
-from ppow_train.evaluation import SimulatedAcceptance, simulate_acceptance
 from ppow_train.generation import load_or_generate, load_tokenizer
+from ppow_train.machine import peak_bytes
 from ppow_train.microbatches import choose_windows_per_forward, divide_step
-from ppow_train.progress import ProgressBar, quiet_libraries
+from ppow_train.pair import Pair
+from ppow_train.progress import ProgressBar
 from ppow_train.rollout import WindowRunner
-from ppow_train.target import Target
+from ppow_train.selection import BestOnHeldOut, Judge, SelectionState, require_held_out, split_held_out
+from ppow_train.target_cache import TargetCache, open_cache
 from ppow_train.types import Trajectories
-from vllm_ppow.artifact import (
-    Adapter,
-    AdapterConfig,
-    ModelRef,
-    check_output,
-    fingerprint_model,
-    read_adapter,
-    resolve_directory,
-    write_adapter,
-)
-
-_VERSIONED = ("vllm-ppow", "torch", "transformers", "trl", "peft", "speculators")
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """A loaded target and drafter with what identifies them."""
-
-    target: Target
-    drafter: Drafter
-    target_ref: ModelRef
-    drafter_ref: ModelRef
-
-
-def load_pair(target: str, drafter: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pair:
-    """Load target and drafter and check that they fit.
-
-    Args:
-        target, drafter: directory or Hub repo id each.
-
-    Raises:
-        UserError, ArtifactError: cannot be found, or do not belong together.
-    """
-    quiet_libraries()
-    target_dir, _ = resolve_directory(target)
-    drafter_dir, _ = resolve_directory(drafter)
-    refs = [_reference(name, directory) for name, directory in ((target, target_dir), (drafter, drafter_dir))]
-    loaded = load_drafter(drafter_dir, device, dtype, target_dir)
-    pair = Pair(Target(target_dir, loaded.tap_layers, device, dtype), loaded, *refs)
-    if pair.target.vocab_size != loaded.vocab_size:
-        raise UserError(
-            f"Drafter {drafter} reads {loaded.vocab_size} tokens, target {target} has {pair.target.vocab_size}: "
-            "they must share one tokenizer."
-        )
-    return pair
-
-
-def _reference(name: str, directory: Path) -> ModelRef:
-    recorded = str(directory.resolve()) if Path(name).expanduser().exists() else name
-    return ModelRef(recorded, fingerprint_model(directory))
+from ppow_train.walk import ExpectedWalk
+from vllm_ppow.artifact import Adapter, check_output, read_adapter, write_adapter
 
 
 def get_trajectories(
@@ -110,12 +68,22 @@ def get_trajectories(
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """What a run left behind: the adapter, and simulated acceptance on held-out prompts before and after (if given)."""
+    """What a run left behind.
+
+    Attributes:
+        adapter: as it was written.
+        before, after: expected walks on the held-out prompts that report, if there are any.
+        log: of TRL.
+        report: these prompts with their continuations; no adapter was chosen on them.
+        selection: how the adapter was chosen, if it was.
+    """
 
     adapter: Adapter
-    before: SimulatedAcceptance | None
-    after: SimulatedAcceptance | None
+    before: ExpectedWalk | None
+    after: ExpectedWalk | None
     log: list[dict[str, Any]]
+    report: Trajectories | None = None
+    selection: SelectionState | None = None
 
 
 def train_adapter(
@@ -127,6 +95,7 @@ def train_adapter(
     held_out: Trajectories | None = None,
     facts: dict[str, Any] | None = None,
     resume: bool = False,
+    cache: Path | None = None,
     progress: Progress,
 ) -> TrainingResult:
     """Train one adapter and write it to `output`; of several processes each calls this, and the main one writes.
@@ -135,45 +104,90 @@ def train_adapter(
     With `save_strategy` "steps", training state is in `config.output_dir` until the adapter is written.
 
     Args:
+        held_out: prompts to report on, and with `eval_steps` to choose the best adapter on (selection.py).
+        facts: added to what the adapter records of its training.
         resume: go on with the unfinished run in `config.output_dir`, if there is one, instead of refusing.
+        cache: directory of the target's states, for `target_cache` "disk".
     """
     check_output(output)
     trajectories = keep_long_enough(trajectories, config.num_speculative_tokens)
-    runner = _runner(pair, trajectories, config)
-    test = (
-        _runner(pair, keep_long_enough(held_out, config.num_speculative_tokens), config) if held_out else None
-    )
-    divide_step(config, choose_windows_per_forward(config))
+    runner = make_runner(pair, trajectories, config)
+    selecting, reporting = _judges(pair, held_out, config)
+    _divide(runner, config)
     with _state_of_run(pair, trajectories, config, resume) as checkpoint, restored(pair.drafter.model):
-        before = simulate_acceptance(test) if test else None
-        trainer = _train(runner, config, checkpoint, progress)
+        runner.cache = _open_cache(pair, runner.trajectories, config, cache, progress)
+        before = reporting() if reporting else None
+        trainer, best = _train(runner, config, selecting, checkpoint, progress)
         peft_model = trainer.accelerator.unwrap_model(trainer.model)
         peft_model.eval()
-        after = simulate_acceptance(test) if test else None
-        training = _facts(config, len(trajectories), before, after) | (facts or {})
+        if best:
+            best.restore(peft_model)
+        after = reporting() if reporting else None
+        training = training_facts(config, trajectories, trainer.state.global_step) | (facts or {})
+        training["peak_memory_bytes"] = peak_bytes(pair.target.model.device)  # of this process
+        recorded = adapter_config(pair, config, training | held_out_facts(before, after, best))
+        log = trainer.window_log.path
         if trainer.accelerator.is_main_process:
-            write_adapter(
-                output,
-                _adapter_config(pair, config, training),
-                lambda out: _save_adapter(peft_model, out, trainer.window_log.path),
-            )
-            trainer.window_log.path.unlink()  # it has gone with the adapter
-            finish_run(Path(config.output_dir))
+            write_adapter(output, recorded, lambda out: write_files(out, recorded, peft_model, log))
+            _drop_state(config, log)
         trainer.accelerator.wait_for_everyone()
-        return TrainingResult(read_adapter(output), before, after, trainer.state.log_history)
+        return TrainingResult(
+            read_adapter(output),
+            before,
+            after,
+            trainer.state.log_history,
+            reporting.runner.trajectories if reporting else None,
+            best.state if best else None,
+        )
 
 
-def _train(runner: WindowRunner, config: PPOWConfig, checkpoint: Path | None, progress: Progress) -> Any:
+def _divide(runner: WindowRunner, config: PPOWConfig) -> None:
+    """Settle the windows of a forward: as told, as the run began that is resumed here, or what fits."""
+    if config.save_strategy != "no" and config.windows_per_forward is None:
+        config.windows_per_forward = recorded_windows_per_forward(Path(config.output_dir))
+    config.windows_per_forward = choose_windows_per_forward(runner, config)
+    divide_step(config, config.windows_per_forward)
+
+
+def _open_cache(
+    pair: Pair, trajectories: Trajectories, config: PPOWConfig, directory: Path | None, progress: Progress
+) -> TargetCache | None:
+    # On disk one process writes what the others find; in memory each has its own.
+    on_disk = config.target_cache == "disk"
+    with config.main_process_first(local=False) if on_disk else contextlib.nullcontext():
+        return open_cache(pair.target, trajectories, config, directory, pair.target_ref.fingerprint, progress)
+
+
+def _train(
+    runner: WindowRunner,
+    config: PPOWConfig,
+    selecting: Judge | None,
+    checkpoint: Path | None,
+    progress: Progress,
+) -> tuple[Any, BestOnHeldOut | None]:
+    """The trainer after its last update, and what was best of it, if anyone judges."""
     from ppow_train.trainer import PPOWTrainer
 
     bar = ProgressBar(f"training ({config.objective})", progress)
     trainer = PPOWTrainer(runner, config, load_tokenizer(runner.target.directory), callbacks=[bar])
-    trainer.add_callback(CheckpointState(trainer))
+    best = BestOnHeldOut(selecting, config, trainer.log_next) if selecting else None
+    if best:
+        trainer.add_callback(best)
+    trainer.add_callback(CheckpointState(trainer))  # last: what it writes says that a checkpoint is whole
     quiet_trainer(trainer)
     if checkpoint is not None:
         restore_state(trainer, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer
+    return trainer, best
+
+
+def _drop_state(config: PPOWConfig, log: Path) -> None:
+    """The adapter stands, its log with it. The log goes last: a run that is killed here is resumed, and reads it."""
+    if config.save_strategy != "no":  # else what is there is another run's
+        finish_run(Path(config.output_dir))
+    log.unlink()
+    with contextlib.suppress(OSError):
+        log.parent.rmdir()
 
 
 @contextlib.contextmanager
@@ -190,28 +204,24 @@ def _state_of_run(
         yield checkpoint
 
 
-def _facts(
-    config: PPOWConfig,
-    num_trajectories: int,
-    before: SimulatedAcceptance | None,
-    after: SimulatedAcceptance | None,
-) -> dict[str, Any]:
-    """What the adapter's card tells of its training."""
-    simulated = {"before": before, "after": after}
-    return {
-        "objective": config.objective,
-        "seed": config.seed,
-        "updates": config.max_steps,
-        "windows_per_update": config.windows_per_step,
-        "learning_rate": config.learning_rate,
-        "trajectories": num_trajectories,
-        "simulated_accepted_tokens": {
-            name: round(value.num_accepted_tokens, 4) for name, value in simulated.items() if value
-        },
-    }
+def _judges(
+    pair: Pair, held_out: Trajectories | None, config: PPOWConfig
+) -> tuple[Judge | None, Judge | None]:
+    """Who selects and who reports; nobody selects without eval_steps, nobody does anything without prompts."""
+    require_held_out(config, held_out is not None)
+    if held_out is None:
+        return None, None
+    greedy_drafts = config.serving_temperature == 0 or config.draft_sample_method == "greedy"
+    held_out = keep_long_enough(held_out, config.num_speculative_tokens)
+    halves = split_held_out(held_out) if config.eval_steps else (None, held_out)
+    selecting, reporting = (
+        Judge(make_runner(pair, half, config), greedy_drafts) if half is not None else None for half in halves
+    )
+    return selecting, reporting
 
 
-def _runner(pair: Pair, trajectories: Trajectories, config: PPOWConfig) -> WindowRunner:
+def make_runner(pair: Pair, trajectories: Trajectories, config: PPOWConfig) -> WindowRunner:
+    """A pair on trajectories, as a configuration wants them."""
     return WindowRunner(
         pair.target,
         pair.drafter,
@@ -230,15 +240,6 @@ def quiet_trainer(trainer: Any) -> None:
         trainer.remove_callback(callback)
 
 
-def _save_adapter(peft_model: Any, directory: Path, window_log: Path) -> None:
-    """PEFT's two files, and the log of windows; embeddings are never saved, they are the base drafter's own."""
-    with tempfile.TemporaryDirectory() as scratch:
-        peft_model.save_pretrained(scratch, save_embedding_layers=False)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (directory / name).write_bytes((Path(scratch) / name).read_bytes())
-    (directory / window_log.name).write_bytes(window_log.read_bytes())
-
-
 @contextlib.contextmanager
 def restored(model: torch.nn.Module) -> Iterator[None]:
     """Give the drafter its own layers and forward back at the end, whatever was injected until then."""
@@ -250,17 +251,3 @@ def restored(model: torch.nn.Module) -> Iterator[None]:
             setattr(parent, name, child)
         for name in ("forward", "peft_config"):
             model.__dict__.pop(name, None)
-
-
-def _adapter_config(pair: Pair, config: PPOWConfig, training: dict[str, Any]) -> AdapterConfig:
-    return AdapterConfig(
-        drafter_type=pair.drafter.drafter_type,
-        base_drafter=pair.drafter_ref,
-        target=pair.target_ref,
-        num_speculative_tokens=config.num_speculative_tokens,
-        draft_cost_ratio=config.draft_cost_ratio,
-        draft_sample_method=config.draft_sample_method,
-        temperature=config.serving_temperature,
-        training=training,
-        versions={name: importlib.metadata.version(name) for name in _VERSIONED},
-    )

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from ppow_train.errors import UserError
 from ppow_train.packing import window_tokens
 from ppow_train.rollout import WindowRunner
 from ppow_train.types import Encoded, Trajectories
@@ -72,6 +73,21 @@ class TargetPath:
     trajectories: Trajectories
     encoded: Encoded
     logps: torch.Tensor
+
+
+def serving_tokens(trajectories: Trajectories, num_speculative_tokens: int) -> int:
+    """Output tokens per prompt that a walk can serve: every draft must fit into the longest trajectory.
+
+    Raises:
+        UserError: not even one draft fits.
+    """
+    outputs = int((trajectories.lengths - trajectories.prompt_lengths).max())
+    if outputs < num_speculative_tokens + 2:
+        raise UserError(
+            f"The held-out continuations have {outputs} tokens at most, a draft and what is before and after it need "
+            f"{num_speculative_tokens + 2}: raise --max-new-tokens or drop --held-out."
+        )
+    return outputs - num_speculative_tokens
 
 
 @torch.no_grad()

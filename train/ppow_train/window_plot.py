@@ -60,7 +60,7 @@ def _plot_means(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
         means = [line["criticality"][f"{name}_mean"] for line in lines]
         label = "could be drawn" if name == "candidates" else name
         axes.plot(steps, means, color=colour, marker="o", markersize=4, label=label)
-    axes.set(xlabel="updates", ylabel=_unit(lines[0]["criticality"]), ylim=(0, None))
+    axes.set(xlabel="updates", ylabel=_unit(lines[0]["criticality"]), ylim=(0, 1.1 * axes.get_ylim()[1]))
     axes.legend(frameon=False)
 
 

@@ -117,7 +117,7 @@ class _Trainer:
     rates: dict[str, float]
 
     def __post_init__(self) -> None:
-        from ppow_train.training import load_pair
+        from ppow_train.pair import load_pair
 
         self.pair = load_pair(self.target, self.drafter)
 

@@ -120,8 +120,9 @@ def _train(
     tiny: Path, output: Path, drafter: str, objective: str, steps: int, seed: int, console: Console
 ) -> Adapter:
     from ppow_train.config import PPOWConfig
+    from ppow_train.pair import load_pair
     from ppow_train.progress import make_progress
-    from ppow_train.training import get_trajectories, load_pair, train_adapter
+    from ppow_train.training import get_trajectories, train_adapter
 
     with tempfile.TemporaryDirectory() as scratch, make_progress(console) as progress:
         config = PPOWConfig(

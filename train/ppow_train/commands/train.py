@@ -1,4 +1,4 @@
-"""`ppow train`: target, drafter and prompts in, adapter out. Left out: everything but the command line."""
+"""`ppow train`: target, drafter and prompts in, adapter out. Left out: running it (training_run.py)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ppow_train.commands import training_run
 from ppow_train.commands.options import given, training_options
+from ppow_train.commands.training_run import Request
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
-    from ppow_train.config import PPOWConfig
     from ppow_train.parity import Parity
-    from ppow_train.training import Pair, TrainingResult
-    from ppow_train.types import Trajectories
+    from ppow_train.push import Push
+    from ppow_train.training import TrainingResult
 
 
 @click.command()
@@ -65,33 +64,26 @@ if TYPE_CHECKING:
     show_default=True,
     help="with --held-out: serve the adapter in vLLM at the end and fail unless it accepts what training simulates",
 )
+@click.option(
+    "--estimate", is_flag=True, help="print the memory and time that the run will take, and train nothing"
+)
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
 @training_options
 @click.pass_context
 def train(
     ctx: click.Context,
-    target: str,
-    drafter: str,
-    prompts: Path | None,
-    data: Path | None,
-    held_out: Path | None,
-    output: Path,
     config_file: Path | None,
-    max_new_tokens: int,
-    cache: Path,
     checkpoints: Path | None,
-    resume: bool,
-    seed: int,
-    device: str | None,
-    parity: bool,
+    estimate: bool,
     as_json: bool,
-    **options: Any,
+    **arguments: Any,
 ) -> None:
     """Train a LoRA adapter for a drafter on prompts of your own.
 
     The target continues every prompt once, now or in `ppow data`; windows of its continuations are what the drafter is
     trained on. The adapter directory is what vLLM is given as "model" of method ppow.
     """
+    prompts, data, held_out = (arguments[name] for name in ("prompts", "data", "held_out"))
     _check_usage(ctx, prompts, data)
     from ppow_train.data import read_prompts
 
@@ -104,160 +96,103 @@ def train(
         read_manifest(data)
     from ppow_train.config import check_keys, read_config_file
 
-    values = {**(read_config_file(config_file) if config_file else {}), **given(options)}
+    values = {**(read_config_file(config_file) if config_file else {}), **given(arguments)}
     check_keys(values, "the command line")
-    request = _Request(
-        target,
-        drafter,
-        prompts,
-        data,
-        held_out,
-        output,
-        values,
-        max_new_tokens,
-        cache,
-        checkpoints or output.with_name(f"{output.name}.checkpoints"),
-        resume,
-        seed,
-        device,
-        parity,
+    output = arguments["output"]
+    push = _take_push(values, output, arguments["parity"], held_out is not None or data is not None)
+    rest = {field.name for field in dataclasses.fields(Request)} - {"values", "checkpoints"}
+    request = Request(
+        values=values,
+        checkpoints=checkpoints or output.with_name(f"{output.name}.checkpoints"),
+        **{name: arguments[name] for name in rest},
     )
-    result, agreement = _run(request)
+    if estimate:
+        _tell_estimate(request, as_json)
+    else:
+        _finish(request, push, as_json)
+
+
+def _tell_estimate(request: Request, as_json: bool) -> None:
+    estimated = training_run.estimate(request)
+    if estimated is not None:
+        click.echo(json.dumps(estimated.as_json()) if as_json else str(estimated))
+
+
+def _finish(request: Request, push: Push | None, as_json: bool) -> None:
+    """Run, tell, and upload what may be uploaded."""
+    from ppow_train.card import write_card
+    from ppow_train.push import push_adapter
+
+    result, agreement = training_run.run(request)
     if result is None:
         return  # another process reports
+    checked = agreement.as_json() if agreement else None
+    write_card(result.adapter.directory, result.adapter.config, checked)
     _report(result, agreement, as_json)
     if agreement is not None and not agreement.holds:
         raise click.ClickException(
             "vLLM does not accept what training simulates (above): the adapter is written, do not trust its figures."
+            + (" It was not uploaded." if push else "")
         )
+    if push is not None:
+        if request.parity and agreement is None:
+            raise click.ClickException(
+                "nothing was held out, so parity was not checked: it was not uploaded."
+            )
+        click.echo(f"Uploaded: {push_adapter(result.adapter, push, checked)}", err=as_json)
+
+
+def _take_push(values: dict[str, Any], output: Path, parity: bool, has_held_out: bool) -> Push | None:
+    """Where to upload to, asked before hours of training; nothing is uploaded unchecked unless told so."""
+    from ppow_train.errors import UserError
+    from ppow_train.push import take_push
+
+    if values.get("push_to_hub") and parity:
+        if not has_held_out:
+            raise UserError("push_to_hub waits for parity, which needs --held-out: give it, or --no-parity.")
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                "push_to_hub waits for parity, which needs vLLM: install it (pip install 'vllm-ppow[cpu]' or [gpu]), "
+                "or give --no-parity."
+            )
+    return take_push(values, output)
 
 
 def _check_usage(ctx: click.Context, prompts: Path | None, data: Path | None) -> None:
     if (prompts is None) == (data is None):
         raise click.UsageError("give exactly one of --prompts and --data.")
-    for name in ("held_out", "max_new_tokens", "cache") if data is not None else ():
+    settled = ["held_out", "max_new_tokens"] + ["cache"] * (ctx.params["target_cache"] != "disk")
+    for name in settled if data is not None else ():
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             raise click.UsageError(
                 f"--{name.replace('_', '-')} was settled by `ppow data`: drop it, or give --prompts."
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """What the command line asked for; `values` are the training options that were given."""
-
-    target: str
-    drafter: str
-    prompts: Path | None
-    data: Path | None
-    held_out: Path | None
-    output: Path
-    values: dict[str, Any]
-    max_new_tokens: int
-    cache: Path
-    checkpoints: Path
-    resume: bool
-    seed: int
-    device: str | None
-    parity: bool
-
-
-def _run(request: _Request) -> tuple[TrainingResult | None, Parity | None]:
-    """Train and check; where several processes train, only the main one has a result."""
-    import torch
-
-    from ppow_train.config import PPOWConfig
-    from ppow_train.distributed import leave_group
-    from ppow_train.progress import make_progress
-    from ppow_train.training import load_pair, train_adapter
-
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    fixed = {"output_dir": str(request.checkpoints), "seed": request.seed, "use_cpu": device == "cpu"}
-    config = PPOWConfig(**{**fixed, **request.values})
-    is_main = config.process_index == 0
-    with make_progress(is_shown=is_main) as progress:
-        pair = load_pair(request.target, request.drafter, str(config.device))
-        # One process generates, the others find what it put into the cache.
-        with config.main_process_first(local=False):
-            trajectories, held_out = _splits(request, pair, config, progress)
-        source = request.data or request.prompts
-        result = train_adapter(
-            pair,
-            trajectories,
-            config,
-            request.output,
-            held_out=held_out,
-            facts={"prompts": source.name if source else None},
-            resume=request.resume,
-            progress=progress,
-        )
-    leave_group()
-    if not is_main:
-        return None, None
-    return result, _check_parity(request, pair, held_out, result) if held_out and request.parity else None
-
-
-def _check_parity(
-    request: _Request, pair: Pair, held_out: Trajectories, result: TrainingResult
-) -> Parity | None:
-    """The parity gate, where vLLM is installed; where it is not, say that nothing was checked."""
-    if importlib.util.find_spec("vllm") is None:
-        click.echo(
-            "Not checked against vLLM, which is not installed here: run `ppow bench` where it is.", err=True
-        )
-        return None
-    from ppow_train.parity import check_parity
-    from vllm_ppow.artifact import resolve_directory
-
-    return check_parity(
-        pair,
-        result.adapter,
-        resolve_directory(request.drafter)[0],
-        held_out,
-        say=lambda text: click.echo(text, err=True),
-    )
-
-
-def _splits(
-    request: _Request, pair: Pair, config: PPOWConfig, progress: Progress
-) -> tuple[Trajectories, Trajectories | None]:
-    """What is trained and what is measured on, from disk or generated now."""
-    from ppow_train.training import get_trajectories
-    from ppow_train.trajectory_store import load_splits
-
-    if request.data is not None:
-        return load_splits(request.data, pair.target_ref.fingerprint, config.serving_temperature)
-
-    def generated(file: Path, seed: int, extra_tokens: int = 0) -> Trajectories:
-        return get_trajectories(
-            pair,
-            file,
-            cache=request.cache,
-            max_new_tokens=request.max_new_tokens + extra_tokens,
-            temperature=config.serving_temperature,
-            seed=seed,
-            progress=progress,
-        )
-
-    assert request.prompts is not None
-    trajectories = generated(request.prompts, request.seed)
-    if request.held_out is None:
-        return trajectories, None
-    # K tokens longer: the last draft of a simulated serving walk must fit.
-    return trajectories, generated(request.held_out, request.seed + 1, config.num_speculative_tokens)
-
-
 def _report(result: TrainingResult, parity: Parity | None, as_json: bool) -> None:
+    from ppow_train.report import CURVE
+
     config = result.adapter.config
+    if config.training.get("gain_above_zero") is False:
+        click.echo(
+            "Warning: on held-out prompts nothing accepted more than the drafter alone. The best adapter is written "
+            "all the same: do not serve it.",
+            err=True,
+        )
     if as_json:
         value = {"adapter": str(result.adapter.directory), "training": config.training}
         click.echo(json.dumps(value | {"parity": parity.as_json() if parity else None}))
         return
     if result.before and result.after:
-        before, after = result.before.num_accepted_tokens, result.after.num_accepted_tokens
+        before, after = result.before.mean_accepted, result.after.mean_accepted
         click.echo(
-            f"Simulated accepted tokens per draft on held-out prompts: {before:.3f} -> {after:.3f} "
-            f"({100 * (after / before - 1):+.1f} %)"
+            f"Expected accepted tokens per draft on {len(result.before.num_drafts)} held-out prompts: "
+            f"{before:.3f} -> {after:.3f} ({100 * (after / before - 1):+.1f} %)"
+        )
+    if (chosen := config.training.get("selection")) is not None:
+        click.echo(
+            f"Written: the adapter after {chosen['written_after_updates']} of {config.training['updates']} updates, by "
+            f"{chosen['prompts']} other held-out prompts ({result.adapter.directory / CURVE})"
         )
     if parity:
         click.echo(
@@ -268,6 +203,7 @@ def _report(result: TrainingResult, parity: Parity | None, as_json: bool) -> Non
             )
             + f": {'agree' if parity.holds else 'DIFFER'}"
         )
+    click.echo(f"Peak memory: {config.training['peak_memory_bytes'] / 2**20:,.0f} MiB")
     spec = json.dumps({"method": "ppow", "model": str(result.adapter.directory)})
     click.echo(f"Adapter: {result.adapter.directory}")
     click.echo(f"Serve it: vllm serve {config.target.name_or_path} --speculative-config '{spec}'")

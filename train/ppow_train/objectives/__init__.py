@@ -5,7 +5,7 @@ objective here is a mean over windows and needs no sampling: y is the target's t
 draft distributions along it. Where a head drafts from a reduced vocabulary, what is about acceptance (exact, overlap,
 drafts, tv, nla) takes p as it is, what is about likeness (ce, kl_div, rkl, jsd) p renormalised on the draft vocabulary,
 and lk_hybrid each of its parts in its own form; vocabulary.py tells why. This file chooses; the formulas are in
-window.py and supervised.py, the names in names.py.
+window.py and supervised.py, as text for the model card in formulas.py, the names in names.py.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def _part(name: str, options: PPOWOptions) -> Objective:
 def _acceptance(windows: PathWindows, options: PPOWOptions) -> torch.Tensor:
     """Chance that a draft token is accepted once it is reached, in the form that fits how drafts are served: [N, K]."""
     sharp = windows.draft_logits * (options.training_temperature / options.greedy_sharpness_temperature)
-    if options.serving_temperature == 0 and options.greedy_target == "hard":
+    if options.acceptance_form == "trajectory":
         return token_logps(sharp, windows.tokens).exp()
-    if options.serving_temperature > 0 and options.draft_sample_method == "greedy":
+    if options.acceptance_form == "greedy":
         return agreement(windows.target_logits, sharp)
     return overlap(windows.target_logits, windows.draft_logits)
 
@@ -90,9 +90,9 @@ def _window_objective(name: str, options: PPOWOptions) -> Objective:
     """`exact` or `overlap` in the form that fits how drafts are served."""
     cost = (options.draft_cost_ratio, options.num_charged_tokens)
     sharpening = options.training_temperature / options.greedy_sharpness_temperature
-    if options.serving_temperature == 0 and options.greedy_target == "hard":
+    if options.acceptance_form == "trajectory":
         return lambda windows: greedy_trajectory(windows, sharpening, *cost)
-    if options.serving_temperature > 0 and options.draft_sample_method == "greedy":
+    if options.acceptance_form == "greedy":
         greedy = exact_greedy_drafts if name == "exact" else overlap_greedy_drafts
         return lambda windows: greedy(windows, sharpening, *cost)
     sampled = exact if name == "exact" else overlap_window

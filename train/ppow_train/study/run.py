@@ -19,13 +19,14 @@ import torch
 from ppow_train.config import PPOWConfig
 from ppow_train.data import keep_long_enough, read_prompts
 from ppow_train.generation import load_or_generate, load_tokenizer
+from ppow_train.pair import Pair, load_pair
 from ppow_train.rollout import WindowRunner
 from ppow_train.study.plan import Cell, Plan
 from ppow_train.study.results import Measured, Results, RunKey
 from ppow_train.study.schedule import runs
 from ppow_train.target_cache import MemoryCache
 from ppow_train.trainer import PPOWTrainer
-from ppow_train.training import Pair, load_pair, quiet_trainer, restored
+from ppow_train.training import quiet_trainer, restored
 from ppow_train.types import Trajectories
 from ppow_train.walk import ExpectedWalk, TargetPath, expected_walk, target_paths
 

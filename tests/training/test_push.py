@@ -1,0 +1,203 @@
+"""Uploading: asked before training, done after parity, and nothing private goes along. Only the Hub is not real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import LocalTokenNotFoundError
+from test_selection import config_of, continued
+from test_training_runs import open_pair
+
+from ppow_train import push as push_module
+from ppow_train.cli import run
+from ppow_train.errors import UserError
+from ppow_train.parity import Parity
+from ppow_train.push import Push, push_adapter, take_push
+from ppow_train.training import train_adapter
+from vllm_ppow.artifact import PEFT_WEIGHTS, Adapter, read_adapter
+from vllm_ppow.metrics import SpecDecodeCounts
+
+ME = {"name": "me", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": "write"}}}
+
+
+class FakeHub:
+    """Stands for `HfApi`: remembers what it is asked to do."""
+
+    def __init__(self, user: Any = ME, upload_error: Exception | None = None) -> None:
+        self.user, self.upload_error = user, upload_error
+        self.repos: dict[str, bool] = {}
+        self.files: dict[str, bytes] = {}
+
+    def __call__(self) -> FakeHub:
+        return self
+
+    def whoami(self) -> dict:
+        if isinstance(self.user, Exception):
+            raise self.user
+        return self.user
+
+    def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> str:
+        self.repos[repo_id] = private
+        return f"https://hub/{repo_id}"
+
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        assert repo_id in self.repos
+        if self.upload_error:
+            raise self.upload_error
+        self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+
+
+@pytest.fixture
+def hub(monkeypatch) -> FakeHub:
+    fake = FakeHub()
+    monkeypatch.setattr(push_module, "HfApi", fake)
+    return fake
+
+
+@pytest.fixture(scope="module")
+def adapter(directories, tmp_path_factory, progress) -> Adapter:
+    """A trained one, of local models."""
+    root = tmp_path_factory.mktemp("adapter")
+    rows = continued(directories, [[i, 9, 4] for i in range(60, 72)], seed=1)
+    pair, config = open_pair(directories, "causal_lm"), config_of(root, eval_steps=None, max_steps=1)
+    return train_adapter(pair, rows, config, root / "my-adapter", held_out=rows, progress=progress).adapter
+
+
+# ---------------------------------------------------------------- before training
+
+
+def test_the_options_are_taken_out_and_complete_each_other(hub, tmp_path):
+    values = {"push_to_hub": True, "hub_private_repo": False, "max_steps": 3}
+    assert take_push(values, tmp_path / "my-adapter") == Push("me/my-adapter", private=False)
+    assert values == {"max_steps": 3}
+    named = {"push_to_hub": True, "hub_model_id": "lab/other"}
+    assert take_push(named, tmp_path) == Push("lab/other", private=True)
+    assert take_push({"hub_model_id": "not / a name"}, tmp_path) is None, (
+        "nothing is asked where nothing is wanted"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "user", "parts"),
+    [
+        ("a b", ME, ["hub_model_id 'a b' is no name"]),
+        ("me/x", LocalTokenNotFoundError("no token"), ["needs a login", "hf auth login"]),
+        ("me/x", ConnectionError("no route"), ["no route", "HF_TOKEN"]),
+        ("me/x", ME | {"auth": {"accessToken": {"role": "read"}}}, ["may only read"]),
+        ("google/x", ME, ["me cannot write to google", "me or lab"]),
+    ],
+)
+def test_what_is_refused_before_training(name, user, parts, monkeypatch, tmp_path):
+    monkeypatch.setattr(push_module, "HfApi", FakeHub(user))
+    with pytest.raises(UserError) as refused:
+        take_push({"push_to_hub": True, "hub_model_id": name}, tmp_path)
+    assert all(part in str(refused.value) for part in parts)
+    assert "\n" not in str(refused.value)
+
+
+def test_transformers_must_not_upload_while_training(tmp_path):
+    with pytest.raises(UserError, match="push_adapter"):
+        config_of(tmp_path, push_to_hub=True)
+
+
+# ---------------------------------------------------------------- the upload
+
+
+def test_what_is_uploaded_can_be_read_and_names_no_path(hub, adapter, tmp_path):
+    before = {path.name: path.read_bytes() for path in adapter.directory.iterdir()}
+    assert push_adapter(adapter, Push("me/my-adapter", private=True), None) == "https://hub/me/my-adapter"
+    assert hub.repos == {"me/my-adapter": True}
+    assert {path.name: path.read_bytes() for path in adapter.directory.iterdir()} == before
+    for name, content in hub.files.items():
+        (tmp_path / name).write_bytes(content)
+        if name != PEFT_WEIGHTS:
+            assert str(adapter.directory.parent).encode() not in content
+            assert adapter.config.target.name_or_path.encode() not in content
+    uploaded = read_adapter(tmp_path)
+    assert uploaded.config.adapter_fingerprint == adapter.config.adapter_fingerprint
+    assert uploaded.config.base_drafter.name_or_path == "causal_lm"
+    assert '"model": "me/my-adapter"' in hub.files["README.md"].decode()
+
+
+def test_an_upload_that_fails_leaves_the_adapter(hub, adapter):
+    hub.upload_error = RuntimeError("quota\nexceeded")
+    with pytest.raises(UserError, match=r"quota exceeded\).*it is in .*my-adapter, upload it with"):
+        push_adapter(adapter, Push("me/my-adapter", private=True), None)
+    assert read_adapter(adapter.directory) == adapter
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def train(directories, tmp_path, monkeypatch):
+    """`ppow train --push-to-hub` with more arguments; parity as told, without vLLM."""
+    lines = [
+        json.dumps({"prompt": text}) for text in ("windows", "of draft", "tokens ", "dow", "raft", "ken")
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(lines), encoding="utf-8")
+
+    def call(*more: str, holds: bool = True) -> int:
+        served = SpecDecodeCounts(100, 200, 60 if holds else 200, (40, 20) if holds else (100, 100))
+        parity = Parity(SpecDecodeCounts(100, 200, 60, (40, 20)), served)
+        monkeypatch.setattr("ppow_train.commands.training_run.check_parity", lambda *args: parity)
+        command = [
+            "train",
+            "--target",
+            str(directories.target),
+            "--drafter",
+            str(directories.drafter["causal_lm"]),
+        ]
+        command += ["--prompts", str(prompts), "--output", str(tmp_path / "out"), "--device", "cpu"]
+        command += [
+            "--cache",
+            str(tmp_path / "cache"),
+            "--max-new-tokens",
+            "12",
+            "--max-steps",
+            "1",
+            "--json",
+        ]
+        command += [
+            "--num-speculative-tokens",
+            "2",
+            "--trajectories-per-step",
+            "2",
+            "--windows-per-step",
+            "4",
+        ]
+        return run([*command, "--push-to-hub", *more])
+
+    call.prompts = prompts
+    return call
+
+
+def test_the_command_uploads_what_parity_lets_through(hub, train, tmp_path, capsys):
+    held_out = ("--held-out", str(train.prompts))
+    assert train(*held_out, holds=False) == 1
+    assert "It was not uploaded" in capsys.readouterr().err
+    assert hub.repos == {}
+    assert "**differs**" in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+    assert train(*held_out) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["parity"]["holds"] is True
+    assert "Uploaded: https://hub/me/out" in captured.err
+    assert "agrees at every position" in hub.files["README.md"].decode()
+    assert "agrees at every position" in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+def test_nothing_unchecked_is_uploaded_unless_told_so(hub, train, monkeypatch, capsys):
+    monkeypatch.setattr("ppow_train.pair.load_pair", lambda *args: pytest.fail("began"))
+    assert train() == 1
+    assert "parity, which needs --held-out" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert train("--held-out", str(train.prompts)) == 1
+    assert "parity, which needs vLLM" in capsys.readouterr().err
+    hub.user = LocalTokenNotFoundError("no token")
+    assert train("--no-parity") == 1
+    assert "hf auth login" in capsys.readouterr().err

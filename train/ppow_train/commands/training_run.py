@@ -1,0 +1,156 @@
+"""What `ppow train` runs once its arguments are read: models loaded, trajectories, training or an estimate, parity.
+
+Left out: arguments, what is told of the result, upload (train.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from ppow_train.config import PPOWConfig
+    from ppow_train.estimate import RunEstimate
+    from ppow_train.pair import Pair
+    from ppow_train.parity import Parity
+    from ppow_train.training import TrainingResult
+    from ppow_train.types import Trajectories
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the command line asked for; `values` are the training options that were given."""
+
+    target: str
+    drafter: str
+    prompts: Path | None
+    data: Path | None
+    held_out: Path | None
+    output: Path
+    values: dict[str, Any]
+    max_new_tokens: int
+    cache: Path
+    checkpoints: Path
+    resume: bool
+    seed: int
+    device: str | None
+    parity: bool
+
+
+def run(request: Request) -> tuple[TrainingResult | None, Parity | None]:
+    """Train and check; where several processes train, only the main one has a result."""
+    from ppow_train.distributed import leave_group
+    from ppow_train.pair import load_pair
+    from ppow_train.progress import make_progress
+    from ppow_train.selection import require_held_out
+    from ppow_train.training import train_adapter
+
+    config = _config(request, request.checkpoints)
+    require_held_out(config, request.data is not None or request.held_out is not None)
+    is_main = config.process_index == 0
+    with make_progress(is_shown=is_main) as progress:
+        pair = load_pair(request.target, request.drafter, str(config.device))
+        # One process generates, the others find what it put into the cache.
+        with config.main_process_first(local=False):
+            trajectories, held_out = _splits(request, pair, config, progress)
+        source = request.data or request.prompts
+        result = train_adapter(
+            pair,
+            trajectories,
+            config,
+            request.output,
+            held_out=held_out,
+            facts={"prompts": source.name if source else None},
+            resume=request.resume,
+            cache=request.cache,
+            progress=progress,
+        )
+    leave_group()
+    if not is_main:
+        return None, None
+    report = result.report
+    return result, check_parity(request, pair, report, result) if report and request.parity else None
+
+
+def estimate(request: Request) -> RunEstimate | None:
+    """What the run would take; of several processes only the main one tells."""
+    from ppow_train.estimate import estimate_run
+    from ppow_train.pair import load_pair
+    from ppow_train.progress import make_progress
+
+    with tempfile.TemporaryDirectory() as scratch:
+        config = _config(request, Path(scratch))
+        is_main = config.process_index == 0
+        with make_progress(is_shown=is_main) as progress:
+            pair = load_pair(request.target, request.drafter, str(config.device))
+            with config.main_process_first(local=False):
+                trajectories, _ = _splits(request, pair, config, progress)
+            estimated = estimate_run(pair, trajectories, config, Path(scratch))
+    return estimated if is_main else None
+
+
+def _config(request: Request, state: Path) -> PPOWConfig:
+    import torch
+
+    from ppow_train.config import PPOWConfig
+
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    fixed = {"output_dir": str(state), "seed": request.seed, "use_cpu": device == "cpu"}
+    return PPOWConfig(**{**fixed, **request.values})
+
+
+def check_parity(
+    request: Request, pair: Pair, held_out: Trajectories, result: TrainingResult
+) -> Parity | None:
+    """The parity gate, where vLLM is installed; where it is not, say that nothing was checked."""
+    if importlib.util.find_spec("vllm") is None:
+        click.echo(
+            "Not checked against vLLM, which is not installed here: run `ppow bench` where it is.", err=True
+        )
+        return None
+    from ppow_train import parity
+    from vllm_ppow.artifact import resolve_directory
+
+    return parity.check_parity(
+        pair,
+        result.adapter,
+        resolve_directory(request.drafter)[0],
+        held_out,
+        say=lambda text: click.echo(text, err=True),
+    )
+
+
+def _splits(
+    request: Request, pair: Pair, config: PPOWConfig, progress: Progress
+) -> tuple[Trajectories, Trajectories | None]:
+    """What is trained and what is measured on, from disk or generated now."""
+    from ppow_train.training import get_trajectories
+    from ppow_train.trajectory_store import load_splits
+
+    if request.data is not None:
+        return load_splits(request.data, pair.target_ref.fingerprint, config.serving_temperature)
+
+    def generated(file: Path, seed: int, extra_tokens: int = 0) -> Trajectories:
+        return get_trajectories(
+            pair,
+            file,
+            cache=request.cache,
+            max_new_tokens=request.max_new_tokens + extra_tokens,
+            temperature=config.serving_temperature,
+            seed=seed,
+            progress=progress,
+        )
+
+    assert request.prompts is not None
+    trajectories = generated(request.prompts, request.seed)
+    if request.held_out is None:
+        return trajectories, None
+    # K tokens longer: the last draft of a simulated serving walk must fit.
+    return trajectories, generated(request.held_out, request.seed + 1, config.num_speculative_tokens)

@@ -1,0 +1,107 @@
+"""What a run will take, before it is started: memory by the model of memory.py, time by a few updates of its own.
+
+Left out: generating trajectories, the parity gate; keeping the target's states (`target_cache`), which makes the run
+faster than the updates timed here.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerState
+
+from ppow_train.config import PPOWConfig
+from ppow_train.data import keep_long_enough
+from ppow_train.generation import load_tokenizer
+from ppow_train.machine import available_bytes
+from ppow_train.memory import estimate_memory
+from ppow_train.microbatches import choose_windows_per_forward, divide_step
+from ppow_train.pair import Pair
+from ppow_train.training import make_runner, quiet_trainer, restored
+from ppow_train.types import Trajectories
+
+_TIMED_UPDATES = 3  # after one that also warms up
+
+
+@dataclasses.dataclass(frozen=True)
+class RunEstimate:
+    """What `ppow train --estimate` prints.
+
+    Attributes:
+        windows_per_forward: windows of one forward and backward.
+        update_bytes: of such an update, at its peak, weights not counted.
+        available_bytes: what there is.
+        seconds_per_update: median of a few updates, adaptive windows included if the run has any.
+        updates: of the run.
+    """
+
+    windows_per_forward: int
+    update_bytes: int
+    available_bytes: int
+    seconds_per_update: float
+    updates: int
+
+    @property
+    def seconds(self) -> float:
+        """Of all updates."""
+        return self.seconds_per_update * self.updates
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, plain."""
+        return dataclasses.asdict(self) | {"seconds": self.seconds}
+
+    def __str__(self) -> str:
+        peak, available = (f"{count / 2**20:,.0f} MiB" for count in (self.update_bytes, self.available_bytes))
+        return (
+            f"{self.windows_per_forward} windows per forward, about {peak} at the peak of an update ({available} "
+            f"available); {self.seconds_per_update:.2f} s per update, about {self.seconds / 60:.1f} minutes for "
+            f"{self.updates}."
+        )
+
+
+class _Stopwatch(TrainerCallback):
+    """Times updates and stops after a few."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._begin = 0.0
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._begin)
+        control.should_training_stop = len(self.seconds) > _TIMED_UPDATES
+
+
+def estimate_run(pair: Pair, trajectories: Trajectories, config: PPOWConfig, scratch: Path) -> RunEstimate:
+    """Estimate a run; nothing is written but a log in `scratch`, and the drafter is given back as it was.
+
+    Raises:
+        UserError: it does not fit in memory.
+    """
+    from ppow_train.trainer import PPOWTrainer
+
+    runner = make_runner(pair, keep_long_enough(trajectories, config.num_speculative_tokens), config)
+    config = copy.copy(config)
+    divide_step(config, choose_windows_per_forward(runner, config))
+    windows = config.per_device_train_batch_size
+    memory, available = estimate_memory(runner, config).of(windows), available_bytes(pair.target.model.device)
+    watch = _Stopwatch()
+    config.adaptive_after, config.save_strategy, config.output_dir = 0.0, "no", str(scratch)
+    with restored(pair.drafter.model):
+        trainer = PPOWTrainer(runner, config, load_tokenizer(pair.target.directory), callbacks=[watch])
+        quiet_trainer(trainer)
+        trainer.train()
+    return RunEstimate(
+        windows,
+        int(memory),
+        available,
+        statistics.median(watch.seconds[1:] or watch.seconds),
+        config.max_steps,
+    )

@@ -1,0 +1,185 @@
+"""How much memory an update takes, and how many of its windows fit at once: a small model of the shapes.
+
+Counted are the tensors that live at the peak of one forward and backward; which ones, and how many copies of each, was
+found by following every tensor of small updates, and tests/training/test_memory.py holds the model to 0.8 to 1.25 times
+what is measured there (on the CPU; CUDA uses the same model, unverified). Left out: the weights, which are loaded
+already; attention scores, which scaled dot product attention does not keep; what kernels allocate inside of themselves
+and what the allocator wastes, for which `SHARE` leaves room.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ppow_train.errors import UserError
+from ppow_train.machine import gib
+from ppow_train.objectives.names import parts_of
+from ppow_train.rollout import LOGITS_AT_ONCE, WindowRunner
+from ppow_train.target_cache import cache_bytes, resolve_kind
+
+if TYPE_CHECKING:
+    from ppow_train.config import PPOWConfig
+
+SHARE = 0.8  # of the available memory that an update may take
+# [N, K, columns] float32 tensors alive at the peak: p and q, as they come and gathered, their softmaxes, a gradient.
+_LOGIT_COPIES = {"overlap": 5, "exact": 6, "ppow": 5} | {
+    f"cst:{loss}": copies for loss, copies in (("tv", 5), ("nla", 5), ("ce", 5), ("kl_div", 7), ("rkl", 7))
+}
+_MOST_LOGIT_COPIES = 9  # of the library's other losses, and of what is not listed
+_CRITICALITY_COPIES = 9  # the same where criticality is computed, of at most LOGITS_AT_ONCE numbers each
+_BYTES_PER_LORA_WEIGHT = 16  # float32 weight, gradient and AdamW's two moments
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of an update by the windows of its forwards.
+
+    Attributes:
+        window_bytes: of one window.
+        prefix_bytes: of one trajectory, the longest one.
+        fixed_bytes: LoRA with its optimizer, criticality, the target's states if they are kept.
+        windows_per_trajectory: windows that share a prefix where all of them are in one forward.
+    """
+
+    window_bytes: float
+    prefix_bytes: float
+    fixed_bytes: float
+    windows_per_trajectory: int
+
+    def of(self, windows: int) -> float:
+        """Bytes of an update whose forwards have this many windows; those of a trajectory may be torn apart."""
+        each = self.windows_per_trajectory
+        if windows % each == 0 or each % windows == 0:
+            trajectories = math.ceil(windows / each)
+        else:
+            trajectories = (windows + each - 2) // each + 1  # at most: it may begin and end within one
+        # Packing pads every trajectory to as many windows as the first one has.
+        padded = trajectories * min(each, windows)
+        return self.fixed_bytes + trajectories * self.prefix_bytes + padded * self.window_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shapes:
+    """What a transformer's memory depends on; `queries` and `keys` are features of a token in all its heads."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    queries: int
+    keys: int
+    element: int
+
+    @classmethod
+    def of(cls, model: Any) -> _Shapes:
+        config = getattr(model.config, "transformer_layer_config", None) or model.config.get_text_config()
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        keys = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            queries=heads * head_dim,
+            keys=keys,
+            element=next(model.parameters()).element_size(),
+        )
+
+    @property
+    def activations(self) -> float:
+        """Bytes that one token leaves for the backward pass in all layers."""
+        floats = 9 * self.hidden + 4 * self.intermediate + 2 * (self.queries + self.keys)
+        return self.layers * floats * self.element
+
+
+def estimate_memory(runner: WindowRunner, config: PPOWConfig) -> MemoryEstimate:
+    """Memory of an update of this pair on these trajectories, if all were as long as the longest (ours).
+
+    Args:
+        runner: pair and trajectories, before LoRA is injected.
+        config: windows, objective, LoRA.
+    """
+    length = int(runner.trajectories.lengths.max())
+    each = config.windows_per_step // config.trajectories_per_step
+    prefix = _prefix_bytes(runner, config, length)
+    window = _logit_bytes(runner, config) + _chain_bytes(runner, config, length, each)
+    fixed = _lora_weights(runner, config) * _BYTES_PER_LORA_WEIGHT
+    if math.isfinite(config.adaptive_from):
+        logits = config.trajectories_per_step * length * runner.target.vocab_size
+        fixed += _CRITICALITY_COPIES * 4 * min(LOGITS_AT_ONCE, logits)
+    on_cpu = runner.target.model.device.type == "cpu"  # states kept in memory are in main memory
+    if on_cpu and resolve_kind(runner.target, runner.trajectories, config) == "memory":
+        fixed += cache_bytes(runner.target, runner.trajectories)
+    return MemoryEstimate(window, prefix, fixed, each)
+
+
+def _prefix_bytes(runner: WindowRunner, config: PPOWConfig, length: int) -> float:
+    """Of one trajectory: the target's keys and values, what the drafter reads of it, the drafter's own pass."""
+    target, drafter = _Shapes.of(runner.target.model), _Shapes.of(runner.drafter.model)
+    taps = len(runner.target.tap_layers)
+    kept = running = (taps + 1) * target.hidden
+    if resolve_kind(runner.target, runner.trajectories, config) == "none":
+        kept += 2 * target.layers * target.keys
+        # While the target runs, all its residual streams are returned if any is tapped, and one layer is at work.
+        running = kept + (target.layers * target.hidden if taps else 0) + 3 * target.intermediate
+    own = drafter.activations
+    if taps:  # every step of a chain keeps the prefix's keys and values, repeated for every head
+        own += (config.num_speculative_tokens - 1) * 2 * drafter.layers * drafter.queries * drafter.element
+    return length * max(running * target.element, kept * target.element + own)
+
+
+def _logit_bytes(runner: WindowRunner, config: PPOWConfig) -> float:
+    """Of one window: distributions over the draft columns, and of the target's full ones before they are reduced."""
+    vocabulary, full = runner.drafter.vocabulary, runner.target.vocab_size
+    columns = len(vocabulary.target_ids) + 1 if vocabulary.target_ids is not None else full
+    # The parts of a sum share p and q.
+    copies = 2 + sum(_LOGIT_COPIES.get(name, _MOST_LOGIT_COPIES) - 2 for name in parts_of(config.objective))
+    reducing = 0.0
+    if vocabulary.is_reduced:
+        reducing = 5 * full if config.is_rollout else 3 * full + columns
+    return 4 * config.num_speculative_tokens * max(copies * columns, reducing)
+
+
+def _chain_bytes(runner: WindowRunner, config: PPOWConfig, length: int, each: int) -> float:
+    """Of one window: the layers that its drafted tokens run through; a causal LM has run along the path already."""
+    drafter, steps = _Shapes.of(runner.drafter.model), config.num_speculative_tokens - 1
+    if not runner.target.tap_layers and not config.is_rollout:
+        return 0.0
+    keys = length + steps * each / 2
+    return steps * (
+        drafter.activations + 2 * keys * drafter.element
+    )  # the mask, as it is made and as it is read
+
+
+def _lora_weights(runner: WindowRunner, config: PPOWConfig) -> int:
+    names = tuple(f".{name}" for name in config.lora_targets or runner.drafter.lora_targets)
+    linear = [
+        module
+        for name, module in runner.drafter.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and f".{name}".endswith(names)
+    ]
+    return config.lora_rank * sum(module.in_features + module.out_features for module in linear)
+
+
+def windows_that_fit(estimate: MemoryEstimate, available: float, windows: int) -> int:
+    """The most windows whose forward and backward fit in `SHARE` of what is available.
+
+    Args:
+        available: bytes.
+        windows: of a process's share of an update; forwards of a divisor of them are all alike.
+
+    Raises:
+        UserError: not even one window fits.
+    """
+    room = SHARE * available
+    for size in range(windows, 0, -1):
+        if windows % size == 0 and estimate.of(size) <= room:
+            return size
+    raise UserError(
+        f"One window with its prefix needs about {gib(estimate.of(1))} of memory, {gib(room)} of {gib(available)} "
+        "may be used: lower num_speculative_tokens or --max-new-tokens, drop long prompts, free memory, give "
+        "--target-cache none, or set windows_per_forward, which is not checked."
+    )

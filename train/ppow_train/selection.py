@@ -1,0 +1,242 @@
+"""Which adapter of a run is kept, and when to stop: by accepted length on held-out prompts, never by loss.
+
+What is chosen on some prompts looks better on them than it is. So held-out prompts fall into two halves by their hash:
+the SELECTION half decides, the REPORT half is looked at before and after training only, and is what parity with vLLM
+is checked on. Without selection (no eval_steps) all of them report. Left out: the measure (walk.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from ppow_train.errors import UserError
+from ppow_train.prompts import prompt_hash
+from ppow_train.walk import ExpectedWalk, TargetPath, expected_walk, serving_tokens, target_paths
+
+if TYPE_CHECKING:
+    from ppow_train.config import PPOWConfig
+    from ppow_train.rollout import WindowRunner
+    from ppow_train.types import Trajectories
+
+STATE = "selection.safetensors"
+ACCEPTED = "held_out/accepted_per_draft"  # in the training log
+
+
+def require_held_out(config: PPOWConfig, has_held_out: bool) -> None:
+    """Raise UserError if the best adapter is to be chosen on nothing."""
+    if config.eval_steps and not has_held_out:
+        raise UserError(
+            "eval_steps chooses the best adapter on held-out prompts: give --held-out, or --data with a held-out "
+            "split, or drop it."
+        )
+
+
+def split_held_out(held_out: Trajectories) -> tuple[Trajectories, Trajectories]:
+    """The selection half and the report half, each prompt by a hash of its ids alone.
+
+    Raises:
+        UserError: one of them is empty.
+    """
+    chosen = torch.tensor([_selects(held_out, row) for row in range(len(held_out))])
+    if chosen.all() or not chosen.any():
+        raise UserError(
+            f"{len(held_out)} held-out prompts do not divide into some to choose the best adapter on and some to "
+            "report on: give more of them, or drop eval_steps."
+        )
+    device = held_out.lengths.device
+    return (
+        held_out.select(chosen.nonzero().squeeze(-1).to(device)),
+        held_out.select((~chosen).nonzero().squeeze(-1).to(device)),
+    )
+
+
+def _selects(held_out: Trajectories, row: int) -> bool:
+    # The last byte: the first ones have chosen the held-out split already (trajectory_store.is_held_out).
+    prompt = held_out.input_ids[row, : int(held_out.prompt_lengths[row])]
+    return prompt_hash(prompt.tolist())[-1] % 2 == 0
+
+
+class Judge:
+    """What serving is expected to accept of a runner's drafter as it is now; the target is encoded once.
+
+    Args:
+        runner: with held-out trajectories.
+        greedy_drafts: as in `walk.expected_walk`.
+    """
+
+    def __init__(self, runner: WindowRunner, greedy_drafts: bool) -> None:
+        self.runner, self.greedy_drafts = runner, greedy_drafts
+        self.max_tokens = serving_tokens(runner.trajectories, runner.num_speculative_tokens)
+        self._paths: list[TargetPath] | None = None
+
+    def __call__(self) -> ExpectedWalk:
+        """Walk all trajectories, with dropout off."""
+        if self._paths is None:
+            self._paths = list(target_paths(self.runner))
+        model = self.runner.drafter.model
+        training = model.training
+        model.eval()
+        try:
+            return expected_walk(self.runner, self.max_tokens, self.greedy_drafts, self._paths)
+        finally:
+            model.train(training)
+
+    @property
+    def digest(self) -> str:
+        """Which trajectories these are."""
+        rows = self.runner.trajectories
+        tensors = (rows.input_ids, rows.prompt_lengths, rows.lengths)
+        return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+@dataclasses.dataclass
+class SelectionState:
+    """All that selection remembers.
+
+    Attributes:
+        curve: (updates, accepted tokens per draft) at each evaluation, the untrained drafter at 0 first.
+        digest: `Judge.digest` of the prompts it was measured on.
+        best: the adapter's tensors at the best evaluation after 0, on the CPU.
+    """
+
+    curve: list[tuple[int, float]]
+    digest: str
+    best: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def best_updates(self) -> int:
+        """Updates after which the best adapter stood; of several that are equal the first."""
+        return max(self.curve[1:], key=lambda point: point[1])[0]
+
+    @property
+    def beats_untrained(self) -> bool:
+        """Whether any adapter accepted more than the untrained drafter."""
+        return max(value for _, value in self.curve[1:]) > self.curve[0][1]
+
+    @property
+    def evaluations_without_gain(self) -> int:
+        """How many evaluations ago the most was accepted, the untrained drafter's included."""
+        values = [value for _, value in self.curve]
+        return len(values) - 1 - values.index(max(values))
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """JSON values and tensors."""
+        return {"curve": [list(point) for point in self.curve], "digest": self.digest}, self.best
+
+    @classmethod
+    def load_state_dict(cls, values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> SelectionState:
+        """What `state_dict` gave."""
+        return cls([(int(updates), float(v)) for updates, v in values["curve"]], values["digest"], tensors)
+
+    def save(self, directory: Path) -> None:
+        """Write `STATE`, one file, whole or not at all."""
+        values, tensors = self.state_dict()
+        temporary = directory / f".{STATE}.part"
+        save_file(tensors, temporary, metadata={"selection": json.dumps(values)})
+        temporary.replace(directory / STATE)
+
+    @classmethod
+    def load(cls, directory: Path) -> SelectionState:
+        """Read what `save` wrote."""
+        with safe_open(directory / STATE, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            return cls.load_state_dict(json.loads(file.metadata()["selection"]), tensors)
+
+
+class BestOnHeldOut(TrainerCallback):
+    """Evaluates every `eval_steps` updates, keeps the best adapter and stops when nothing better comes.
+
+    Its state is saved into every checkpoint and found there when a run goes on.
+
+    Args:
+        judge: on the selection half.
+        config: eval_steps, early_stop_patience.
+        log: puts a figure into the next line of the training log.
+    """
+
+    def __init__(self, judge: Judge, config: PPOWConfig, log: Callable[[str, float], None]) -> None:
+        self.judge, self.config, self.log = judge, config, log
+        self.state = SelectionState([], judge.digest)
+        self._at_stop: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Measure the untrained drafter, or go on from a checkpoint."""
+        if state.global_step == 0:
+            self._evaluate(0, model)
+            return
+        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.state = SelectionState.load(directory)
+        if self.state.digest != self.judge.digest:
+            raise UserError(
+                f"{directory} selected on other held-out prompts: give the same ones, or begin the run again."
+            )
+        if self._is_over:
+            control.should_training_stop = True
+            self._at_stop = _copy(model)  # transformers makes one more update, which must not count
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Evaluate when it is time, and after the last update."""
+        if self._at_stop:
+            return
+        if state.global_step % self.config.eval_steps and state.global_step < state.max_steps:
+            return
+        self.log(ACCEPTED, self._evaluate(state.global_step, model))
+        control.should_log = True
+        control.should_training_stop |= self._is_over
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the state to the checkpoint that was just written."""
+        if state.is_world_process_zero:
+            self.state.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def restore(self, model: torch.nn.Module) -> None:
+        """Put the tensors of the adapter that is to be written back into the model."""
+        written = self.state.best if self.config.keep_best else self._at_stop
+        if written:
+            with torch.no_grad():
+                for name, parameter in _trained(model).items():
+                    parameter.copy_(written[name])
+
+    def facts(self) -> dict[str, Any]:
+        """What the adapter records of its selection."""
+        return {
+            "prompts": len(self.judge.runner.trajectories),
+            "curve": [(updates, round(value, 4)) for updates, value in self.state.curve],
+            "written_after_updates": self.state.best_updates
+            if self.config.keep_best
+            else self.state.curve[-1][0],
+            "stopped_early": self.state.curve[-1][0] < self.config.max_steps,
+        }
+
+    @property
+    def _is_over(self) -> bool:
+        patience = self.config.early_stop_patience
+        return patience is not None and self.state.evaluations_without_gain >= patience
+
+    def _evaluate(self, updates: int, model: torch.nn.Module) -> float:
+        # Every process must come to the same decision: the main one's figure counts.
+        value = broadcast_object_list([self.judge().mean_accepted])[0]
+        self.state.curve.append((updates, value))
+        if updates and self.state.best_updates == updates:
+            self.state.best = _copy(model)
+        return value
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _copy(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """On the CPU."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in _trained(model).items()}
