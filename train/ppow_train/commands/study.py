@@ -17,8 +17,11 @@ import click
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda")
 @click.option("--cell", "cells", multiple=True, help="do only these cells of the plan now  [default: all]")
+@click.option("--arm", "arms", multiple=True, help="do only these arms of the plan now  [default: all]")
 @click.option("--table-only", is_flag=True, help="print what is there, run nothing")
-def study(plan: Path, output: Path, device: str, cells: tuple[str, ...], table_only: bool) -> None:
+def study(
+    plan: Path, output: Path, device: str, cells: tuple[str, ...], arms: tuple[str, ...], table_only: bool
+) -> None:
     """Compare training arms at equal windows: tuned learning rates, several seeds, 95 % intervals paired by prompt.
 
     PLAN is a YAML file (examples/benchmarks/study.yaml). Acceptance is the expected serving walk on held-out prompts.
@@ -29,14 +32,18 @@ def study(plan: Path, output: Path, device: str, cells: tuple[str, ...], table_o
     from ppow_train.study.table import tables
 
     wanted = read_plan(plan)
-    names = [cell.name for cell in wanted.cells]
-    for name in cells:
-        if name not in names:
-            raise click.UsageError(f"--cell must name a cell of {plan}: {'; '.join(names)}.")
+    _check_names("cell", cells, [cell.name for cell in wanted.cells])
+    _check_names("arm", arms, list(wanted.arms))
     if not table_only:
         from ppow_train.study.run import run_study
 
-        run_study(wanted, output, device, cells, say=lambda text: click.echo(text, err=True))
+        run_study(wanted, output, device, cells, arms, say=lambda text: click.echo(text, err=True))
     text = tables(wanted, Results(output).read())
     (output / "table.md").write_text(text, encoding="utf-8")
     click.echo(text)
+
+
+def _check_names(option: str, given: tuple[str, ...], known: list[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise click.UsageError(f"--{option} must be one of the plan's: {'; '.join(known)}; got {name!r}.")

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -149,20 +149,21 @@ def run_study(
     plan: Plan,
     directory: Path,
     device: str = "cpu",
-    only: Sequence[str] = (),
+    only_cells: Collection[str] = (),
+    only_arms: Collection[str] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> Results:
     """Do what is not done yet; returns when all is done, by this process or by others that work at the same study.
 
     Args:
-        only: names of cells; the rest is left for later, but for the tuning that these rely on.
+        only_cells, only_arms: names; the rest is left for later, but for the tuning that these rely on.
     """
     results = Results(directory)
     benches: dict[str, CellBench] = {}
     cells = {cell.name: cell for cell in plan.cells}
     while True:
         done = results.read()
-        wanted = list(runs(plan, done, only))
+        wanted = list(runs(plan, done, only_cells, only_arms))
         if all(key in done for key in wanted):
             return results
         for key in wanted:

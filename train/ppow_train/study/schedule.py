@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 
 from ppow_train.study.plan import Cell, Plan
 from ppow_train.study.results import Measured, RunKey
@@ -22,22 +22,31 @@ def start_key(phase: str, cell: Cell) -> RunKey:
     return RunKey(phase, cell.name, None, 0, 0, 0.0)
 
 
-def runs(plan: Plan, results: dict[RunKey, Measured], only: Sequence[str] = ()) -> Iterator[RunKey | None]:
+def runs(
+    plan: Plan,
+    results: dict[RunKey, Measured],
+    only_cells: Collection[str] = (),
+    only_arms: Collection[str] = (),
+) -> Iterator[RunKey | None]:
     """All runs of a study in the order in which they are wanted; None for one whose learning rate is not known yet.
 
     Args:
-        only: names of the cells that are wanted; all without it.
+        only_cells, only_arms: names of those that are wanted; all without it.
     """
-    cells = [cell for cell in plan.cells if not only or cell.name in only]
+    cells = [cell for cell in plan.cells if not only_cells or cell.name in only_cells]
+
+    def wanted(arms: Iterable[str]) -> list[str]:
+        return [arm for arm in arms if not only_arms or arm in only_arms]
+
     for cell in cells:
         yield start_key("report", cell)
     for name in dict.fromkeys(plan.tuning_cell(cell).name for cell in cells):
-        for arm in plan.arms:
+        for arm in wanted(plan.arms):
             for rate in plan.rates_of(arm):
                 yield RunKey("tune", name, arm, plan.tuning_seed, plan.steps[0], rate)
     for steps in plan.steps:
         for seed in plan.seeds:  # outside, so that every table has something to show early
             for cell in cells:
-                for arm in plan.arms_of(steps):
+                for arm in wanted(plan.arms_of(steps)):
                     best = best_rate(plan, results, cell, arm)
                     yield None if best is None else RunKey("report", cell.name, arm, seed, steps, best)
