@@ -14,10 +14,11 @@ from training_pair import K
 
 from ppow_train.cli import run
 from ppow_train.errors import UserError
+from ppow_train.study.costs import equal_time_steps, read_costs, write_costs
 from ppow_train.study.intervals import Resampled, difference, gain
 from ppow_train.study.plan import Cell, Plan, read_plan
 from ppow_train.study.results import Measured, Results, RunKey
-from ppow_train.study.run import run_study
+from ppow_train.study.run import Study
 from ppow_train.study.schedule import best_rate, runs, start_key
 from ppow_train.study.table import tables
 
@@ -93,16 +94,28 @@ def test_names_in_a_plan_must_fit():
 
 def test_rates_are_chosen_where_they_were_tuned():
     study = plan()
-    wanted = list(runs(study, {}))
+    wanted = list(runs(study, {}, {}))
     tuning = [key for key in wanted if key is not None and key.phase == "tune"]
     assert {(key.arm, key.learning_rate) for key in tuning} == {("one", 0.1), ("one", 0.2), ("other", 0.1)}
     assert {key.cell for key in tuning} == {"here"}
     assert wanted.count(None) == 2 * 2 * 2, "nothing is reported before its rate is known"
     done = {key: measured([2.0 if key.learning_rate == 0.1 else 3.0]) for key in tuning}
     assert best_rate(study, done, study.cells[1], "one") == 0.2
-    reported = [key for key in runs(study, done) if key is not None and key.phase == "report" and key.arm]
+    reported = [key for key in runs(study, done, {}) if key is not None and key.phase == "report" and key.arm]
     assert len(reported) == len(set(reported)) == 8
     assert {key.learning_rate for key in reported if key.arm == "one"} == {0.2}
+
+
+def test_an_expensive_arm_runs_once_more_for_what_the_reference_affords():
+    costs = {"d": {"other": [2.4, 2.5, 9.0], "one": [1.04, 0.97, 1.01]}}
+    assert equal_time_steps(costs, "d", "other", 5) == 2
+    assert equal_time_steps(costs, "d", "one", 5) == 5
+    assert equal_time_steps(costs, "d", "third", 5) is None
+    study = plan(seeds=(0,))
+    done = {key: measured([1.0]) for key in runs(study, {}, {}) if key is not None and key.phase == "tune"}
+    reported = [key for key in runs(study, done, costs) if key is not None and key.phase == "report"]
+    assert sorted(key.steps for key in reported if key.arm == "other" and key.cell == "here") == [2, 5]
+    assert [key.steps for key in reported if key.arm == "one" and key.cell == "here"] == [5]
 
 
 # ---------------------------------------------------------------- results on disk
@@ -176,11 +189,12 @@ def test_the_table_says_what_is_clear_of_zero():
             done[RunKey("tune", "here", arm, 100, 5, rate)] = measured([1.0 - rate])
         for seed in study.seeds:
             done[RunKey("report", "here", arm, seed, 5, 0.1)] = measured([value, value + 1])
-    text = tables(study, done)
+    text = tables(study, done, {})
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| `") or "start |" in line]
     assert [line[0] for line in lines] == ["| `other`", "| `one`", "| supervised start"]
     assert lines[0][5].startswith("**+** +18.")
-    assert lines[1][5] == "– |"
+    assert lines[0][6] == "not timed |"
+    assert lines[1][5:] == ["–", "– |"]
 
 
 # ---------------------------------------------------------------- the whole thing
@@ -222,9 +236,15 @@ def small_study(directories, tmp_path) -> Path:
 
 
 def test_a_study_goes_on_where_it_stopped_and_ends_in_a_table(small_study, tmp_path, capsys):
-    whole = run_study(read_plan(small_study), tmp_path / "whole").read()
-    assert len(whole) == 2 + 2 + 2 * 2  # starts, tuning, reported
+    whole = Study(read_plan(small_study), Results(tmp_path / "whole")).finish().read()
+    costs = read_costs(tmp_path / "whole")
+    assert {len(ratios) for of in costs.values() for ratios in of.values()} == {3}
+    assert all(of.keys() == {"ppow"} for of in costs.values())
+    assert (
+        2 + 2 + 2 * 2 <= len(whole) <= 2 + 2 + 2 * 3
+    )  # starts, tuning, reported; ppow for fewer updates too
     stopped = Results(tmp_path / "stopped")
+    write_costs(tmp_path / "stopped", costs)
     for key in list(whole)[:5]:
         stopped.add(key, whole[key])
     assert run(["study", str(small_study), "--output", str(tmp_path / "stopped"), "--cell", "causal_lm"]) == 0

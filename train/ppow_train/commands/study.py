@@ -27,6 +27,7 @@ def study(
     PLAN is a YAML file (examples/benchmarks/study.yaml). Acceptance is the expected serving walk on held-out prompts.
     Start the same command several times to work at one study with several processes.
     """
+    from ppow_train.study.costs import read_costs
     from ppow_train.study.plan import read_plan
     from ppow_train.study.results import Results
     from ppow_train.study.table import tables
@@ -34,11 +35,12 @@ def study(
     wanted = read_plan(plan)
     _check_names("cell", cells, [cell.name for cell in wanted.cells])
     _check_names("arm", arms, list(wanted.arms))
+    results = Results(output)
     if not table_only:
-        from ppow_train.study.run import run_study
+        from ppow_train.study.run import Study
 
-        run_study(wanted, output, device, cells, arms, say=lambda text: click.echo(text, err=True))
-    text = tables(wanted, Results(output).read())
+        Study(wanted, results, device, cells, arms, say=lambda text: click.echo(text, err=True)).finish()
+    text = tables(wanted, results.read(), read_costs(output))
     (output / "table.md").write_text(text, encoding="utf-8")
     click.echo(text)
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from ppow_train.data import keep_long_enough, read_prompts
 from ppow_train.generation import load_or_generate, load_tokenizer
 from ppow_train.pair import Pair, load_pair
 from ppow_train.rollout import WindowRunner
+from ppow_train.study.costs import Costs, read_costs, write_costs
 from ppow_train.study.plan import Cell, Plan
 from ppow_train.study.results import Measured, Results, RunKey
 from ppow_train.study.schedule import runs
+from ppow_train.study.timing import cost_ratios
 from ppow_train.target_cache import MemoryCache
 from ppow_train.trainer import PPOWTrainer
 from ppow_train.training import quiet_trainer, restored
@@ -145,42 +147,88 @@ def _measured(walk: ExpectedWalk, seconds: float) -> Measured:
     return Measured(walk.num_drafts.tolist(), walk.num_accepted_tokens.tolist(), seconds)
 
 
-def run_study(
-    plan: Plan,
-    directory: Path,
-    device: str = "cpu",
-    only_cells: Collection[str] = (),
-    only_arms: Collection[str] = (),
-    say: Callable[[str], None] = lambda text: None,
-) -> Results:
-    """Do what is not done yet; returns when all is done, by this process or by others that work at the same study.
+@dataclasses.dataclass
+class Study:
+    """A study under way in one of the processes that work at it.
 
-    Args:
+    Attributes:
+        plan: what is compared.
+        results: what is known.
+        device: where models run.
         only_cells, only_arms: names; the rest is left for later, but for the tuning that these rely on.
+        say: told of every finished run.
     """
-    results = Results(directory)
-    benches: dict[str, CellBench] = {}
-    cells = {cell.name: cell for cell in plan.cells}
-    while True:
-        done = results.read()
-        wanted = list(runs(plan, done, only_cells, only_arms))
-        if all(key in done for key in wanted):
-            return results
-        for key in wanted:
-            if key is None or key in done:
+
+    plan: Plan
+    results: Results
+    device: str = "cpu"
+    only_cells: Collection[str] = ()
+    only_arms: Collection[str] = ()
+    say: Callable[[str], None] = lambda text: None
+
+    def __post_init__(self) -> None:
+        self._bench: CellBench | None = None
+
+    def bench(self, name: str) -> CellBench:
+        """The bench of a cell; the last one is kept."""
+        if self._bench is None or self._bench.cell.name != name:
+            cell = next(cell for cell in self.plan.cells if cell.name == name)
+            self._bench = None  # before the next is loaded
+            self._bench = CellBench(self.plan, cell, self.results.directory / "trajectories", self.device)
+        return self._bench
+
+    def finish(self) -> Results:
+        """Do what is not done yet; returns when all is done, by this process or by others."""
+        while True:
+            costs = read_costs(self.results.directory)
+            done = self.results.read()
+            wanted = list(runs(self.plan, done, costs, self.only_cells, self.only_arms))
+            timings = list(self._timings(costs))
+            if not timings and all(key in done for key in wanted):
+                return self.results
+            one_done = any(
+                self._run(key, len(wanted)) for key in wanted if key is not None and key not in done
+            )
+            # Last, so that it delays nothing that a table can show.
+            if not one_done and not any(self._time(*timing) for timing in timings):
+                time.sleep(
+                    _POLL_S
+                )  # what is left is being done elsewhere, or waits for learning rates that are
+
+    def _run(self, key: RunKey, wanted: int) -> bool:
+        """Do a run unless another process does; whether it was done here."""
+        with self.results.claim(key) as mine:
+            done = self.results.read()  # another process may have finished it just now
+            if not mine or key in done:
+                return False
+            measured = self.bench(key.cell).measure(key)
+            self.results.add(key, measured)
+        self.say(_line(key, measured, f"{len(done) + 1} of {wanted}"))
+        return True
+
+    def _timings(self, costs: Costs) -> Iterator[tuple[Cell, str]]:
+        """Arms whose cost is not known, each with the first cell of its drafter."""
+        drafters: set[str] = set()
+        for cell in self.plan.cells:
+            if cell.drafter in drafters or (self.only_cells and cell.name not in self.only_cells):
                 continue
-            with results.claim(key) as mine:
-                done = results.read()  # another process may have finished it just now
-                if not mine or key in done:
-                    continue
-                if key.cell not in benches:
-                    benches = {key.cell: CellBench(plan, cells[key.cell], directory / "trajectories", device)}
-                measured = benches[key.cell].measure(key)
-                results.add(key, measured)
-            say(_line(key, measured, f"{len(done) + 1} of {len(wanted)}"))
-            break
-        else:
-            time.sleep(_POLL_S)  # what is left is being done, or waits for learning rates that are
+            drafters.add(cell.drafter)
+            for arm in self.plan.arms:
+                wanted = arm != self.plan.reference and (not self.only_arms or arm in self.only_arms)
+                if wanted and arm not in costs.get(cell.drafter, {}):
+                    yield cell, arm
+
+    def _time(self, cell: Cell, arm: str) -> bool:
+        """Time an arm unless another process times one: side by side means one at a time."""
+        with self.results.claim(RunKey("time", cell.name, None, 0, 0, 0.0)) as mine:
+            costs = read_costs(self.results.directory)
+            of_drafter = costs.setdefault(cell.drafter, {})
+            if not mine or arm in of_drafter:
+                return False
+            of_drafter[arm] = cost_ratios(self.bench(cell.name), arm, self.plan.reference)
+            write_costs(self.results.directory, costs)
+        self.say(f"{arm}: an update takes {of_drafter[arm]} times the reference's ({cell.drafter})")
+        return True
 
 
 def _line(key: RunKey, measured: Measured, progress: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
+from ppow_train.study.costs import Costs, equal_time_steps
 from ppow_train.study.plan import Cell, Plan
 from ppow_train.study.results import Measured, RunKey
 
@@ -25,12 +26,15 @@ def start_key(phase: str, cell: Cell) -> RunKey:
 def runs(
     plan: Plan,
     results: dict[RunKey, Measured],
+    costs: Costs,
     only_cells: Collection[str] = (),
     only_arms: Collection[str] = (),
 ) -> Iterator[RunKey | None]:
     """All runs of a study in the order in which they are wanted; None for one whose learning rate is not known yet.
 
     Args:
+        costs: of the arms, as far as they have been measured; one that costs more than the reference runs once more,
+            for as many updates as the reference has in the same time.
         only_cells, only_arms: names of those that are wanted; all without it.
     """
     cells = [cell for cell in plan.cells if not only_cells or cell.name in only_cells]
@@ -49,4 +53,8 @@ def runs(
             for cell in cells:
                 for arm in wanted(plan.arms_of(steps)):
                     best = best_rate(plan, results, cell, arm)
-                    yield None if best is None else RunKey("report", cell.name, arm, seed, steps, best)
+                    # Once where the costs are alike, or not known.
+                    for updates in dict.fromkeys(
+                        (steps, equal_time_steps(costs, cell.drafter, arm, steps) or steps)
+                    ):
+                        yield None if best is None else RunKey("report", cell.name, arm, seed, updates, best)
