@@ -101,9 +101,8 @@ def test_the_form_follows_how_drafts_are_served(options, forms, draftable):
     trained_at = 0.5 if options.get("serving_temperature") == 0 else 1.0
     for name, form in zip(("exact", "overlap"), forms, strict=True):
         sharpening = () if form in (exact, overlap_window) else (trained_at / 0.4,)
-        ours = make_objective(PPOWOptions(objective=name, greedy_sharpness_temperature=0.4, **options))(
-            windows
-        )
+        temperatures = {"greedy_sampling_temperature": 0.5, "greedy_sharpness_temperature": 0.4}
+        ours = make_objective(PPOWOptions(objective=name, **temperatures, **options))(windows)
         torch.testing.assert_close(ours, form(windows, *sharpening, COST))
 
 
