@@ -80,7 +80,11 @@ def test_what_is_no_plan_is_refused(tmp_path, text, says):
         read_plan(tmp_path / "plan.yaml")
 
 
-def test_names_in_a_plan_must_fit():
+def test_names_in_a_plan_must_fit(tmp_path):
+    with pytest.raises(UserError, match="The plan's steps are empty"):
+        plan(steps=())
+    with pytest.raises(UserError, match="arm 'one' of the plan has the unknown key 'speed'"):
+        Study(plan(arms={"one": {"speed": 1}}), Results(tmp_path))
     with pytest.raises(UserError, match="two cells of one name"):
         plan(cells=(cell(), cell()))
     with pytest.raises(UserError, match="tuned like 'nowhere', which is no cell"):

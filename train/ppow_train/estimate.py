@@ -9,11 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
-import time
 from pathlib import Path
 from typing import Any
-
-from transformers import TrainerCallback, TrainerState
 
 from ppow_train.config import PPOWConfig
 from ppow_train.data import keep_long_enough
@@ -24,6 +21,7 @@ from ppow_train.microbatches import choose_windows_per_forward, divide_step
 from ppow_train.pair import Pair
 from ppow_train.training import make_runner, quiet_trainer, restored
 from ppow_train.types import Trajectories
+from ppow_train.update_clock import UpdateClock
 
 _TIMED_UPDATES = 3  # after one that also warms up
 
@@ -64,21 +62,6 @@ class RunEstimate:
         )
 
 
-class _Stopwatch(TrainerCallback):
-    """Times updates and stops after a few."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._begin = 0.0
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._begin = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._begin)
-        control.should_training_stop = len(self.seconds) > _TIMED_UPDATES
-
-
 def estimate_run(pair: Pair, trajectories: Trajectories, config: PPOWConfig, scratch: Path) -> RunEstimate:
     """Estimate a run; nothing is written but a log in `scratch`, and the drafter is given back as it was.
 
@@ -92,7 +75,7 @@ def estimate_run(pair: Pair, trajectories: Trajectories, config: PPOWConfig, scr
     divide_step(config, choose_windows_per_forward(runner, config))
     windows = config.per_device_train_batch_size
     memory, available = estimate_memory(runner, config).of(windows), available_bytes(pair.target.model.device)
-    watch = _Stopwatch()
+    watch = UpdateClock(stop_after=1 + _TIMED_UPDATES)
     config.adaptive_after, config.save_strategy, config.output_dir = 0.0, "no", str(scratch)
     with restored(pair.drafter.model):
         trainer = PPOWTrainer(runner, config, load_tokenizer(pair.target.directory), callbacks=[watch])

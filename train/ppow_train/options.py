@@ -20,7 +20,7 @@ def _option(default: Any, help: str) -> Any:
 class PPOWOptions:
     """What can be set in a config file or by a flag; TRL's own fields can stand in the file too."""
 
-    # The winner of the README's table ("Which objective"), not of our hopes.
+    # Nothing in the README's tables ("Which objective") is significantly above it.
     objective: str = _option(
         "cst:tv",
         "what is minimised: ppow, exact, overlap, drafts, cst:LOSS (cst:tv, cst:kl, …), or a weighted sum of these "

@@ -105,14 +105,13 @@ def _check_memory(needed: int) -> None:
         )
 
 
-class _Rows:
-    """States of all tokens one after another, [tokens, H + T·H], and where each trajectory begins."""
+class _Layout:
+    """How the states of a trajectory, [n, H + T·H], become `Encoded` again."""
 
-    def __init__(self, target: Target, trajectories: Trajectories) -> None:
+    def __init__(self, target: Target) -> None:
         self.hidden_size = target.model.config.get_text_config().hidden_size
         self.has_taps = bool(target.tap_layers)
         self.device = target.model.device
-        self.lengths = trajectories.lengths.tolist()
 
     def padded(self, states: list[torch.Tensor], length: int) -> Encoded:
         """[n_i, H + T·H] each -> `Encoded` with `length` slots; padding is zero and never read."""
@@ -130,13 +129,12 @@ class MemoryCache:
     def __init__(
         self, target: Target, trajectories: Trajectories, report: Callable[[int], None] = lambda done: None
     ) -> None:
-        self._rows = _Rows(target, trajectories)
+        self._layout = _Layout(target)
         self._states = list(_states(target, trajectories, report))
-        target.forget()
 
     def encoded(self, rows: torch.Tensor, length: int) -> Encoded:
         """See `TargetCache`."""
-        return self._rows.padded([self._states[row] for row in rows.tolist()], length)
+        return self._layout.padded([self._states[row] for row in rows.tolist()], length)
 
 
 class DiskCache:
@@ -158,7 +156,7 @@ class DiskCache:
         fingerprint: str,
         report: Callable[[int], None] = lambda done: None,
     ) -> None:
-        self._rows = _Rows(target, trajectories)
+        self._layout = _Layout(target)
         self.directory = directory / f"target-{_key(target, trajectories, fingerprint)}"
         if not self.directory.exists():
             _check_room(directory, cache_bytes(target, trajectories))
@@ -167,7 +165,7 @@ class DiskCache:
 
     def encoded(self, rows: torch.Tensor, length: int) -> Encoded:
         """See `TargetCache`."""
-        return self._rows.padded([self._read(row) for row in rows.tolist()], length)
+        return self._layout.padded([self._read(row) for row in rows.tolist()], length)
 
     def _read(self, row: int) -> torch.Tensor:
         from safetensors import safe_open
@@ -191,6 +189,7 @@ def _states(
         for state, length in zip(states.cpu(), chosen.lengths.tolist(), strict=True):
             yield state[:length].clone()
         report(begin + len(rows))
+    target.forget()
 
 
 def _key(target: Target, trajectories: Trajectories, fingerprint: str) -> str:

@@ -98,7 +98,7 @@ def draw_starts(
     (ours: the paper says "with priority"; a share of ordinary windows keeps the easy places from being forgotten).
     Draws are systematic (Madow 1949): one uniform number per trajectory, W points at equal distances of cumulated
     chance. A start is drawn W times its chance in expectation, once at most while that is below one, and the windows
-    of a trajectory spread over it, which trained better than independent draws (ours).
+    of a trajectory spread over it instead of falling together by chance (ours).
 
     Args:
         num_starts: int64 [B], >= 1, starts that leave room for a window.

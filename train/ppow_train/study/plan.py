@@ -68,6 +68,9 @@ class Plan:
     long_arms: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("cells", "arms", "seeds", "learning_rates", "steps"):
+            if not getattr(self, name):
+                raise UserError(f"The plan's {name} are empty: give at least one.")
         names = [cell.name for cell in self.cells]
         if len(set(names)) != len(names):
             raise UserError(f"The plan has two cells of one name: {', '.join(names)}.")

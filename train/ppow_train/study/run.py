@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
-from ppow_train.config import PPOWConfig
+from ppow_train.config import PPOWConfig, check_keys
 from ppow_train.data import keep_long_enough, read_prompts
+from ppow_train.errors import UserError
 from ppow_train.generation import load_or_generate, load_tokenizer
 from ppow_train.pair import Pair, load_pair
 from ppow_train.rollout import WindowRunner
+from ppow_train.selection import Judge
 from ppow_train.study.costs import Costs, read_costs, write_costs
 from ppow_train.study.plan import Cell, Plan
 from ppow_train.study.results import Measured, Results, RunKey
@@ -30,23 +32,10 @@ from ppow_train.target_cache import MemoryCache
 from ppow_train.trainer import PPOWTrainer
 from ppow_train.training import quiet_trainer, restored
 from ppow_train.types import Trajectories
-from ppow_train.walk import ExpectedWalk, TargetPath, expected_walk, target_paths
+from ppow_train.walk import ExpectedWalk
 
 _HELD_OUT_SEED = 1_000_000  # of their continuations: apart from every run's
 _POLL_S = 5.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Judge:
-    """Prompts that a drafter is measured on, with the target's part of the walk."""
-
-    runner: WindowRunner
-    paths: list[TargetPath]
-    max_tokens: int
-
-    def walk(self, greedy_drafts: bool) -> ExpectedWalk:
-        """What the drafter, as it is now, is expected to earn."""
-        return expected_walk(self.runner, self.max_tokens, greedy_drafts, self.paths)
 
 
 class CellBench:
@@ -64,7 +53,7 @@ class CellBench:
         self.tokenizer = load_tokenizer(self.pair.target.directory)
         self.length = int(plan.options.get("num_speculative_tokens", PPOWConfig.num_speculative_tokens))
         self.training = functools.lru_cache(maxsize=1)(self._training)
-        self.judge = functools.lru_cache(maxsize=2)(self._judge)
+        self.judge = functools.lru_cache(maxsize=4)(self._judge)
 
     def _trajectories(self, file: str, seed: int, new_tokens: int) -> Trajectories:
         return load_or_generate(
@@ -81,11 +70,16 @@ class CellBench:
     def _training(self, seed: int) -> tuple[Trajectories, MemoryCache]:
         """Trajectories of the prompts that are trained on, with the target's states along them."""
         whole = self._trajectories(self.cell.prompts, seed, self.plan.max_new_tokens)
+        if len(whole) <= self.plan.tuning_prompts:
+            raise UserError(
+                f"The plan sets {self.plan.tuning_prompts} prompts apart for tuning, {self.cell.prompts} has "
+                f"{len(whole)}: lower tuning_prompts."
+            )
         used = whole.select(torch.arange(len(whole) - self.plan.tuning_prompts))
         used = keep_long_enough(used, self.length)
         return used, MemoryCache(self.pair.target, used)
 
-    def _judge(self, phase: str) -> Judge:
+    def _judge(self, phase: str, greedy_drafts: bool) -> Judge:
         """The prompts that are reported, or those that are set apart for tuning."""
         # K tokens longer: the last draft of a walk must fit.
         tokens = self.plan.max_tokens + self.length
@@ -97,7 +91,7 @@ class CellBench:
         runner = WindowRunner(
             self.pair.target, self.pair.drafter, judges, self.length, self.cell.temperature or 1.0
         )
-        return Judge(runner, list(target_paths(runner)), self.plan.max_tokens)
+        return Judge(runner, greedy_drafts)
 
     def config(self, arm: str, scratch: Path, **values: Any) -> PPOWConfig:
         """The configuration of one run."""
@@ -127,9 +121,8 @@ class CellBench:
 
     def measure(self, key: RunKey) -> Measured:
         """Do one run: train an arm and walk, or walk with the untrained drafter."""
-        judge = self.judge(key.phase)
         if key.arm is None:
-            return _measured(judge.walk(self.cell.temperature == 0), 0.0)
+            return _measured(self.judge(key.phase, self.cell.temperature == 0)(), 0.0)
         with tempfile.TemporaryDirectory() as scratch, restored(self.pair.drafter.model):
             config = self.config(
                 key.arm, Path(scratch), seed=key.seed, max_steps=key.steps, learning_rate=key.learning_rate
@@ -138,9 +131,8 @@ class CellBench:
             begin = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - begin
-            trainer.model.eval()
             greedy = config.serving_temperature == 0 or config.draft_sample_method == "greedy"
-            return _measured(judge.walk(greedy), seconds)
+            return _measured(self.judge(key.phase, greedy)(), seconds)
 
 
 def _measured(walk: ExpectedWalk, seconds: float) -> Measured:
@@ -168,6 +160,8 @@ class Study:
 
     def __post_init__(self) -> None:
         self._bench: CellBench | None = None
+        for arm in self.plan.arms:  # before anything runs
+            check_keys(self.plan.options_of(arm), f"arm {arm!r} of the plan")
 
     def bench(self, name: str) -> CellBench:
         """The bench of a cell; the last one is kept."""

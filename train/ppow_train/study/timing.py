@@ -7,35 +7,17 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from transformers import TrainerCallback
+from typing import TYPE_CHECKING
 
 from ppow_train.training import restored
+from ppow_train.update_clock import UpdateClock
 
 if TYPE_CHECKING:
     from ppow_train.study.run import CellBench
 
 ROUNDS = 3
 UPDATES = 6  # of a round; the first warms up and is not counted
-
-
-class _Clock(TrainerCallback):
-    """Seconds of every update."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._begin = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start."""
-        self._begin = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop."""
-        self.seconds.append(time.perf_counter() - self._begin)
 
 
 def cost_ratios(bench: CellBench, arm: str, reference: str) -> list[float]:
@@ -47,7 +29,7 @@ def _seconds(bench: CellBench, arm: str) -> float:
     with tempfile.TemporaryDirectory() as scratch, restored(bench.pair.drafter.model):
         # Adaptive windows from the start, as most of a run has them.
         trainer = bench.trainer(bench.config(arm, Path(scratch), max_steps=UPDATES, adaptive_after=0.0))
-        clock = _Clock()
+        clock = UpdateClock()
         trainer.add_callback(clock)
         trainer.train()
     return statistics.median(clock.seconds[1:])
