@@ -76,10 +76,10 @@ class PPOWOptions:
         0.25, "share of windows with k = 0 that earn it, sets ε as they come (0..1)"
     )
     proximity_epsilon: float | None = _option(None, "fixed ε in nats instead of the quantile")
-    adaptive_windows: str = _option(
+    adaptive_windows: Literal["auto", "true", "false"] = _option(
         "auto", "draw windows by criticality: true, false, or auto (only for ppow, as published)"
     )
-    criticality: str = _option(
+    criticality: Literal["divergence", "lost_tokens"] = _option(
         "divergence",
         "what makes a window critical: divergence (the paper's, nats) or lost_tokens (K − expected accepted, ours)",
     )

@@ -26,9 +26,8 @@ from ppow_train.verification import (
 )
 from ppow_train.windowing import lost_tokens, token_acceptance, token_criticality, window_criticality
 
-LOGITS_AT_ONCE = (
-    2**26
-)  # of p or q while criticality is computed: 256 MiB in float32, whatever V and the trajectories
+# of p or q while criticality is computed: 256 MiB in float32, whatever V and the trajectories
+LOGITS_AT_ONCE = 2**26
 
 _Result = TypeVar("_Result")
 
@@ -223,9 +222,8 @@ class WindowRunner:
         length, vocabulary = self.num_speculative_tokens, self.drafter.vocabulary
         tokens = window_tokens(packed.trajectories.input_ids, packed.starts, length)
         target_logits = self.target.path_logits(target, packed.starts, length) / self.temperature
-        target_logits = vocabulary.with_rest(
-            target_logits
-        )  # at once: the full ones may be four times as many
+        # At once: the full ones may be four times as many.
+        target_logits = vocabulary.with_rest(target_logits)
         draft_logits = run(
             lambda: self.drafter.path_logits(
                 self.drafter.encode(packed.trajectories, target), packed.trajectories, packed.starts, length

@@ -93,9 +93,8 @@ class WindowSampler:
     def _refresh(self, ids: list[int], step: int) -> None:
         """Compute what is missing or too old, in one pass."""
         self._forget(step)
-        wanted = sorted(
-            set(ids) - self._kept.keys()
-        )  # the order of packed rows: the target remembers its last pass
+        # In the order of packed rows: the target remembers its last pass.
+        wanted = sorted(set(ids) - self._kept.keys())
         if not wanted:
             return
         rows = torch.tensor(wanted, device=self.trajectories.lengths.device)

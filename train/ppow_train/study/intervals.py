@@ -2,7 +2,8 @@
 
 Two things are chance: which prompts were held out, and the seed of a run (trajectories, initialisation, windows). Both
 are resampled, the same draw for every arm, so that what the arms have in common drops out of a difference (two-way
-bootstrap, ours). Left out: how results are laid out (table.py).
+bootstrap, ours). n − 1 of n are drawn (Rao and Wu 1988): n of n would make a mean of few seeds look surer than it is.
+Left out: how results are laid out (table.py).
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Resampled:
         random = np.random.default_rng(_SEED)
         # How often each seed and each prompt is drawn: [resamples, S] and [resamples, B].
         seeds, prompts = (
-            random.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES) for count in drafts.shape
+            random.multinomial(max(1, count - 1), np.full(count, 1 / count), size=_RESAMPLES)
+            for count in drafts.shape
         )
         self.mean = float(accepted.sum() / drafts.sum())
         self.draws = _over(*(((seeds @ values) * prompts).sum(-1) for values in (accepted, drafts)))
