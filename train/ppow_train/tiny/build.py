@@ -5,10 +5,12 @@ Every stage writes under a temporary name and renames, so an interrupted build g
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,13 @@ def _build_prompts(out: Path, target: Path, sources: Sequence[text.SourceFile], 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target)
+
+    def prompts(domain: str, split: str, count: int) -> Iterator[dict[str, str]]:
+        return text.make_prompts(sources, domain, split, count, tokenizer, PROMPT_TOKENS, recipe.seed)
+
     for domain in (text.KNOWN, text.NEW):
-        for split, count in (("train", recipe.train_prompts), ("held_out", recipe.held_out_prompts)):
-            rows = text.make_prompts(sources, domain, split, count, tokenizer, PROMPT_TOKENS, recipe.seed)
-            text.write_jsonl(out / f"{domain}_{split}.jsonl", rows)
+        held_out = list(prompts(domain, "held_out", recipe.held_out_prompts))
+        report = text.unlike(prompts(domain, "held_out", sys.maxsize), held_out)
+        text.write_jsonl(out / f"{domain}_train.jsonl", prompts(domain, "train", recipe.train_prompts))
+        text.write_jsonl(out / f"{domain}_held_out.jsonl", held_out)
+        text.write_jsonl(out / f"{domain}_report.jsonl", itertools.islice(report, recipe.report_prompts))

@@ -20,6 +20,7 @@ class TinyRecipe:
         drafter_cycles: cosine cycles of the drafters, each from the one before it as it is on disk.
         target_lr, drafter_lr: peak learning rates.
         train_prompts, held_out_prompts: prompts per domain.
+        report_prompts: further held-out prompts per domain, no two alike and none of the former.
     """
 
     seed: int = 0
@@ -33,3 +34,4 @@ class TinyRecipe:
     drafter_lr: float = 3e-3
     train_prompts: int = 384
     held_out_prompts: int = 64
+    report_prompts: int = 224

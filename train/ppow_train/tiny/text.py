@@ -127,6 +127,15 @@ def make_prompts(
         yield {"prompt": prompt, "file": source.name}
 
 
+def unlike(rows: Iterable[dict[str, str]], others: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """Rows whose prompt is neither among the others nor was seen before."""
+    seen = {row["prompt"] for row in others}
+    for row in rows:
+        if row["prompt"] not in seen:
+            seen.add(row["prompt"])
+            yield row
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
     """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
