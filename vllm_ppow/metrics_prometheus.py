@@ -1,4 +1,4 @@
-"""Our Prometheus metrics, under `ppow:` beside vLLM's `vllm:`, with vLLM's labels; counts, divided by whoever reads them.
+"""Our Prometheus metrics, `ppow:…` beside `vllm:…`, with the labels of these: counts, divided by whoever reads them.
 
 What vLLM counts already (acceptance, tokens, preemptions) keeps vLLM's names and is not counted again. Left out: how
 vLLM calls it (metrics_logger.py), and where the window's counts come from (window_report.py).

@@ -1,7 +1,7 @@
-"""How the window's counts get from the engine core to the API server: a small file that one writes and the other reads.
+"""How the window's counts get from the engine core to the API server: a small file, written by one, read by the other.
 
-vLLM's own statistics travel in messages whose fields are fixed (`SchedulerStats`: unknown ones are dropped when a message
-is decoded), and nothing of vLLM's is bent to carry ours. The file lies where vLLM puts its own sockets
+vLLM's own statistics travel in messages whose fields are fixed (`SchedulerStats`: unknown ones are dropped when a
+message is decoded), and nothing of vLLM's is bent to carry ours. The file lies where vLLM puts its own sockets
 (VLLM_RPC_BASE_PATH), belongs to this user alone, and is replaced at most once a second. Engines on another machine than
 the API server cannot be read this way: their counts are then missing, and nothing else is. Left out: what is counted
 (window.py) and what becomes of it (metrics_logger.py). Neither side ever raises: statistics must not stop serving.
