@@ -96,6 +96,11 @@ class Server:
         parent = psutil.Process(self._process.pid)
         return [parent, *parent.children(recursive=True)]
 
+    def cpu_seconds(self) -> float:
+        """What all its processes have computed, on any core: for machines on which other jobs run."""
+        times = [process.cpu_times() for process in self.processes()]
+        return sum(spent.user + spent.system for spent in times)
+
     def metrics(self) -> dict[str, float]:
         """Samples of /metrics summed over engines: `name` or `name{label=value}` for the labels beyond those."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:

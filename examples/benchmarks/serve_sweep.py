@@ -18,7 +18,7 @@ import importlib.metadata
 import os
 import platform
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,18 +115,18 @@ def run_bench(server: Server, arguments: list[str], log: Path) -> dict[str, Any]
 
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
-    before = server.metrics()
+    before, busy = server.metrics(), server.cpu_seconds()
     with log.open("a") as stream, contextlib.redirect_stdout(stream):
         result = main(parser.parse_args(arguments))
     server.check_alive()
-    return summarise(result, before, server.metrics())
+    return {**summarise(result, before, server.metrics()), "server_cpu_s": server.cpu_seconds() - busy}
 
 
 @contextlib.contextmanager
 def running(
     group: Sequence[str], arms: dict[str, dict[str, Any] | None], options: ServerOptions, output: Path
 ) -> Iterator[dict[str, Server]]:
-    """The servers of a group, started one after another (two cores compile slower side by side) and then left up."""
+    """Servers of some arms, started one after another (side by side they only slow one another) and then left up."""
     servers: dict[str, Server] = {}
     try:
         for arm in group:
@@ -148,47 +148,71 @@ def affordable_servers(asked: int, gib_per_server: float, lines: Sequence[dict[s
     return min(asked, fitting)
 
 
-def sweep_group(
-    group: tuple[str, ...],
+def blocks_of(group: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[sweep_table.Block, list[str]]]:
+    """Every block of a group, and the order its servers are loaded in; the same ones whenever it is asked for."""
+    draw = random.Random(f"{settings['seed']} {group}")
+    return [
+        ((temperature, group, round_index, concurrency), draw.sample(group, len(group)))
+        for round_index in range(settings["rounds"])
+        for temperature in settings["temperatures"]
+        for concurrency in settings["levels"]
+    ]
+
+
+def measure_block(
+    block: sweep_table.Block,
+    order: Sequence[str],
     servers: dict[str, Server],
+    settings: dict[str, Any],
+    output: Path,
+    on_run: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Load every server of a block in turn; one line of results each."""
+    temperature, group, round_index, concurrency = block
+    load = {
+        "temperature": temperature,
+        "concurrency": concurrency,
+        "output_len": settings["output_len"],
+        "num_prompts": max(settings["min_prompts"], settings["prompts_per_client"] * concurrency),
+        "seed": settings["seed"] + round_index,
+    }
+    lines: list[dict[str, Any]] = []
+    for arm in order:
+        on_run(f"round {round_index + 1}, T = {temperature:g}, concurrency {concurrency}, {arm}")
+        arguments = bench_arguments(servers[arm].url, settings["target"], Path(settings["prompts"]), load)
+        measured = run_bench(servers[arm], arguments, output / "logs" / "bench.log")
+        place = {"temperature": temperature, "group": group, "round": round_index, "concurrency": concurrency}
+        when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        lines.append({**place, "arm": arm, "position": len(lines), "time": when, **measured})
+    return lines
+
+
+def sweep(
+    groups: Sequence[tuple[str, ...]],
+    arms: dict[str, dict[str, Any] | None],
     settings: dict[str, Any],
     done: set[sweep_table.Block],
     output: Path,
-    on_run: Any,
+    on_run: Callable[[str], None],
 ) -> None:
-    """Every block of a group that is not on disk yet."""
-    draw = random.Random(f"{settings['seed']} {group}")
-    loads = [
-        (t, r, c)
-        for r in range(settings["rounds"])
-        for t in settings["temperatures"]
-        for c in settings["levels"]
-    ]
-    for temperature, round_index, concurrency in loads:
-        order = draw.sample(group, len(group))
-        if (temperature, group, round_index, concurrency) in done:
-            continue
-        load = {
-            "temperature": temperature,
-            "concurrency": concurrency,
-            "output_len": settings["output_len"],
-            "num_prompts": max(settings["min_prompts"], settings["prompts_per_client"] * concurrency),
-            "seed": settings["seed"] + round_index,
-        }
-        lines = []
-        for arm in order:
-            on_run(f"round {round_index + 1}, T = {temperature:g}, concurrency {concurrency}, {arm}")
-            arguments = bench_arguments(servers[arm].url, settings["target"], Path(settings["prompts"]), load)
-            measured = run_bench(servers[arm], arguments, output / "logs" / "bench.log")
-            place = {
-                "temperature": temperature,
-                "group": group,
-                "round": round_index,
-                "concurrency": concurrency,
-            }
-            when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            lines.append({**place, "arm": arm, "position": len(lines), "time": when, **measured})
-        sweep_table.append_block(output / "results.jsonl", lines)
+    """Every block that is not on disk yet; the servers that all groups share stay up throughout."""
+    options = ServerOptions(
+        settings["target"], settings["dtype"], settings["max_model_len"], max(settings["levels"])
+    )
+    left = {
+        group: [entry for entry in blocks_of(group, settings) if entry[0] not in done] for group in groups
+    }
+    if not any(left.values()):
+        return
+    with running((NONE, ADAPTIVE), arms, options, output) as shared:
+        for group, blocks in left.items():
+            if not blocks:
+                continue
+            windows = [arm for arm in group if arm not in shared]
+            with running(windows, arms, options, output) as others:
+                for block, order in blocks:
+                    lines = measure_block(block, order, {**shared, **others}, settings, output, on_run)
+                    sweep_table.append_block(output / "results.jsonl", lines)
 
 
 def report(lines: Sequence[dict[str, Any]], facts: dict[str, Any], output: Path) -> bool:
@@ -277,21 +301,16 @@ def main(
     if not report_only:
         adapter = adapter or train_adapter(output / "adapter", training_steps)
         arms = make_arms(settings["windows"], adapter)
-        options = ServerOptions(
-            settings["target"], settings["dtype"], settings["max_model_len"], max(settings["levels"])
-        )
         groups = make_groups(list(arms), affordable_servers(max_servers, gib_per_server, lines))
-        total = len(settings["temperatures"]) * len(settings["levels"]) * rounds * sum(map(len, groups))
+        total = rounds * len(settings["temperatures"]) * len(settings["levels"]) * sum(map(len, groups))
+        done = {sweep_table.block_of(line) for line in lines}
         with make_progress() as progress:
-            task = progress.add_task("sweep", total=total, note="", completed=len(lines))
-            for group in groups:
-                done = {sweep_table.block_of(line) for line in lines}
-                progress.update(task, note=f"starting {', '.join(group)}")
-                with running(group, arms, options, output) as servers:
-                    sweep_group(
-                        group, servers, settings, done, output,
-                        lambda note: progress.update(task, advance=1, note=note),
-                    )  # fmt: skip
+            task = progress.add_task("sweep", total=total, note="starting servers", completed=len(lines))
+
+            def on_run(note: str) -> None:
+                progress.update(task, advance=1, note=note)
+
+            sweep(groups, arms, settings, done, output, on_run)
         lines = sweep_table.read_results(output / "results.jsonl", facts)
     if not lines:
         raise click.ClickException(f"{output} holds no complete block yet.")

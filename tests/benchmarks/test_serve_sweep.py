@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import bench_server
 import click
@@ -214,3 +215,90 @@ def test_check_exits_with_1_where_an_aim_is_missed(tmp_path):
     arguments = ["--output", str(tmp_path), "--report-only", "--adapter", "a"]
     assert CliRunner().invoke(serve_sweep.main, arguments).exit_code == 0
     assert CliRunner().invoke(serve_sweep.main, [*arguments, "--check"]).exit_code == 1
+
+
+# ---------------------------------------------------------------- the run, with stand-ins for servers
+
+
+class StandIn:
+    """In place of a server: remembers when it was up."""
+
+    up: ClassVar[list[str]] = []
+    events: ClassVar[list[tuple[str, str]]] = []
+
+    def __init__(self, name, options, spec, log):
+        self.name, self.url = name, f"http://{name}"
+        StandIn.up.append(name)
+        StandIn.events.append(("start", name))
+
+    def wait_until_healthy(self):
+        pass
+
+    def stop(self):
+        StandIn.up.remove(self.name)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    monkeypatch.setattr(serve_sweep, "Server", StandIn)
+    StandIn.up, StandIn.events = [], []
+    ran = []
+
+    def run_bench(server, arguments, log):
+        if len(ran) == stop_after[0]:
+            raise click.ClickException("killed")
+        assert len(StandIn.up) <= 3
+        ran.append(server.name)
+        return {"output_tokens_per_second": 100.0 + len(ran)}
+
+    stop_after = [10**9]
+    monkeypatch.setattr(serve_sweep, "run_bench", run_bench)
+    return ran, stop_after
+
+
+def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, stand_ins):
+    from click.testing import CliRunner
+
+    ran, stop_after = stand_ins
+    arguments = [
+        "--output",
+        str(tmp_path),
+        "--adapter",
+        "a",
+        "--windows",
+        "1,3",
+        "--levels",
+        "1,4",
+        "--rounds",
+        "2",
+    ]
+    arguments += ["--max-servers", "3", "--gib-per-server", "0.01"]
+    stop_after[0] = 7  # in the third block of three arms
+    assert CliRunner().invoke(serve_sweep.main, arguments).exit_code == 1
+    assert StandIn.up == [], "no server stays after an error"
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1 + 6
+    stop_after[0] = 10**9
+    done = CliRunner().invoke(serve_sweep.main, arguments)
+    assert done.exit_code == 0, done.output
+    assert len(ran) == 7 + (24 - 6), (
+        "two groups, two rounds, two levels, three arms; the torn block once more"
+    )
+    assert StandIn.events.count(("start", NONE)) == 2, "servers that all groups share start once"
+    assert StandIn.events[-3:] == [("start", ADAPTIVE), ("start", "K=1"), ("start", "K=3")]
+    results = sweep_table.complete_blocks(
+        map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines()[1:])
+    )
+    assert len(results) == 24
+    assert {tuple(entry["group"]) for entry in results} == {(NONE, "K=1", ADAPTIVE), (NONE, "K=3", ADAPTIVE)}
+    before = len(ran), len(StandIn.events)
+    assert CliRunner().invoke(serve_sweep.main, arguments).exit_code == 0
+    assert (len(ran), len(StandIn.events)) == before, "nothing is left to do"
+
+
+def test_orders_differ_and_stay():
+    settings = {"seed": 0, "rounds": 3, "temperatures": (0.0,), "levels": (1, 2, 4)}
+    group = (NONE, "K=1", "K=3", ADAPTIVE)
+    blocks = serve_sweep.blocks_of(group, settings)
+    assert len({tuple(order) for _, order in blocks}) > 4
+    assert blocks == serve_sweep.blocks_of(group, settings)
+    assert blocks == serve_sweep.blocks_of(group, {**settings, "rounds": 4})[:9], "more rounds may follow"

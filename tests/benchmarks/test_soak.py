@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-
-BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 import soak
 import soak_report
 from bench_adapters import make_adapter
 from soak_report import Demands, Findings
+
+BENCHMARKS = Path(soak.__file__).parent
 
 
 def steady(base=900.0, slope=0.0, seconds=1800, noise=5.0):
