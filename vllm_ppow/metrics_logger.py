@@ -1,4 +1,4 @@
-"""Entry point `ppow_metrics` of group `vllm.stat_logger_plugins`: hands what vLLM reports to our Prometheus metrics.
+"""Entry point `ppow` of group `vllm.stat_logger_plugins`: hands what vLLM reports to our Prometheus metrics.
 
 vLLM makes one in every API server (of `vllm serve` and `AsyncLLM`; `LLM` loads no such plugins) and calls it for every
 message of an engine. It does nothing where method ppow is not served. An error in it would stop vLLM: at the first one

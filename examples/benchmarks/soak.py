@@ -16,14 +16,15 @@ import contextlib
 import json
 import random
 import re
+import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import click
-from bench_adapters import train_adapter
+from bench_adapters import make_adapter, train_adapter
 from bench_server import MODEL_NAME, TINY, Server, ServerOptions
 from soak_report import Demands, Findings, as_json
 
@@ -31,6 +32,7 @@ from ppow_train.progress import make_progress
 
 ABORTED_SHARE, SAMPLED_SHARE = 0.25, 0.25  # of requests; some are both
 MEMORY_EVERY_S = 2.0
+SWAP_PATH = "/v1/ppow/adapter"
 _BLOCK_TOKENS = 32  # of the KV cache; the smallest that vLLM's CPU kernels take
 _REQUEST_S = 300  # the longest that any request may take
 _ERROR_LINE = re.compile(r"^.*\bERROR \d\d-\d\d .*$", re.MULTILINE)  # as vLLM's loggers write it
@@ -64,9 +66,9 @@ class Client:
             answer.close()
         return True
 
-    async def swap(self, path: str, adapter: Path) -> None:
-        """Hot-swap the adapter through the plugin's endpoint."""
-        async with self._post(path, {"adapter": str(adapter.resolve())}) as answer:
+    async def swap(self, adapter: Path) -> None:
+        """Hot-swap the adapter through the plugin's endpoint; it is kept, whatever its acceptance."""
+        async with self._post(SWAP_PATH, {"adapter": str(adapter), "watch": False}) as answer:
             await answer.read()
 
     def _body(self, prompt: str, temperature: float) -> dict[str, Any]:
@@ -169,15 +171,39 @@ def read_prompts(path: Path, limit: int) -> list[str]:
 
 
 def server_options(settings: dict[str, Any], small_cache: bool) -> ServerOptions:
-    """Both servers are alike, but for the size of the cache."""
+    """Both servers are alike, but for the size of the cache and the endpoint for swaps."""
     arguments = ["--block-size", str(_BLOCK_TOKENS)]
     if small_cache:
         arguments += ["--num-gpu-blocks-override", str(settings["kv_blocks"])]
-    environment = {"VLLM_PLUGINS": settings["plugins"]} if settings["plugins"] else {}
+    swaps = (
+        small_cache and settings["swap_every"]
+    )  # vLLM attaches routes of plugins only where they are named
     return ServerOptions(
-        settings["target"], settings["dtype"], settings["max_model_len"], settings["concurrency"],
-        tuple(arguments), environment,
-    )  # fmt: skip
+        settings["target"],
+        settings["dtype"],
+        settings["max_model_len"],
+        settings["concurrency"],
+        tuple(arguments),
+        {"VLLM_PLUGINS": "ppow"} if swaps else {},
+    )
+
+
+def speculative_config(settings: dict[str, Any], adapters: list[Path]) -> dict[str, Any]:
+    """Of the server that is soaked; swaps are allowed among the adapters, which lie in one directory."""
+    spec: dict[str, Any] = {"method": "ppow", "model": str(adapters[0])}
+    spec["num_speculative_tokens"] = settings["num_speculative_tokens"]
+    if settings["swap_every"]:
+        spec["ppow"] = {"hot_swap": True, "hot_swap_directory": str(adapters[0].parent)}
+    return spec
+
+
+def gather_adapters(given: Sequence[Path], output: Path) -> list[Path]:
+    """Copies of the adapters to serve, side by side; without any, a trained one and one whose deltas are noise."""
+    directory = output.resolve() / "adapters"
+    shutil.rmtree(directory, ignore_errors=True)
+    if not given:
+        given = [train_adapter(output / "trained", 100), make_adapter(output / "noise", 0.1).directory]
+    return [Path(shutil.copytree(path, directory / f"{index}")) for index, path in enumerate(given)]
 
 
 @contextlib.contextmanager
@@ -210,11 +236,7 @@ async def soak_server(
     output: Path,
 ) -> None:
     """The soak proper; the server's own counters and its log are read before it stops."""
-    spec = {
-        "method": "ppow",
-        "model": str(adapters[0]),
-        "num_speculative_tokens": settings["num_speculative_tokens"],
-    }
+    spec = speculative_config(settings, adapters)
     with running("ppow", server_options(settings, small_cache=True), spec, output) as server:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             client = Client(session, server, settings["max_tokens"])
@@ -222,7 +244,7 @@ async def soak_server(
             turn = iter(range(1, 1 << 30))
 
             async def swap() -> None:
-                await client.swap(settings["swap_path"], adapters[next(turn) % len(adapters)])
+                await client.swap(adapters[next(turn) % len(adapters)])
 
             with make_progress() as progress:
                 task = progress.add_task("soak", total=60 * settings["minutes"], note="")
@@ -252,7 +274,7 @@ async def _show(progress: Any, task: Any, soak: Soak) -> None:
 @click.option("--target", default=str(TINY / "target"), show_default=True)
 @click.option(
     "--adapter", "adapters", multiple=True, type=click.Path(path_type=Path),
-    help="directory of an adapter; several are swapped in turn  [default: one is trained]",
+    help="directory of an adapter; several are swapped in turn  [default: two are made]",
 )  # fmt: skip
 @click.option("--prompts", default=TINY / "prompts" / "tests_held_out.jsonl", type=click.Path(path_type=Path))
 @click.option("--num-prompts", default=48, show_default=True)
@@ -265,8 +287,6 @@ async def _show(progress: Any, task: Any, soak: Soak) -> None:
     "--kv-blocks", default=96, show_default=True, help=f"blocks of {_BLOCK_TOKENS} tokens in the KV cache"
 )
 @click.option("--swap-every", default=60.0, show_default=True, help="seconds between hot swaps; 0: none")
-@click.option("--swap-path", default="/ppow/swap", show_default=True)
-@click.option("--plugins", default="", help="VLLM_PLUGINS of the servers  [default: as in this environment]")
 @click.option(
     "--max-growth-mib", default=64.0, show_default=True, help="that a process may gain after warming up"
 )
@@ -285,7 +305,7 @@ def main(
 ) -> None:
     """Soak a server; exits with 1 if anything was wrong."""
     output.mkdir(parents=True, exist_ok=True)
-    served = list(adapters) or [train_adapter(output / "adapter", 100)]
+    served = gather_adapters(adapters, output)
     texts = read_prompts(prompts, num_prompts)
     found = Findings(num_prompts=len(texts))
     # The first swap comes after one interval, and none when less than another is left.

@@ -203,7 +203,7 @@ def install(directory: Path, monkeypatch, value: str) -> None:
     info = directory / "ppow_scratch-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ppow-scratch\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(f"[vllm.stat_logger_plugins]\nppow_metrics = {value}\n")
+    (info / "entry_points.txt").write_text(f"[vllm.stat_logger_plugins]\nppow = {value}\n")
     monkeypatch.syspath_prepend(str(directory))
 
 
@@ -211,11 +211,11 @@ def declared() -> str:
     import tomllib
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    return project["entry-points"]["vllm.stat_logger_plugins"]["ppow_metrics"]
+    return project["entry-points"]["vllm.stat_logger_plugins"]["ppow"]
 
 
 @pytest.mark.parametrize(
-    ("plugins", "loaded"), [(None, True), ("ppow,ppow_metrics", True), ("ppow", False), ("", False)]
+    ("plugins", "loaded"), [(None, True), ("ppow", True), ("another", False), ("", False)]
 )
 def test_vllm_loads_it_and_VLLM_PLUGINS_decides(tmp_path, monkeypatch, plugins, loaded):
     install(tmp_path, monkeypatch, declared())
@@ -230,7 +230,7 @@ def test_a_plugin_that_cannot_be_imported_is_said_and_skipped(tmp_path, monkeypa
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     with caplog.at_level(logging.ERROR, "vllm.plugins"):
         load_stat_logger_plugin_factories()
-    assert any("Failed to load plugin ppow_metrics" in record.getMessage() for record in caplog.records)
+    assert any("Failed to load plugin ppow" in record.getMessage() for record in caplog.records)
 
 
 # ---------------------------------------------------------------- the dashboard
