@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ppow import grid
+from vllm_ppow.artifact import ArtifactError
 
 COST_PROFILE_FILE = "cost_profile.json"
 FORMAT = 1
@@ -26,7 +27,7 @@ _AXES = ("context_lengths", "batch_sizes", "draft_lengths")
 _TEXTS = ("vllm_version", "device", "dtype", "target_fingerprint", "adapter_fingerprint")
 
 
-class CostProfileError(ValueError):
+class CostProfileError(ArtifactError):
     """A cost profile that cannot be used; the message is one sentence with the remedy."""
 
 
@@ -54,6 +55,7 @@ class CostProfile:
         acceptance_per_position: P(first i drafted tokens accepted), i = 1..K, unconditional as vLLM counts it; may be
             empty, where no prompts were run.
         num_drafts: drafts that the acceptance was counted on.
+        enforce_eager: measured without compilation and CUDA graphs.
         format: version of this file's format.
     """
 
@@ -72,6 +74,7 @@ class CostProfile:
     overhead_seconds: grid.Grid
     acceptance_per_position: tuple[float, ...] = ()
     num_drafts: int = 0
+    enforce_eager: bool = False
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -114,12 +117,12 @@ class CostProfile:
         with_drafts = self.step_seconds(batch, num_draft_tokens, context)
         return (with_drafts / self.step_seconds(batch, 0, context) - 1.0) / num_draft_tokens
 
-    def differences(self, **found: str | int | None) -> list[str]:
+    def differences(self, **found: str | int | bool | None) -> list[str]:
         """How what is found now differs from what was measured; empty if the profile holds.
 
         Args:
-            found: any of vllm_version, device, dtype, tensor_parallel_size, target_fingerprint, adapter_fingerprint;
-                None is not compared.
+            found: any of vllm_version, device, dtype, tensor_parallel_size, target_fingerprint, adapter_fingerprint,
+                enforce_eager; None is not compared.
 
         Returns:
             One text per difference, such as "vllm_version 0.33.0, measured with 0.32.0".
@@ -151,6 +154,7 @@ def _short(value: str | int) -> str:
 def _check(profile: CostProfile) -> None:
     for name in _TEXTS:
         _require(isinstance(getattr(profile, name), str), name, "text", getattr(profile, name))
+    _require(isinstance(profile.enforce_eager, bool), "enforce_eager", "true or false", profile.enforce_eager)
     for name in ("tensor_parallel_size", "num_speculative_tokens"):
         _require(_is_int(getattr(profile, name), 1), name, "a whole number >= 1", getattr(profile, name))
     for name, least in zip(_AXES, (1, 1, 0), strict=True):

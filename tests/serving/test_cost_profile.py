@@ -178,6 +178,7 @@ BAD = [
     ("acceptance_per_position", [0.5, 0.6], "unconditional, so never rising"),
     ("num_drafts", -1, "a whole number >= 0"),
     ("device", 1, "text"),
+    ("enforce_eager", 0, "true or false"),
 ]
 
 
