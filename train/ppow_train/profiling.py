@@ -1,8 +1,9 @@
 """What the steps of an engine cost, and what its drafter gets accepted: an `LLM` in, a CostProfile out.
 
 Every point of the grid is measured several times, points and draft lengths taking turns, so that what else the machine
-does falls on all of them; what counts are medians of steps in which every request decodes. Left out: how passes are timed
-and draft lengths set (vllm_ppow/compat/profiling.py), starting the engine (profile_engine.py).
+does falls on all of them; what counts are medians of steps in which every request decodes. Run as a module it IS the
+process of the engine, as serving_eval.py is. Left out: how passes are timed and draft lengths set
+(vllm_ppow/compat/profiling.py), the command.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from vllm_ppow.compat.profiling import PassTime, StepProfiler
 
 _PROMPT_TOKENS_PER_STEP = 512  # fewer than vLLM takes by default, what it keeps free for drafts subtracted
-_WARM_UP = 3  # steps after a change of draft length; the first still verifies drafts of the old one, async the second too
+# Steps after a change of draft length: the first verifies drafts of the old one, with async scheduling the second too.
+_WARM_UP = 3
 
 
 @dataclasses.dataclass(frozen=True)

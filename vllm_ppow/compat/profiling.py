@@ -235,8 +235,8 @@ class StepProfiler:
 
     def __init__(self, llm: Any, draft_length: int) -> None:
         client = llm.llm_engine.engine_core
-        self._core = getattr(client, "engine_core", None)
-        if not hasattr(self._core, "step_fn"):
+        core: Any = getattr(client, "engine_core", None)
+        if not hasattr(core, "step_fn"):
             raise seams.missing(
                 type(client).__module__,
                 type(client).__name__,
@@ -244,8 +244,7 @@ class StepProfiler:
                 "the engine must live in this process, VLLM_ENABLE_V1_MULTIPROCESSING=0",
             )
         _check_draft_length_field()
-        self._llm = llm
-        self._scheduler = self._core.scheduler
+        self._llm, self._core, self._scheduler = llm, core, core.scheduler
         self._steps: list[float] = []
         self.draft_length = draft_length
 
