@@ -56,6 +56,8 @@ class Server:
         self, name: str, options: ServerOptions, speculative_config: dict[str, Any] | None, log: Path
     ) -> None:
         self.name, self.log = name, log
+        # A benchmark that is told to end must get to `stop`: its servers are in sessions of their own.
+        signal.signal(signal.SIGTERM, _end)
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +124,10 @@ class Server:
                 break
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _end(_number: int, _frame: Any) -> None:
+    raise SystemExit(1)
 
 
 _DEFAULTS = {

@@ -97,7 +97,18 @@ def test_one_minute_on_real_servers(tmp_path):
         "--minutes",
         "1",
     ]
-    command += ["--num-prompts", "16", "--swap-every", "0", "--kv-blocks", "48", "--max-growth-mib", "300"]
+    command += [
+        "--num-prompts",
+        "8",
+        "--max-tokens",
+        "32",
+        "--swap-every",
+        "0",
+        "--kv-blocks",
+        "48",
+        "--max-growth-mib",
+        "300",
+    ]
     for adapter in adapters:
         command += ["--adapter", str(adapter)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1400, check=False)
