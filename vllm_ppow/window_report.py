@@ -36,6 +36,10 @@ def report_path(vllm_config: Any, engine_index: int | None = None) -> Path:
     """
     if engine_index is None:
         engine_index = vllm_config.parallel_config.data_parallel_index
+    shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if shared and vllm_config.parallel_config._api_process_count > 1:
+        # Several API servers: each builds a config of its own, and all share this directory with the engines.
+        return Path(shared) / f"ppow-window-{engine_index}.json"
     # Under Ray every engine's id ends in its own number; the API server's does not.
     instance = str(vllm_config.instance_id).removesuffix(f"_dp{engine_index}")
     base = os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()

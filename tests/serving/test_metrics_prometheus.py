@@ -135,7 +135,7 @@ def config(load_format="ppow"):
             num_speculative_tokens=K, draft_load_config=SimpleNamespace(load_format=load_format)
         ),
         model_config=SimpleNamespace(served_model_name="tiny"),
-        parallel_config=SimpleNamespace(data_parallel_index=0, _api_process_rank=0),
+        parallel_config=SimpleNamespace(data_parallel_index=0, _api_process_rank=0, _api_process_count=1),
     )
 
 

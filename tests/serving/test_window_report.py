@@ -19,8 +19,9 @@ class Counts:
     speedup: float = 0.0
 
 
-def config(instance="ab12c", index=0):
-    return SimpleNamespace(instance_id=instance, parallel_config=SimpleNamespace(data_parallel_index=index))
+def config(instance="ab12c", index=0, api_servers=1):
+    parallel = SimpleNamespace(data_parallel_index=index, _api_process_count=api_servers)
+    return SimpleNamespace(instance_id=instance, parallel_config=parallel)
 
 
 @pytest.fixture
@@ -46,6 +47,16 @@ def test_the_server_finds_every_engines_file(base):
         "Ray adds the number to the id"
     )
     assert report_path(config("other"), 0) != report_path(config(), 0)
+
+
+def test_several_api_servers_find_the_file_by_the_directory_they_share(base, monkeypatch):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(base / "shared"))
+    engine = ReportWriter(config("engine", api_servers=2))
+    assert engine.path == report_path(config("server", api_servers=2), 0)
+    assert engine.path.parent == base / "shared"
+    assert report_path(config(), 0).parent == base, (
+        "one API server: what the user set there may be shared by others"
+    )
 
 
 def test_at_most_one_file_a_second(base):
