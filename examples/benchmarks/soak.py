@@ -131,7 +131,7 @@ class Soak:
         index = self.draw.randrange(len(self.prompts))
         temperature = 1.0 if self.draw.random() < SAMPLED_SHARE else 0.0
         if self.draw.random() < ABORTED_SHARE:
-            after = self.draw.randrange(1, self.client.max_tokens // 2)
+            after = self.draw.randrange(1, max(2, self.client.max_tokens // 4))
             self.found.aborted += await self.client.abort(self.prompts[index], temperature, after)
             return
         tokens = await self.client.complete(self.prompts[index], temperature)
