@@ -67,7 +67,13 @@ class StepCost:
         self._profile = profile
         self._cells: dict[tuple[int, int], _Cell] = {}
         self._octaves: dict[tuple[int, int], int] = {}
-        self._coefficients = [1.0, 0.0, 0.1, 0.0, 0.0]  # of [1, B, K, K·B, context / 1024]; any unit does unlearned
+        self._coefficients = [
+            1.0,
+            0.0,
+            0.1,
+            0.0,
+            0.0,
+        ]  # of [1, B, K, K·B, context / 1024]; any unit does unlearned
         self._level = 0.0  # log of clock over profile
         self._noise = 0.1  # of one observation around its cell's median, log scale
         self._now = 0
@@ -88,7 +94,9 @@ class StepCost:
         self._now += 1
         self._context = context / batch
         cell = self._cells.setdefault((_bucket(batch), num_draft_tokens), _Cell())
-        if len(cell.seconds) >= IDENTIFIED:  # mean absolute deviation · 1.25 = standard deviation; outliers are clipped
+        if (
+            len(cell.seconds) >= IDENTIFIED
+        ):  # mean absolute deviation · 1.25 = standard deviation; outliers are clipped
             self._noise += 0.02 * (1.25 * min(abs(math.log(seconds / cell.median)), 0.5) - self._noise)
         cell.add(seconds, batch, context, self._now)
         octave = (batch.bit_length(), num_draft_tokens)
@@ -177,7 +185,9 @@ class StepCost:
         else:
             total = sum(weight for _, _, weight in cells)
             self._level = 0.0
-            self._level = sum(w * math.log(c.median / self._base(c.batch, n, c.context)) for n, c, w in cells) / total
+            self._level = (
+                sum(w * math.log(c.median / self._base(c.batch, n, c.context)) for n, c, w in cells) / total
+            )
         for length, cell, _ in cells:
             self._update_shift(cell, length)
 

@@ -72,7 +72,11 @@ class WindowCounts:
 
 
 def rates(
-    acceptance: AcceptanceEstimate, cost: StepCost, batch: int, lengths: Sequence[int], context: int | None = None
+    acceptance: AcceptanceEstimate,
+    cost: StepCost,
+    batch: int,
+    lengths: Sequence[int],
+    context: int | None = None,
 ) -> list[float]:
     """Expected tokens per second at each draft length (ascending), bonus tokens included (ours)."""
     seconds = cost.table(batch, lengths, context)
@@ -205,7 +209,9 @@ class DraftWindow:
         probe = others[self._probes % len(others)]
         slower = promised[self.lengths.index(best)] / promised[self.lengths.index(probe)] - 1.0
         tokens = (1.0 + self._promise[probe]) / (1.0 + self._promise[best])
-        steps = _PROBE_STEPS * slower * tokens / PROBE_BUDGET  # what the probe loses, in steps at the best length
+        steps = (
+            _PROBE_STEPS * slower * tokens / PROBE_BUDGET
+        )  # what the probe loses, in steps at the best length
         if self._since_probe < min(max(steps, PROBE_EVERY[0]), PROBE_EVERY[1]):
             return None
         self._since_probe = 0

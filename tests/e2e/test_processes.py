@@ -72,7 +72,8 @@ def run_spawned(tmp_path, target, spec, **options):
 
 
 @pytest.mark.parametrize(
-    ("kind", "ranks", "window"), [("eagle3", 1, "fixed"), ("eagle3", 2, "fixed"), ("causal_lm", 2, "adaptive")]
+    ("kind", "ranks", "window"),
+    [("eagle3", 1, "fixed"), ("eagle3", 2, "fixed"), ("causal_lm", 2, "adaptive")],
 )
 def test_spawned_engine_and_tensor_parallelism(pair, adapters, tmp_path, kind, ranks, window):
     """An adaptive window is chosen by the one scheduler there is: ranks that drafted unlike would hang or fail."""

@@ -24,9 +24,7 @@ def accelerator(batch: int, verified: int, drafted: int) -> float:
 
 def processor(batch: int, verified: int, drafted: int) -> float:
     """Every verified token costs: with a large batch nothing pays. The first draft token is cheaper than the next."""
-    return (
-        6.5e-3 + 1e-3 * batch * (1 + verified) + 1.2e-3 * max(0, drafted - 1) + 0.2e-3 * drafted * batch
-    )
+    return 6.5e-3 + 1e-3 * batch * (1 + verified) + 1.2e-3 * max(0, drafted - 1) + 0.2e-3 * drafted * batch
 
 
 def falling(first: float, maximum: int = 8) -> list[float]:

@@ -34,7 +34,11 @@ def test_short_drafts_bias_nothing(lengths):
         draft(rng, estimate, truth, rng.randint(*lengths))
     seen = lengths[1]
     assert estimate.conditional()[:seen] == pytest.approx(truth[:seen], abs=0.03)
-    expected = 0.9 + 0.9 * 0.7 + (0.9 * 0.7 * 0.5 + 0.9 * 0.7 * 0.5 * 0.8 + 0.9 * 0.7 * 0.5 * 0.8 * 0.3 if seen == 5 else 0)
+    expected = (
+        0.9
+        + 0.9 * 0.7
+        + (0.9 * 0.7 * 0.5 + 0.9 * 0.7 * 0.5 * 0.8 + 0.9 * 0.7 * 0.5 * 0.8 * 0.3 if seen == 5 else 0)
+    )
     assert estimate.expected(seen) == pytest.approx(expected, abs=0.05)
 
 
@@ -53,7 +57,9 @@ def test_a_prior_stands_until_something_is_seen_and_keeps_its_shape_afterwards()
     assert AcceptanceEstimate(4, prior).survival()[3] == pytest.approx(0.1 * 0.25)
     assert AcceptanceEstimate(2).conditional() == [MILD_PRIOR] * 2
     estimate = AcceptanceEstimate(3, prior, memory=10**6)
-    for i in range(4000):  # position 1 is accepted half as often as the prior says; the others are not drafted
+    for i in range(
+        4000
+    ):  # position 1 is accepted half as often as the prior says; the others are not drafted
         estimate.observe(1, 1 if i % 10 < 4 else 0)
     assert estimate.conditional() == pytest.approx([0.4, 0.25, 0.125], abs=0.01)
 

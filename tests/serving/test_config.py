@@ -174,7 +174,10 @@ def test_options():
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"windw": 3}, r"unknown keys \['windw'\]: known are \['base_drafter', 'allow_target_mismatch'\]"),
+        (
+            {"windw": 3},
+            r"unknown keys \['windw'\]: known are \['base_drafter', 'allow_target_mismatch', 'window'",
+        ),
         (["base_drafter"], "must hold an object"),
         ({"base_drafter": 3}, "base_drafter must be a directory or Hub repo id, got 3"),
         ({"base_drafter": ""}, "base_drafter must be"),

@@ -42,7 +42,10 @@ def test_costs_are_learned_and_interpolated(truth):
     observe(cost, truth, (1, 4, 16), (0, 1, 3, 8), 40, noise=0.1)
     for batch in (1, 2, 4, 8, 16, 24):
         for length in (0, 2, 4, 8):
-            assert cost.step_seconds(batch, length) == pytest.approx(truth(batch, length), rel=0.12), (batch, length)
+            assert cost.step_seconds(batch, length) == pytest.approx(truth(batch, length), rel=0.12), (
+                batch,
+                length,
+            )
 
 
 def test_stray_steps_and_compilation_do_no_harm(truth):

@@ -24,7 +24,13 @@ SCHEDULER_SEAMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("update_from_output", ("self", "scheduler_output", "model_runner_output")),
     (
         "make_spec_decoding_stats",
-        ("spec_decoding_stats", "num_draft_tokens", "num_accepted_tokens", "num_invalid_spec_tokens", "request_id"),
+        (
+            "spec_decoding_stats",
+            "num_draft_tokens",
+            "num_accepted_tokens",
+            "num_invalid_spec_tokens",
+            "request_id",
+        ),
     ),
 )
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
@@ -49,7 +55,9 @@ def require() -> None:
     seams.find(_ASYNC_SCHEDULER, "AsyncScheduler", "_update_after_schedule", ("self", "scheduler_output"))
     output = importlib.import_module("vllm.v1.core.sched.output").SchedulerOutput
     if "num_spec_tokens_to_schedule" not in {field.name for field in dataclasses.fields(output)}:
-        raise seams.missing("vllm.v1.core.sched.output", "SchedulerOutput", "num_spec_tokens_to_schedule", "no field")
+        raise seams.missing(
+            "vllm.v1.core.sched.output", "SchedulerOutput", "num_spec_tokens_to_schedule", "no field"
+        )
 
 
 def lengths(minimum: int, maximum: int) -> list[int]:
