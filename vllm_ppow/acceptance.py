@@ -1,7 +1,7 @@
 """How likely the target accepts a draft token, by position: learned while serving, forgotten as traffic changes.
 
-What is kept is conditional, a_i = P(token i accepted | the i-1 before it were, and i tokens were drafted), because short
-drafts then bias nothing: a draft of 2 says nothing about position 3, and counts nothing there. Left out: what a draft
+What is kept is conditional, a_i = P(token i accepted | the i-1 before it were, and i tokens were drafted), because then
+short drafts bias nothing: a draft of 2 says nothing about position 3, and counts nothing there. Left out: what a draft
 costs (step_cost.py) and what to do about it (window.py). Pure Python; `survival` costs a few microseconds.
 """
 

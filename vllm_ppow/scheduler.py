@@ -2,9 +2,9 @@
 
 vLLM carries a draft length with every step already (`num_spec_tokens_to_schedule`, for its own table of batch sizes);
 we set it, and nothing in the workers needs a patch. The choice is made once, in the engine core, and travels in the
-SchedulerOutput that every worker is sent, so tensor- and pipeline-parallel ranks cannot disagree. A length of 0 does not
-stale the drafter's KV cache: vLLM still runs the drafter's first pass over the new tokens, which its cost at K = 0
-includes. Left out: the policy (window.py), and when these classes are used at all (compat/window.py).
+SchedulerOutput that every worker is sent, so tensor- and pipeline-parallel ranks cannot disagree. A length of 0 leaves
+the drafter's KV cache fresh: vLLM still runs the drafter's first pass over the new tokens, and the time of a step at
+K = 0 includes it. Left out: the policy (window.py), and when these classes are used at all (compat/window.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOG_SECONDS = 10.0
 
 
 class AdaptiveWindow:
-    """Mixed in before a vLLM scheduler: asks a DraftWindow for each step's draft length and tells it what came of it."""
+    """Mixed in before a vLLM scheduler: asks a DraftWindow for each step's draft length, tells it the outcome."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

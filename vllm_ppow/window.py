@@ -172,8 +172,8 @@ class DraftWindow:
             length, steps = self._held
             self._held = (length, steps - 1) if steps > 1 else None
             return length, best, promised
-        if (length := self._unlearned(batch)) is not None:
-            return length, best, promised
+        if (unlearned := self._unlearned(batch)) is not None:
+            return unlearned, best, promised
         probe = self._due_probe(best, promised)
         if probe is not None:
             self._held = (probe, _PROBE_STEPS - 1)

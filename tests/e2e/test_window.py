@@ -1,7 +1,7 @@
 """The adaptive window in a real engine: same greedy output, lengths that vary, a drafter that no pause makes stale.
 
-On the tiny pair in float32, so that no tie between tokens is decided by rounding. Left out: what it gains in time, which
-two shared cores cannot tell in a test (examples/benchmarks), and lengths by request (test_request_window.py).
+On the tiny pair in float32, so that no tie between tokens is decided by rounding. Left out: what it gains in time,
+which two shared cores cannot tell in a test (examples/benchmarks), and lengths by request (test_request_window.py).
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def test_a_vllm_whose_steps_carry_no_draft_length(monkeypatch):
         """Without num_spec_tokens_to_schedule."""
 
     monkeypatch.setattr(output, "SchedulerOutput", SchedulerOutput)
-    with pytest.raises(seams.SeamMissingError, match="SchedulerOutput.num_spec_tokens_to_schedule"):
+    with pytest.raises(seams.SeamMissingError, match=r"SchedulerOutput\.num_spec_tokens_to_schedule"):
         window.require()
 
 

@@ -82,7 +82,7 @@ def native_spec(adapter: Adapter, base_drafter: Path, num_speculative_tokens: in
 
 
 def ppow_spec(adapter: Adapter, base_drafter: Path, num_speculative_tokens: int) -> dict[str, Any]:
-    """The speculative config that serves an adapter, drafting as many tokens in every step as the bare drafter's arm."""
+    """The speculative config that serves an adapter, drafting as many tokens per step as the bare drafter's arm."""
     return {
         "method": "ppow",
         "model": str(adapter.directory),

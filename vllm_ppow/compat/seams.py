@@ -94,7 +94,7 @@ def installed() -> frozenset[tuple[str, str, str]]:
 
 
 def missing(module: str, owner: str, method: str, why: str) -> SeamMissingError:
-    """The error that says what this vLLM lacks, and what to install."""
+    """The error that says which part of vLLM is not what we need, and what to install."""
     from vllm.version import __version__
 
     name = ".".join(part for part in (module, owner, method) if part)

@@ -146,7 +146,7 @@ def options_of(speculative_config: Any) -> dict[str, Any] | None:
 
 
 def build_window(vllm_config: Any) -> DraftWindow:
-    """The policy of one engine, from the options that its config carries and the adapter's cost profile if it has one."""
+    """The policy of one engine, from the options in its config and the adapter's cost profile if it has one."""
     speculative = vllm_config.speculative_config
     options = options_of(speculative) or {"min_tokens": 0}
     maximum = speculative.num_speculative_tokens
