@@ -7,6 +7,7 @@ it says so in the log, once, and takes no further part. Left out: the metrics (m
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable
 from typing import Any
@@ -57,6 +58,8 @@ class PPOWStatLogger(AggregateStatLoggerBase):
         # Statistics of a step reach one of several API servers; a file can be read by all, so that one must be named.
         is_first = vllm_config.parallel_config._api_process_rank <= 0
         self._paths = {i: report_path(vllm_config, i) for i in engine_indexes if is_first}
+        for path in self._paths.values():  # an engine that was killed leaves its report behind; we outlive it
+            atexit.register(path.unlink, missing_ok=True)
 
     def _record(self, scheduler_stats: Any, engine_index: int) -> None:
         assert self.metrics is not None

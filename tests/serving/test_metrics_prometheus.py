@@ -158,6 +158,21 @@ def test_messages_and_reports_become_metrics(ours):
     assert found["ppow:window_steps_total", "0", "3"] == 5, "read once, not once per look"
 
 
+def test_reports_of_killed_engines_are_removed_at_the_end(ours, monkeypatch):
+    left = []
+    monkeypatch.setattr(
+        "vllm_ppow.metrics_logger.atexit.register", lambda f, **options: left.append((f, options))
+    )
+    ours()
+    path = report_path(config(), 0)
+    path.write_text("{}")
+    for _ in range(2):
+        for function, options in left:
+            function(**options)
+    assert len(left) == 1
+    assert not path.exists()
+
+
 def test_other_api_servers_leave_the_report_to_the_first(ours, monkeypatch):
     report_path(config(), 0).write_text(json.dumps(report()))
     second = config()
