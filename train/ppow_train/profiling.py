@@ -56,8 +56,13 @@ class ProfileOptions:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens that the engine must hold per request, those that the drafter looks ahead included."""
-        return self.context_lengths[-1] + self.max_new_tokens + 2 * self.draft_lengths[-1] + 2
+        """Tokens that the engine must hold per request."""
+        return self.context_lengths[-1] + self.max_new_tokens + self.room
+
+    @property
+    def room(self) -> int:
+        """Tokens to leave free at the end, short of which vLLM's drafter is passed over."""
+        return 4 * (self.draft_lengths[-1] + 1)
 
 
 def draft_lengths(num_speculative_tokens: int) -> tuple[int, ...]:

@@ -146,7 +146,7 @@ def _plan(
             arguments["max_tokens"],
             adapter.config.temperature if temperature is None else temperature,
         )
-        return options, max(options.max_model_len, longest_prompt + options.max_tokens + 2 * k + 2)
+        return options, max(options.max_model_len, longest_prompt + options.max_tokens + options.room)
 
     chosen = plan(arguments["context_lengths"] or _CONTEXTS)
     if not arguments["context_lengths"] and limit and chosen[1] > limit:
