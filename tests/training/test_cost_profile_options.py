@@ -91,6 +91,9 @@ def test_the_best_draft_length_is_the_one_that_pays_most():
     stream = io.StringIO()
     print_table(Measured(PROFILE, 0.1, 0.3), Console(file=stream, width=120))
     shown = stream.getvalue()
+    assert "measure again" not in shown
+    print_table(Measured(PROFILE, 0.11, 0.3), Console(file=stream, width=120))
+    assert "Steps varied a lot: measure again" in stream.getvalue()
     assert f"{gains[4]:.2f}" in shown
     assert "10.0%, at worst 30.0%" in shown
     assert "0.800 0.600 0.400 0.200 (100 drafts)" in shown

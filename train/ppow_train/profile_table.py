@@ -21,6 +21,8 @@ _CAPTION = (
     "over steps without · best K: of all lengths, measured or between"
 )
 
+_QUIET = 0.1  # spread above which figures of neighbouring points cannot be told apart
+
 
 def speedups(profile: CostProfile, batch: int) -> list[float]:
     """Expected speedup of drafts of K = 0, 1, …, num_speculative_tokens tokens, over none, by `expected_speedup`.
@@ -82,3 +84,7 @@ def print_table(measured: Measured, console: Console) -> None:
         f"at worst {measured.worst_spread:.1%}",
         highlight=False,
     )
+    if measured.spread > _QUIET:
+        console.print(
+            "Steps varied a lot: measure again when nothing else runs on the machine.", style="yellow"
+        )
