@@ -73,11 +73,10 @@ class ProfileEngine(Engine):
 def measured_spec(adapter: Adapter, base_drafter: Path, options: ProfileOptions) -> dict[str, Any]:
     """The speculative config of the engine to measure; its graphs are captured for every draft length."""
     from vllm_ppow.compat.profiling import draft_length_ladder
-    from vllm_ppow.config import PPOWOptions
 
-    spec = ppow_spec(adapter, base_drafter, options.draft_lengths[-1])
-    if "window" in {field.name for field in dataclasses.fields(PPOWOptions)}:
-        spec["ppow"]["window"] = "fixed"  # nothing else may choose draft lengths
+    spec = ppow_spec(
+        adapter, base_drafter, options.draft_lengths[-1]
+    )  # a fixed window: nothing else may steer
     ladder = draft_length_ladder(options.draft_lengths)
     return spec | {"num_speculative_tokens_per_batch_size": ladder}
 
