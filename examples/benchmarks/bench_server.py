@@ -111,7 +111,7 @@ class Server:
     def tail(self, lines: int = 12) -> str:
         """The last lines of the log, errors first if there are any."""
         found = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in found if "Error" in line]
+        errors = [line for line in found if "Error" in line and " WARNING " not in line]
         return "\n".join((errors or found)[-lines:])
 
     def stop(self) -> None:
