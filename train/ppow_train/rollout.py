@@ -13,8 +13,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from ppow_train.drafters.base import Drafter
-from ppow_train.objectives import PathWindows
 from ppow_train.last_layer import read_slots
+from ppow_train.objectives import PathWindows
 from ppow_train.packed_rows import PackedRows, in_rows, pack_in_parts, pack_rows
 from ppow_train.packing import window_tokens
 from ppow_train.target import Target
@@ -32,7 +32,7 @@ from ppow_train.windowing import lost_tokens, token_acceptance, token_criticalit
 LOGITS_AT_ONCE = 2**26
 # Prefix positions of a part on the CPU, where what fits the caches is fastest and padding costs; a GPU rather reads
 # all of an update's trajectories at once.
-POSITIONS_AT_ONCE = 768
+POSITIONS_AT_ONCE = 1536
 
 _Result = TypeVar("_Result")
 
@@ -242,9 +242,7 @@ class WindowRunner:
         if self.plain:
             return Reading(packed.trajectories)
         slots = packed.trajectories.input_ids.shape[1]
-        return Reading(
-            packed.trajectories, read_slots(packed.starts - 1, self.num_speculative_tokens, slots)
-        )
+        return Reading(packed.trajectories, read_slots(packed.starts - 1, self.num_speculative_tokens, slots))
 
     def _states(self, parts: list[PackedRows]) -> list[Encoded]:
         """The target's hidden states and taps: all that its path and the drafter read."""

@@ -23,7 +23,6 @@ from ppow_train.last_layer import feed_forward_at, read_slots
 from ppow_train.types import Encoded, Trajectories
 from ppow_train.vocabulary import FULL_VOCABULARY, reduced_vocabulary
 
-
 _FIRST_SLOT = 2  # of a window at n: slot n−2 predicts the token at n
 
 
