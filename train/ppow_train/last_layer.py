@@ -40,7 +40,8 @@ def feed_forward_at(layer: torch.nn.Module, read: torch.Tensor | None) -> Iterat
         values = whole(hidden[at][None])
         if not isinstance(values, torch.Tensor):
             return whole(hidden)
-        return torch.zeros_like(hidden).index_put(at, values[0])
+        # In the dtype of what it computed: autocast gives another than it was given.
+        return torch.zeros_like(hidden, dtype=values.dtype).index_put(at, values[0])
 
     module.forward = forward
     try:
