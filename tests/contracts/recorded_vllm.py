@@ -12,6 +12,7 @@ Left out: behaviour. Calling what vLLM would do raises RecordedOnlyError.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -105,11 +106,12 @@ class RecordedVLLM(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             for method, signature in record.get("methods", {}).items()
             if f"{module.__name__}:{name}.{method}" not in self.without
         }
-        attributes = {*record.get("fields", []), *record.get("attributes", [])}
         known = tuple(base for base in dict.fromkeys(bases) if isinstance(base, type)) or (object,)
-        return type(
-            name, known, {"__module__": module.__name__, "_recorded_attributes": attributes, **namespace}
-        )
+        fields = record.get("fields", [])
+        namespace |= {"__module__": module.__name__, "__annotations__": dict.fromkeys(fields, Any)}
+        made = type(name, known, {**dict.fromkeys(fields), **namespace})
+        # Fields with hints are a dataclass's or a struct's: both are asked for with dataclasses.fields.
+        return dataclasses.dataclass(init=False, repr=False, eq=False)(made) if fields else made
 
 
 class _Platform:
@@ -176,6 +178,7 @@ def report(recording: Path, without: tuple[str, ...]) -> dict[str, Any]:
     """Attach every hook to a recorded vLLM; only once in a process.
 
     Returns:
+        adaptive: whether the draft window would be adaptive;
         installed: "module:Class.method" of each seam that was wrapped; logged: warnings and errors; failed: module and
         why; overrides: see `overridden`; refused: what a server that asks for method ppow is told, "" if nothing.
     """
@@ -187,11 +190,13 @@ def report(recording: Path, without: tuple[str, ...]) -> dict[str, Any]:
     failed = dict(_install_all())
     from vllm_ppow.compat import seams
 
+    adaptive = _ask_for_a_window()
     return {
+        "adaptive": adaptive,
         "installed": sorted(f"{module}:{owner}.{method}" for module, owner, method in seams.installed()),
         "logged": logged,
         "failed": failed,
-        "overrides": sorted(overridden()),
+        "overrides": sorted(set(overridden())),
         "refused": _ask_for_ppow(),
     }
 
@@ -226,10 +231,14 @@ def overridden() -> Iterator[str]:
             if cls.__module__ != module.__name__:
                 continue
             foreign = [base for base in cls.__mro__ if base.__module__.partition(".")[0] == "vllm"]
-            for name, own in vars(cls).items():
+            ours = [base for base in cls.__mro__ if base.__module__.partition(".")[0] == "vllm_ppow"]
+            names = [
+                (own, name) for own in ours for name, one in vars(own).items() if inspect.isfunction(one)
+            ]
+            for definer, name in names:
                 base = next((base for base in foreign if name in vars(base)), None)
-                if base is not None and inspect.isfunction(own):
-                    yield _compared(cls, base, name)
+                if base is not None:
+                    yield _compared(definer, base, name)
 
 
 def _compared(cls: type, base: type, name: str) -> str:
@@ -241,6 +250,20 @@ def _compared(cls: type, base: type, name: str) -> str:
             f"{cls.__module__}.{cls.__name__}.{name} takes {[*own]}, {base.__module__}.{base.__name__} {positional}."
         )
     return f"{cls.__module__}.{cls.__name__}.{name} overrides {base.__module__}.{base.__name__}.{name}"
+
+
+def _ask_for_a_window() -> bool:
+    """Whether a server that asks for an adaptive draft window gets one; if not, the log says why."""
+    from vllm.config import SpeculativeConfig
+
+    from vllm_ppow.compat import window
+    from vllm_ppow.config import WINDOW_KEY
+
+    extra = {WINDOW_KEY: {"min_tokens": 0}}
+    native = {"draft_load_config": {"model_loader_extra_config": extra}, "num_speculative_tokens": 3}
+    args = types.SimpleNamespace(scheduler_cls=None, data_parallel_size=1, max_num_seqs=8)
+    window.prepare(native, args, [field.name for field in dataclasses.fields(SpeculativeConfig)])
+    return window.TABLE in native and WINDOW_KEY in extra
 
 
 def _ask_for_ppow() -> str:

@@ -23,7 +23,7 @@ from facts import FACTS, MISSING
 from packaging.requirements import Requirement
 from record_signatures import FORMAT, SIGNATURES, is_recorded, record_installed
 
-from vllm_ppow.compat import draft_loading
+from vllm_ppow.compat import draft_loading, window
 from vllm_ppow.config import _PATHS_TAKEN_FOR_ANOTHER_METHOD
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,9 @@ def name_of(seam: tuple[str, str, str]) -> str:
     return f"{module}:{owner}.{method}"
 
 
-LEFT_OUT = [REWRITE, *PROOFS, name_of(draft_loading.V1_DRAFT_MODEL)]
+# Without these the draft window stays fixed, and all else works.
+WINDOW = [f"vllm.v1.core.sched.scheduler:Scheduler.{method}" for method, _ in window.SCHEDULER_SEAMS]
+LEFT_OUT = [REWRITE, *PROOFS, *WINDOW, name_of(draft_loading.V1_DRAFT_MODEL)]
 
 
 @functools.cache
@@ -73,6 +75,7 @@ def attached(version: str, without: str = "") -> dict:
 def test_every_hook_attaches(version):
     seen = attached(version)
     assert (seen["logged"], seen["failed"], seen["refused"]) == ([], {}, "")
+    assert seen["adaptive"]
     assert set(seen["installed"]) >= {REWRITE, *PROOFS, f"{ENGINE_ARGS}.add_cli_args"}
 
 
@@ -123,6 +126,7 @@ def test_no_drafter_of_the_v2_runner_is_overlooked(version):
 def test_what_we_subclass_has_the_methods_that_we_override(version):
     overrides = attached(version)["overrides"]
     assert any(".get_all_weights overrides vllm." in line for line in overrides)
+    assert any("._update_after_schedule overrides vllm." in line for line in overrides)
 
 
 @each_version
@@ -158,6 +162,17 @@ def test_without_the_hook_of_the_config_vllm_itself_sees_method_ppow(version):
     seen = attached(version, REWRITE)
     assert len([line for line in seen["logged"] if "create_speculative_config" in line]) == 1
     assert REWRITE not in seen["installed"]
+
+
+@each_version
+@pytest.mark.parametrize("seam", WINDOW)
+def test_without_a_hook_of_the_window_serving_goes_on_with_a_fixed_one_and_one_warning(version, seam):
+    seen = attached(version, seam)
+    assert (seen["refused"], seen["adaptive"]) == ("", False)
+    (warning,) = seen["logged"]
+    assert warning.startswith("The draft window stays fixed at its maximum: ")
+    assert seam.replace(":", ".") in warning
+    assert set(seen["installed"]) == set(attached(version)["installed"])
 
 
 @each_version
