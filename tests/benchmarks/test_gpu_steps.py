@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "benchmarks"
-sys.path.insert(0, str(FOLDER / "gpu"))
+sys.path.append(str(FOLDER / "gpu"))
 
 import random_pair  # noqa: E402
 import steps as gpu_steps  # noqa: E402

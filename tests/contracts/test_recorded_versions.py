@@ -6,6 +6,7 @@ are is what they ask for, not a second list. That recordings are true is checked
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import inspect
@@ -182,6 +183,39 @@ def test_a_load_shim_that_is_missing_is_said_and_the_rest_attaches(version):
     seen = attached(version, seam)
     assert len([line for line in seen["logged"] if seam.replace(":", ".") in line]) == 1
     assert set(seen["installed"]) >= {REWRITE, *PROOFS, f"{ENGINE_ARGS}.add_cli_args"}
+
+
+# ---------------------------------------------------------------- what a version is called decides nothing
+
+
+def decides_by_version(source: str) -> list[str]:
+    """Comparisons and conditions that ask for vLLM's version."""
+    asked = re.compile(r"__version(_tuple)?__|\bVersion\(|metadata\.version\(|version\.parse")
+    nodes = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Compare | ast.If | ast.IfExp)
+    ]
+    tests = [node if isinstance(node, ast.Compare) else node.test for node in nodes]
+    return [text for text in map(ast.unparse, tests) if asked.search(text)]
+
+
+def test_nothing_is_decided_by_vllms_version():
+    files = [*(ROOT / "vllm_ppow").rglob("*.py")]
+    assert {path.name for path in files} >= {"seams.py", "window.py", "worker.py"}
+    assert {
+        str(path): found for path in files if (found := decides_by_version(path.read_text("utf-8")))
+    } == {}
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "from vllm.version import __version__\nif __version__ >= '0.33': x = 1",
+        "x = 1 if Version(vllm.__version__) < Version('0.27') else 2",
+        "x = vllm.__version_tuple__[:2] > (0, 26)",
+    ],
+)
+def test_a_decision_by_version_is_noticed(planted):
+    assert decides_by_version(planted)
 
 
 # ---------------------------------------------------------------- the recordings themselves
