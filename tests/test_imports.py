@@ -80,7 +80,10 @@ RULES = (
     Rule(
         "vllm_ppow",
         importers=("ppow_train/*",),
-        lazily=("ppow_train/profiling.py",),  # it measures the plugin's vLLM, inside it
+        lazily=(
+            "ppow_train/profiling.py",
+            "ppow_train/profile_engine.py",
+        ),  # they measure the plugin's vLLM, inside it
         harmless=tuple(
             f"vllm_ppow.{name}"
             for name in ("speedup", "artifact", "merge", "metrics", "cost_profile", "__version__")
