@@ -1,6 +1,6 @@
 """vLLM's WorkerWrapperBase: prepares the drafter's loading, and proves afterwards that the adapter was merged.
 
-Works on 0.26, 0.32 and 0.33, for both model runners and every executor, since all of them drive workers through this
+Works on 0.26 to 0.33, for both model runners and every executor, since all of them drive workers through this
 wrapper. The proof stays for good: it is what makes a future vLLM that ignores `draft_load_config` fail instead of
 serving the bare drafter. Left out: which class loads the drafter (draft_loading.py).
 """
