@@ -172,14 +172,16 @@ def test_min_tokens_is_at_most_the_maximum(built):
 
 
 def test_options_reach_the_policy(built):
+    policy = window.build_window(built({"min_tokens": 1, "per_request": False}))
+    assert (policy.lengths, policy.counts.layers) == ((1, 2, 3), ("step",))
     policy = window.build_window(built({"min_tokens": 1}))
-    assert policy.lengths == (1, 2, 3)
+    assert (policy.lengths, policy.counts.layers) == ((1, 3), ("step", "request"))
 
 
 def test_with_captured_graphs_only_declared_lengths_are_drafted(built):
     from vllm.config import CUDAGraphMode
 
-    config = built(max_num_seqs=2)
+    config = built({"per_request": False}, max_num_seqs=2)
     assert window.build_window(config).lengths == (0, 1, 2, 3)
     config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     assert window.build_window(config).lengths == (2, 3)
@@ -191,4 +193,6 @@ def test_the_config_travels_to_the_engine_core(built):
     config = pickle.loads(pickle.dumps(built()))
     assert is_adaptive(config)
     assert config.scheduler_config.get_scheduler_cls().__name__ == "PPOWScheduler"
-    assert json.dumps(window.options_of(config.speculative_config)) == '{"min_tokens": 0}'
+    assert (
+        json.dumps(window.options_of(config.speculative_config)) == '{"min_tokens": 0, "per_request": true}'
+    )
