@@ -7,6 +7,7 @@ positions together and made to grow with the probability. Left out: what is done
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)
@@ -17,6 +18,7 @@ STRENGTH = 6.0
 # Beforehand a bin is taken for what it says, but no worse than this: what is never verified is never learned.
 OPTIMISM = 0.6
 _REFIT_EVERY = 64
+_UNSEEN = 0.1
 
 
 class Calibration:
@@ -28,7 +30,7 @@ class Calibration:
 
     def __init__(self, maximum: int) -> None:
         bounds = [0.0, *EDGES, 1.0]
-        self._prior = [max(OPTIMISM, (low + high) / 2) for low, high in zip(bounds, bounds[1:], strict=False)]
+        self._prior = [max(OPTIMISM, (low + high) / 2) for low, high in itertools.pairwise(bounds)]
         bins = len(self._prior)
         self._trials = [[0.0] * bins for _ in range(maximum)]
         self._accepted = [[0.0] * bins for _ in range(maximum)]
@@ -55,11 +57,10 @@ class Calibration:
     def _fit(self) -> None:
         self._unfitted = 0
         bins = range(len(self._prior))
-        pooled = []
-        for i in bins:
-            trials = sum(row[i] for row in self._trials)
-            accepted = sum(row[i] for row in self._accepted)
-            pooled.append((accepted + STRENGTH * self._prior[i]) / (trials + STRENGTH))
+        trials = [sum(row[i] for row in self._trials) for i in bins]
+        accepted = [sum(row[i] for row in self._accepted) for i in bins]
+        expected = [(accepted[i] + STRENGTH * self._prior[i]) / (trials[i] + STRENGTH) for i in bins]
+        pooled = isotonic(expected, [n + _UNSEEN for n in trials])  # bins never seen follow those that were
         for position, (trials_at, accepted_at) in enumerate(zip(self._trials, self._accepted, strict=True)):
             weights = [trials_at[i] + STRENGTH for i in bins]
             means = [(accepted_at[i] + STRENGTH * pooled[i]) / weights[i] for i in bins]

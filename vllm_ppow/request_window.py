@@ -2,14 +2,15 @@
 
 Within the maximum that the scheduler gave for the step, a token is kept while its chance of being accepted, with all
 before it, is worth more than its verification; another drafter pass is made while the tokens expected of it are worth
-more than the pass. "Worth" is at the rate at which tokens are being produced: maximising tokens per second is maximising
-tokens - rate · seconds (Dinkelbach), with the rate measured. Chances come from calibrated top-1 probabilities.
+more than the pass. "Worth" is at the rate at which tokens are being produced: to maximise tokens per second is to
+maximise tokens - rate · seconds (Dinkelbach), with the rate measured. Chances are calibrated top-1 probabilities.
 
-Sampling stays lossless. What decides on token i of a request is the drafter's distribution q_i, through max q_i, and the
-same of earlier tokens: functions of the tokens before i, never of the token x_i drawn from q_i nor of a later one. Given
-the tokens before it, keeping a token is then independent of what it is, so what is verified is still an unbiased draft
-from q_i. (Other requests' tokens are drawn independently, so the common end of the loop may look at them.) Every
-`_EXPLORE_EVERY`-th draft leaves one request untrimmed, by its number: what is never verified is never learned.
+Sampling stays lossless. What decides on token i of a request is the drafter's distribution q_i, through max q_i, and
+the same of earlier positions: functions of the tokens before i, never of the token x_i drawn from q_i nor of a later
+one. Given the tokens before it, keeping a token is then independent of what it is, so what is verified is still an
+unbiased draft from q_i. (Other requests' tokens are drawn independently, so the end of the common loop may look at
+them.) Every `_EXPLORE_EVERY`-th draft leaves one request untrimmed, by its number: what is never verified is never
+learned.
 
 Left out: where probabilities come from and how a loop is left (compat/draft_window.py). Pure Python.
 """

@@ -1,10 +1,10 @@
 """The V1 drafter that ends its draft loop early and returns drafts of unequal length, as request_window.py decides.
 
 `propose` of vLLM's V1 drafters may return lists of unequal length under synchronous scheduling, and the scheduler
-verifies exactly those. Its loop calls `_sample_draft_tokens` after each pass of the drafter: when nothing more is worth
-drafting we leave the loop by an exception that our own `propose` catches, so that no line of theirs is copied. Only
-with synchronous scheduling and one tensor-parallel rank: reading probabilities each pass would stall a GPU, placeholders
-of asynchronous scheduling are of one length, and ranks would have to agree. Left out: the decision (request_window.py).
+verifies exactly those. Its loop calls `_sample_draft_tokens` after each pass of the drafter: if nothing more is worth
+drafting we leave the loop by an exception that our own `propose` catches: no line of theirs is copied. Only
+with synchronous scheduling and one rank: reading probabilities each pass would stall a GPU, placeholders of
+asynchronous scheduling are of one length, and ranks would have to agree. Left out: the decision (request_window.py).
 """
 
 from __future__ import annotations
