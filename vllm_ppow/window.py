@@ -112,8 +112,7 @@ class DraftWindow:
             raise ValueError(f"Draft lengths must ascend from 0 or more, got {list(lengths)}.")
         self.lengths = tuple(lengths)
         self.acceptance, self.cost, self.trimmed = acceptance, cost, trimmed
-        layers = ("step",) if trimmed is None else ("step", "request")
-        self.counts = WindowCounts([0] * (self.lengths[-1] + 1), layers=layers)
+        self.counts = WindowCounts([0] * (self.lengths[-1] + 1))
         self._current = self.lengths[-1]
         self._held: tuple[int, int] | None = None  # (length, steps) of a probe or of learning under way
         self._learning: dict[tuple[int, int], int] = {}

@@ -38,6 +38,8 @@ _ASYNC_SCHEDULER = "vllm.v1.core.sched.async_scheduler"
 # SpeculativeConfig's table of draft lengths by batch size: declaring ours there makes vLLM capture CUDA graphs for each
 # length, and keeps its scheduler from padding resumed requests with drafts that nobody made.
 TABLE = "num_speculative_tokens_per_batch_size"
+# SpeculativeConfig's switch for vLLM's own trimming of verification by request.
+VERIFICATION = "enable_adaptive_verification"
 # A batch size that every GPU default of max_num_seqs allows; used where the user left it to vLLM.
 _BATCH_SIZES = 128
 # Above it only every other length, then every fourth: each costs graphs to capture.
@@ -134,6 +136,7 @@ def attach(vllm_config: Any) -> None:
         return
     if options["per_request"] and (reason := _no_trimming(vllm_config)) is not None:
         seams.logger.info("Drafts are of one length per step, not trimmed by request: %s", reason)
+        seams.logger.info("%s", verification(vllm_config))
         options["per_request"] = False
         vllm_config.speculative_config.draft_load_config.model_loader_extra_config[WINDOW_KEY] = options
     scheduler = vllm_config.scheduler_config
@@ -164,6 +167,28 @@ def _no_trimming(vllm_config: Any) -> str | None:
     return None
 
 
+def verification(vllm_config: Any) -> str:
+    """What the log says of vLLM's own trimming of verification by request (V2 runner, vLLM >= 0.32).
+
+    It is not switched on unasked: on an attention backend without decode graphs of varying length it would keep the
+    server from starting, and which backend that is shows in the worker only.
+    """
+    speculative = vllm_config.speculative_config
+    enabled = getattr(speculative, VERIFICATION, None)
+    if enabled:
+        return "vLLM trims verification by request."
+    blockers = {
+        "this vLLM has none": enabled is None,
+        "it needs the V2 model runner": not vllm_config.use_v2_model_runner,
+        "it needs full CUDA graphs": not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs(),
+        "it does not go with LoRA": vllm_config.lora_config is not None,
+        "it does not go with pipeline parallelism": vllm_config.parallel_config.pipeline_parallel_size > 1,
+    }
+    if (blocker := next((text for text, holds in blockers.items() if holds), None)) is not None:
+        return f"vLLM's own trimming of verification is off: {blocker}."
+    return f'vLLM can trim verification by request as well: "{VERIFICATION}": true in the speculative config.'
+
+
 def options_of(speculative_config: Any) -> dict[str, Any] | None:
     """The window options that travel with a validated SpeculativeConfig; None: the window is fixed."""
     load_config = getattr(speculative_config, "draft_load_config", None)
@@ -182,13 +207,15 @@ def build_window(vllm_config: Any) -> DraftWindow:
     if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
         captured = {length for _, _, length in speculative.num_speculative_tokens_per_batch_size}
         ladder = [length for length in ladder if length in captured]
-    if options["per_request"]:
+    verifies = bool(getattr(speculative, VERIFICATION, False))
+    if options["per_request"] or verifies:
         ladder = sorted({ladder[0], maximum})  # what lies between is left to the requests
     profile = _profile(speculative.draft_load_config.model_loader_extra_config[ADAPTER_KEY])
     prior = profile.acceptance_per_position if profile is not None else ()
     estimate = AcceptanceEstimate(maximum, prior)
-    trimmed = TrimmedAcceptance(estimate) if options["per_request"] else None
+    trimmed = TrimmedAcceptance(estimate) if options["per_request"] or verifies else None
     window = DraftWindow(ladder, estimate, StepCost(profile), trimmed)
+    window.counts.layers = ("step", *(["request"] * options["per_request"]), *(["verification"] * verifies))
     seams.logger.info(
         "Adaptive draft window: %d to %d tokens, per step%s, chosen from acceptance and step times (%s).",
         options["min_tokens"],
