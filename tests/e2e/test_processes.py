@@ -99,7 +99,7 @@ def test_the_sentence_reaches_the_user_of_a_spawned_engine(pair, adapters, tmp_p
     last = done.stderr.strip().splitlines()[-1]
     assert last.endswith(
         "\"ppow\" has unknown keys ['typo']: known are ['base_drafter', 'allow_target_mismatch', "
-        "'window', 'min_tokens']."
+        "'window', 'min_tokens', 'per_request']."
     )
 
 

@@ -57,7 +57,9 @@ def _preparing(original: Callable[..., Any]) -> Callable[..., Any]:
             loader.register_loader()
             draft_loading.install()
             _merges_before[self] = len(loader.completed_merges)
-        return original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
+        adopt_drafter(self)
+        return result
 
     return init_device
 
@@ -71,6 +73,18 @@ def _proving(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return initialize_from_config
+
+
+def adopt_drafter(worker: Any) -> None:
+    """Let the freshly built drafter trim its drafts by request, where the server's config says so."""
+    from vllm_ppow.compat import draft_window, window
+
+    speculative = worker.vllm_config.speculative_config
+    options = window.options_of(speculative)
+    if options is not None and options["per_request"]:
+        draft_window.adopt(
+            worker.worker.model_runner.drafter, speculative.num_speculative_tokens, options["min_tokens"]
+        )
 
 
 def assert_merged(worker: Any) -> None:
