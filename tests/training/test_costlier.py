@@ -5,10 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from ppow_train.errors import UserError
-from ppow_train.tiny.costlier import make_costlier
+from ppow_train.tiny.costlier import carry_over, make_costlier
+from vllm_ppow.artifact import (
+    AdapterConfig,
+    ArtifactError,
+    ModelRef,
+    fingerprint_model,
+    read_adapter,
+    write_adapter,
+)
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 
@@ -45,6 +54,26 @@ def test_added_layers_are_not_empty(costlier):
     assert not layer.self_attn.o_proj.weight.any()
     assert not layer.mlp.down_proj.weight.any()
     assert layer.mlp.gate_proj.weight.shape == (700, 192)
+
+
+def test_an_adapter_is_carried_over(costlier, tmp_path):
+    drafter = ModelRef(str(TINY / "eagle3"), fingerprint_model(TINY / "eagle3"))
+    target = ModelRef(str(TINY / "target"), fingerprint_model(TINY / "target"))
+    config = AdapterConfig("eagle3", drafter, target, 8, 0.12, "probabilistic", 1.0)
+
+    def write_peft(directory: Path) -> None:
+        (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+        save_file(
+            {"base_model.model.fc.lora_A.weight": torch.ones(2, 576)}, directory / "adapter_model.safetensors"
+        )
+
+    old = write_adapter(tmp_path / "adapter", config, write_peft)
+    new = read_adapter(carry_over(old.directory, costlier))
+    assert new.config.target.fingerprint == fingerprint_model(costlier / "target") != target.fingerprint
+    assert new.config.adapter_fingerprint == old.config.adapter_fingerprint
+    assert new.config.base_drafter == drafter
+    with pytest.raises(ArtifactError):
+        carry_over(tmp_path / "none", costlier)
 
 
 def test_bad_input(costlier, tmp_path):

@@ -43,12 +43,21 @@ def build(output: Path, **values: int | None) -> None:
 @click.option(
     "--intermediate-size", default=1536, show_default=True, help="neurons of each feed-forward layer"
 )
-def costlier(source: Path, output: Path, layers: int, intermediate_size: int) -> None:
+@click.option(
+    "--adapter", type=click.Path(path_type=Path),
+    help="adapter for the tiny target, as `make demo` trains one, to write as OUTPUT/adapter for the costlier target",
+)  # fmt: skip
+def costlier(source: Path, output: Path, layers: int, intermediate_size: int, adapter: Path | None) -> None:
     """Make a target that writes what the tiny one writes and costs more, as real targets do.
 
     Its added layers and neurons compute and add nothing: drafters are accepted as before, and pay for themselves.
     """
-    from ppow_train.tiny.costlier import make_costlier
+    from ppow_train.tiny.costlier import carry_over, make_costlier
+    from vllm_ppow.artifact import read_adapter
 
+    if adapter is not None:
+        read_adapter(adapter)  # before anything is made
     make_costlier(source, output, layers, intermediate_size)
     click.echo(f"{output / 'target'}: {layers} layers of {intermediate_size} neurons; drafters beside it")
+    if adapter is not None:
+        click.echo(f"{carry_over(adapter, output)}: the adapter for it")

@@ -8,6 +8,7 @@ can thus be shown on a CPU with real acceptance. Left out: weights that mean any
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,14 @@ import torch
 from torch import Tensor
 
 from ppow_train.errors import UserError
+from vllm_ppow.artifact import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    ModelRef,
+    fingerprint_model,
+    read_adapter,
+    write_adapter,
+)
 
 # The projections that write to the residual stream; zero, and a layer changes nothing.
 _WRITES = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
@@ -48,6 +57,27 @@ def make_costlier(source: Path, output: Path, num_layers: int, intermediate_size
     ):  # an EAGLE head names its taps: the first layers are where they were
         shutil.copytree(source / drafter, temporary / drafter)
     temporary.rename(output)
+
+
+def carry_over(adapter: Path, pair: Path) -> Path:
+    """Write an adapter that was trained for the tiny target as one for the costlier: what they write is the same.
+
+    Args:
+        adapter: directory.
+        pair: what `make_costlier` made; `adapter/` appears in it.
+
+    Raises:
+        ArtifactError: no adapter there.
+    """
+    old = read_adapter(adapter)
+    target = pair / "target"
+    ref = ModelRef(str(target.resolve()), fingerprint_model(target))
+
+    def write_peft(directory: Path) -> None:
+        for name in (PEFT_CONFIG, PEFT_WEIGHTS):
+            shutil.copyfile(old.directory / name, directory / name)
+
+    return write_adapter(pair / "adapter", dataclasses.replace(old.config, target=ref), write_peft).directory
 
 
 def _grow(directory: Path, num_layers: int, intermediate_size: int) -> None:
