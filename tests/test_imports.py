@@ -80,8 +80,19 @@ RULES = (
     Rule(
         "vllm_ppow",
         importers=("ppow_train/*",),
+        # Serving's facts that commands tell the user before a server starts: what a config becomes (`config`), and what
+        # the installed vLLM can do (`compat.capabilities`, which imports vLLM only when it is asked).
         harmless=tuple(
-            f"vllm_ppow.{name}" for name in ("speedup", "artifact", "merge", "metrics", "__version__")
+            f"vllm_ppow.{name}"
+            for name in (
+                "speedup",
+                "artifact",
+                "merge",
+                "metrics",
+                "config",
+                "compat.capabilities",
+                "__version__",
+            )
         ),
     ),
     Rule(

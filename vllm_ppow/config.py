@@ -137,7 +137,7 @@ def rewrite(
     if adapter.config.drafter_type == "eagle3":
         _check_taps(base, target_directory)
     else:
-        _check_draft_model_path(base)
+        check_draft_model_path(base)
 
     native["method"] = NATIVE_METHOD[adapter.config.drafter_type]
     native["model"] = str(base)
@@ -228,7 +228,12 @@ def _check_taps(base: Path, target: Path | None) -> None:
         )
 
 
-def _check_draft_model_path(base: Path) -> None:
+def check_draft_model_path(base: Path) -> None:
+    """Refuse a path under which vLLM would serve a draft_model by another method.
+
+    Raises:
+        PPOWServingError: it contains the name of one.
+    """
     path = str(base).lower()
     if taken := [part for part in _PATHS_TAKEN_FOR_ANOTHER_METHOD if part in path]:
         raise PPOWServingError(

@@ -108,9 +108,9 @@ def test_which_paths_vllm_takes_for_another_method():
 # ---------------------------------------------------------------- compat/worker.py
 
 
-@pytest.mark.parametrize(("method", "expected"), worker._SEAMS)
-def test_worker_methods(method, expected):
-    assert parameters(original("vllm.v1.worker.worker_base", "WorkerWrapperBase", method)) == list(expected)
+@pytest.mark.parametrize(("module", "owner", "method", "expected"), worker.SEAMS)
+def test_worker_methods(module, owner, method, expected):
+    assert parameters(original(module, owner, method)) == list(expected)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,17 @@ from vllm_ppow.compat import seams
 from vllm_ppow.config import LOAD_FORMAT, METHOD, PPOWServingError, is_ours, rewrite
 
 _MODULE = "vllm.engine.arg_utils"
+# Module, class, method and parameters of what is wrapped here.
+SEAMS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    (
+        _MODULE,
+        "EngineArgs",
+        "create_speculative_config",
+        ("target_model_config", "target_parallel_config"),
+    ),
+    (_MODULE, "EngineArgs", "create_engine_config", ()),
+    (_MODULE, "EngineArgs", "add_cli_args", ("parser",)),
+)
 # vLLM's short flags and the speculative config's keys they stand for.
 _FLAGS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 
@@ -24,15 +35,9 @@ def install() -> None:
     Raises:
         SeamMissingError: this vLLM lacks one of them.
     """
-    seams.wrap(
-        _MODULE,
-        "EngineArgs",
-        "create_speculative_config",
-        ("target_model_config", "target_parallel_config"),
-        _rewriting_speculative_config,
-    )
-    seams.wrap(_MODULE, "EngineArgs", "create_engine_config", (), _proving_engine_config)
-    seams.wrap(_MODULE, "EngineArgs", "add_cli_args", ("parser",), _offering_ppow)
+    makers = (_rewriting_speculative_config, _proving_engine_config, _offering_ppow)
+    for seam, make in zip(SEAMS, makers, strict=True):
+        seams.wrap(*seam, make)
 
 
 def serves_ppow(speculative_config: Any) -> bool:

@@ -17,9 +17,10 @@ from vllm_ppow.config import FINGERPRINT_KEY
 from vllm_ppow.merge import MergeError
 
 _MODULE, _CLASS = "vllm.v1.worker.worker_base", "WorkerWrapperBase"
-_SEAMS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("init_device", ("self",)),
-    ("initialize_from_config", ("self", "kv_cache_configs")),
+# Module, class, method and parameters of what is wrapped here.
+SEAMS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    (_MODULE, _CLASS, "init_device", ("self",)),
+    (_MODULE, _CLASS, "initialize_from_config", ("self", "kv_cache_configs")),
 )
 
 # Worker -> number of complete merges in this process before it loaded its models.
@@ -32,8 +33,8 @@ def install() -> None:
     Raises:
         SeamMissingError: this vLLM lacks one of them.
     """
-    for (method, parameters), make in zip(_SEAMS, (_preparing, _proving), strict=True):
-        seams.wrap(_MODULE, _CLASS, method, parameters, make)
+    for seam, make in zip(SEAMS, (_preparing, _proving), strict=True):
+        seams.wrap(*seam, make)
 
 
 def require() -> None:
