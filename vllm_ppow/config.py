@@ -29,6 +29,9 @@ from vllm_ppow.merge import Merger
 METHOD = "ppow"
 LOAD_FORMAT = "ppow"
 ADAPTER_KEY = "ppow_adapter"  # inside model_loader_extra_config: directory of the adapter
+HOT_SWAP_KEY = (
+    "ppow_hot_swap"  # inside model_loader_extra_config, only where swapping is on: from where (hot_swap.py)
+)
 FINGERPRINT_KEY = "ppow_fingerprint"  # inside model_loader_extra_config: the adapter that was checked here
 
 # vLLM takes these for another method when they occur anywhere in a draft model's path, even if a method is given
@@ -53,19 +56,30 @@ class PPOWOptions:
             fingerprint must be the recorded one all the same.
         allow_target_mismatch: serve a target other than the one the adapter was trained for, with a warning.
             Output stays the target's own; acceptance may drop.
+        hot_swap: let the adapter be swapped while the engine runs (vllm_ppow.hot_swap).
+        hot_swap_directory: directory whose adapters the server may be told over HTTP to swap to; besides them, the Hub
+            repo that the adapter came from.
     """
 
     base_drafter: str | None = None
     allow_target_mismatch: bool = False
+    hot_swap: bool = False
+    hot_swap_directory: str | None = None
 
     def __post_init__(self) -> None:
         if self.base_drafter is not None and not (isinstance(self.base_drafter, str) and self.base_drafter):
             raise PPOWServingError(
                 f'"ppow": base_drafter must be a directory or Hub repo id, got {self.base_drafter!r}.'
             )
-        if not isinstance(self.allow_target_mismatch, bool):
+        for name in ("allow_target_mismatch", "hot_swap"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise PPOWServingError(f'"ppow": {name} must be true or false, got {value!r}.')
+        directory = self.hot_swap_directory
+        if directory is not None and not (
+            isinstance(directory, str) and Path(directory).is_dir() and self.hot_swap
+        ):
             raise PPOWServingError(
-                f'"ppow": allow_target_mismatch must be true or false, got {self.allow_target_mismatch!r}.'
+                f'"ppow": hot_swap_directory must be an existing directory, and "hot_swap" true, got {directory!r}.'
             )
 
 
@@ -142,6 +156,12 @@ def rewrite(
     native["method"] = NATIVE_METHOD[adapter.config.drafter_type]
     native["model"] = str(base)
     native["draft_load_config"] = _load_config(adapter, native.get("draft_load_config"))
+    if options.hot_swap:
+        root = options.hot_swap_directory
+        native["draft_load_config"]["model_loader_extra_config"][HOT_SWAP_KEY] = {
+            "directory": os.path.abspath(root) if root else None,
+            "repo": name if from_hub else None,
+        }
     native.setdefault("num_speculative_tokens", adapter.config.num_speculative_tokens)
     native.setdefault("draft_sample_method", adapter.config.draft_sample_method)
     return native

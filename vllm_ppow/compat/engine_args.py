@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from vllm_ppow.compat import seams
-from vllm_ppow.config import LOAD_FORMAT, METHOD, PPOWServingError, is_ours, rewrite
+from vllm_ppow.compat import hot_swap, seams
+from vllm_ppow.config import LOAD_FORMAT, METHOD, PPOWServingError, is_ours, parse_options, rewrite
 
 _MODULE = "vllm.engine.arg_utils"
 # Module, class, method and parameters of what is wrapped here.
@@ -99,9 +99,15 @@ def _proving_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     """vLLM replaces the method when TARGET is itself a drafter in speculators format: never serve that silently."""
 
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = requested(self) is not None
+        spec = requested(self)
+        asked = spec is not None
         target = self.model
+        hot_swaps = is_ours(spec) and parse_options(spec.get("ppow")).hot_swap
+        if hot_swaps:
+            hot_swap.prepare(self)
         config = original(self, *args, **kwargs)
+        if hot_swaps:
+            hot_swap.check_engine(config)
         if asked and not serves_ppow(config.speculative_config):
             raise PPOWServingError(
                 f"vLLM dropped method ppow from the speculative config, because {target} is a drafter itself: give the "

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from vllm_ppow.compat import cpu_sampling, draft_loading, seams
+from vllm_ppow.compat import cpu_sampling, draft_loading, hot_swap, seams
 from vllm_ppow.compat.engine_args import serves_ppow
 from vllm_ppow.config import FINGERPRINT_KEY
 from vllm_ppow.merge import MergeError
@@ -69,6 +69,8 @@ def _proving(original: Callable[..., Any]) -> Callable[..., Any]:
     def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if serves_ppow(self.vllm_config.speculative_config):
             assert_merged(self)
+            if hot_swap.allowed(self.vllm_config) is not None:
+                hot_swap.remember(self.worker)
         return original(self, *args, **kwargs)
 
     return initialize_from_config

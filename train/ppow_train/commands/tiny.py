@@ -1,4 +1,4 @@
-"""`ppow tiny build`: the small target and drafters of the demo. Left out: how (tiny/)."""
+"""`ppow tiny`: the small target and drafters of the demo, and a costlier target. Left out: how (tiny/)."""
 
 from __future__ import annotations
 
@@ -31,3 +31,24 @@ def build(output: Path, **values: int | None) -> None:
         TinyRecipe(), **{name: value for name, value in values.items() if value is not None}
     )
     run(output, recipe, click.echo)
+
+
+@tiny.command()
+@click.option(
+    "--tiny", "source", default=Path("examples/tiny"), show_default=True, type=click.Path(path_type=Path),
+    help="directory of the tiny pair",
+)  # fmt: skip
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="directory to make")
+@click.option("--layers", default=64, show_default=True, help="of the target")
+@click.option(
+    "--intermediate-size", default=1536, show_default=True, help="neurons of each feed-forward layer"
+)
+def costlier(source: Path, output: Path, layers: int, intermediate_size: int) -> None:
+    """Make a target that writes what the tiny one writes and costs more, as real targets do.
+
+    Its added layers and neurons compute and add nothing: drafters are accepted as before, and pay for themselves.
+    """
+    from ppow_train.tiny.costlier import make_costlier
+
+    make_costlier(source, output, layers, intermediate_size)
+    click.echo(f"{output / 'target'}: {layers} layers of {intermediate_size} neurons; drafters beside it")
