@@ -34,6 +34,8 @@ from vllm_ppow.metrics import SpecDecodeCounts
 
 logger = logging.getLogger("vllm.ppow.hot_swap")
 
+NOT_ON = 'This engine cannot swap adapters: start it with method "ppow" and "ppow": {"hot_swap": true}.'
+
 # A worker's answer to each step: {"ok": bool, "error": str, …}. Workers never raise: on several ranks, an exception of
 # one leaves the answers of the others in vLLM's queues, and the next step would read those.
 Reply = dict[str, Any]
@@ -69,9 +71,7 @@ class Allowed:
         if self.repo is not None and name == self.repo:
             return resolve_directory(name, revision)[0]
         if revision is not None:
-            raise SwapError(
-                f"A revision goes with a Hub repo, and {name!r} is not the one this server started with."
-            )
+            raise SwapError(f"{name!r} is not the Hub repo this server started with: leave the revision out.")
         if self.directory is not None:
             root = self.directory.resolve()
             found = (root / name).resolve()
@@ -203,9 +203,7 @@ def _in_process(llm: Any) -> HotSwap:
         try:
             return llm.collective_rpc(method, args=args)
         except (NotImplementedError, AttributeError) as error:
-            raise SwapError(
-                'This engine cannot swap adapters: start it with method "ppow" and "ppow": {"hot_swap": true}.'
-            ) from error
+            raise SwapError(NOT_ON) from error
 
     return HotSwap(rpc)
 

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Check what would happen if it were served here, and why.",
     ),
     "export": ("ppow_train.commands.export:export", "Write the merged drafter, for vLLM alone."),
+    "swap": ("ppow_train.commands.swap:swap", "Another adapter for a running server."),
     "bench": ("ppow_train.commands.bench:bench", "Measure a drafter in vLLM, with and without its adapter."),
     "compare": (
         "ppow_train.commands.compare:compare",

@@ -102,7 +102,7 @@ def _proving_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         spec = requested(self)
         asked = spec is not None
         target = self.model
-        hot_swaps = is_ours(spec) and parse_options(spec.get("ppow")).hot_swap
+        hot_swaps = spec is not None and is_ours(spec) and parse_options(spec.get("ppow")).hot_swap
         if hot_swaps:
             hot_swap.prepare(self)
         config = original(self, *args, **kwargs)

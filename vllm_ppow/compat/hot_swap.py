@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_ppow.artifact import ArtifactError, fingerprint_model, read_adapter
 from vllm_ppow.compat import seams
 from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, HOT_SWAP_KEY, PPOWServingError
-from vllm_ppow.hot_swap import SwapError, check_successor
+from vllm_ppow.hot_swap import NOT_ON, SwapError, check_successor
 from vllm_ppow.merge import Merger, canonical_module
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def check_engine(vllm_config: Any) -> None:
 
     if current_platform.is_cpu() and vllm_config.compilation_config.mode != CompilationMode.NONE:
         raise PPOWServingError(
-            '"ppow": {"hot_swap": true} on a CPU needs --enforce-eager: compiled code keeps the packed weights that it was '
-            "compiled with."
+            '"ppow": {"hot_swap": true} on a CPU needs --enforce-eager: compiled code keeps the packed weights that '
+            "it was compiled with."
         )
     if vllm_config.parallel_config.data_parallel_size > 1:
         raise PPOWServingError(
@@ -235,9 +235,7 @@ def remember(worker: Any) -> None:
 def _state(worker: Any) -> _State:
     state = _states.get(worker)
     if state is None:
-        raise SwapError(
-            'This worker was not started with method "ppow" and "ppow": {"hot_swap": true}: start it so.'
-        )
+        raise SwapError(NOT_ON)
     return state
 
 
@@ -247,8 +245,8 @@ def _merged(worker: Any, merger: Merger) -> tuple[Merger, list[tuple[str, torch.
     Only merged tensors are new; the others are views of the checkpoint's files where vLLM maps them.
 
     Raises:
-        ArtifactError: the drafter's files are not the ones it was loaded from, the merge is incomplete, or it would write
-            to tensors that the drafter shares with the target.
+        ArtifactError: the drafter's files are not the ones it was loaded from, the merge is incomplete, or it would
+            write to tensors that the drafter shares with the target.
     """
     from vllm_ppow.loader import base_weights
 

@@ -5,6 +5,7 @@ vLLM's own options pass through as they are. The process becomes vLLM's, so sign
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -47,6 +48,11 @@ _OURS = re.compile(r"^(--speculative-config|--spec-(method|model|tokens)|-sc)([.
     help="serve another target than the one trained for, with a warning",
 )
 @click.option(
+    "--hot-swap",
+    type=click.Path(exists=True, file_okay=False, resolve_path=True),
+    help="let `ppow swap` load other adapters from this directory while the server runs",
+)
+@click.option(
     "--speculative-options",
     default="{}",
     metavar="JSON",
@@ -69,12 +75,16 @@ def serve(target: str, dry_run: bool, vllm_options: tuple[str, ...], **ours: Any
             )
     spec = speculative_config(**ours)
     command = ["serve", target, "--speculative-config", json.dumps(spec), *vllm_options]
+    plugins = _plugins() if ours["hot_swap"] else None
     if dry_run:
-        click.echo(shlex.join(["vllm", *command]))
+        prefix = f"VLLM_PLUGINS={shlex.quote(plugins)} " if plugins else ""
+        click.echo(prefix + shlex.join(["vllm", *command]))
         return
     _check_adapter(ours["adapter"], ours["adapter_revision"])
     if importlib.util.find_spec("vllm") is None:
         raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
+    if plugins:
+        os.environ["VLLM_PLUGINS"] = plugins
     # As a module of this interpreter, not the script on PATH: that one may belong to another environment.
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *command])
 
@@ -86,6 +96,7 @@ def speculative_config(
     draft_sample_method: str | None,
     drafter: str | None,
     allow_target_mismatch: bool,
+    hot_swap: str | None,
     speculative_options: str,
 ) -> dict[str, Any]:
     """The speculative config that the options stand for.
@@ -106,7 +117,12 @@ def speculative_config(
         "num_speculative_tokens": num_speculative_tokens,
         "draft_sample_method": draft_sample_method,
     }
-    under_ppow = {"base_drafter": drafter, "allow_target_mismatch": allow_target_mismatch or None}
+    under_ppow = {
+        "base_drafter": drafter,
+        "allow_target_mismatch": allow_target_mismatch or None,
+        "hot_swap": True if hot_swap else None,
+        "hot_swap_directory": hot_swap,
+    }
     spec = _joined({key.replace("-", "_"): value for key, value in more.items() if key != "ppow"}, own)
     if ppow := _joined(more.get("ppow", {}), under_ppow):
         spec["ppow"] = ppow
@@ -127,3 +143,17 @@ def _check_adapter(adapter: str, revision: str | None) -> None:
     from vllm_ppow.artifact import read_adapter, resolve_directory
 
     read_adapter(resolve_directory(adapter, revision)[0])
+
+
+def _plugins() -> str:
+    """VLLM_PLUGINS with which vLLM adds our HTTP routes, and loads the plugins of other packages as it would without.
+
+    Unset, it loads all plugins but those with HTTP routes; set, it loads those that it names.
+    """
+    given = os.environ.get("VLLM_PLUGINS")
+    if given is not None:
+        return ",".join(dict.fromkeys([*filter(None, given.split(",")), "ppow"]))
+    points = [point for package in importlib.metadata.distributions() for point in package.entry_points]
+    groups = {point.group for point in points if point.group.startswith("vllm.")} - {"vllm.endpoint_plugins"}
+    names = {point.name for point in points if point.group in groups}
+    return ",".join(sorted(names | {"ppow"}))
