@@ -63,6 +63,21 @@ def test_every_option_of_ours_has_its_key(capsys):
     }
 
 
+@pytest.mark.parametrize(("given", "kept"), [(None, "lora_filesystem_resolver"), ("other", "other")])
+def test_hot_swap_names_a_directory_and_our_routes(capsys, monkeypatch, tmp_path, given, kept):
+    """vLLM adds routes only for plugins that VLLM_PLUGINS names, and then loads no others."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if given:
+        monkeypatch.setenv("VLLM_PLUGINS", given)
+    code, out, _ = run(capsys, "T", "--adapter", "A", "--hot-swap", str(tmp_path), "--dry-run")
+    assert code == 0
+    variable, *command = shlex.split(out)
+    plugins = variable.removeprefix("VLLM_PLUGINS=").split(",")
+    assert {"ppow", kept} <= set(plugins)
+    assert len(plugins) == len(set(plugins))
+    assert json.loads(command[4])["ppow"] == {"hot_swap": True, "hot_swap_directory": str(tmp_path)}
+
+
 @pytest.mark.parametrize(
     "option",
     [

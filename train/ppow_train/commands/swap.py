@@ -82,15 +82,19 @@ def _call(url: str, asked: dict[str, Any] | None, api_key: str | None) -> dict[s
         with urllib.request.urlopen(request, timeout=3600) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace")
-        if error.code == 404:
-            text = f"{url} has no {PATH}: start it with ppow serve --hot-swap, on vLLM 0.32 or newer."
-        elif error.code == 401:
-            text = "the server wants its API key: give --api-key."
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            text = json.loads(text)["error"]
-        raise click.ClickException(text) from error
+        raise click.ClickException(_sentence(url, error)) from error
     except (OSError, ValueError) as error:
         raise click.ClickException(
             f"{url} does not answer ({error}): is the server running there?"
         ) from error
+
+
+def _sentence(url: str, error: urllib.error.HTTPError) -> str:
+    text = error.read().decode(errors="replace")
+    if error.code == 404:
+        return f"{url} has no {PATH}: start it with ppow serve --hot-swap, on vLLM 0.32 or newer."
+    if error.code == 401:
+        return "the server wants its API key: give --api-key."
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        text = json.loads(text)["error"]
+    return text
