@@ -98,6 +98,49 @@ def test_spawned_engine_and_tensor_parallelism(pair, adapters, tmp_path, kind, r
     assert len(set(merges)) == 1
 
 
+SWAPPED = """
+import json, sys
+from serving_engine import engine, generate
+from vllm_ppow.hot_swap import swap_adapter
+from vllm_ppow.metrics import SpecDecodeCounts
+if __name__ == "__main__":
+    target, before, after = sys.argv[1:]
+    spec = {"method": "ppow", "model": before, "ppow": {"hot_swap": True}}
+    with engine(target, spec, tensor_parallel_size=2) as llm:
+        first = generate(llm)
+        reply = swap_adapter(llm, after)
+        llm.reset_prefix_cache()
+        at_swap = SpecDecodeCounts.from_metrics(llm.get_metrics())
+        second = generate(llm)
+        counts = SpecDecodeCounts.from_metrics(llm.get_metrics())
+    means = [at_swap.mean_accepted, (counts - at_swap).mean_accepted]
+    print("RESULT", json.dumps([first, second, reply["adapter"], *means]))
+"""
+
+
+def test_a_swap_reaches_every_tensor_parallel_rank(pair, tmp_path):
+    """From a wrong adapter to a right one: shards and fused projections are the new one's on both ranks."""
+    spoiled, good = restoring_adapter(tmp_path / "x", "causal_lm", pair)
+    model = random_lora(load_drafter("causal_lm", spoiled), 0.3)
+    bad = save_adapter(tmp_path / "bad", model, "causal_lm", spoiled, pair.target)
+    script = tmp_path / "swapped.py"
+    script.write_text(SWAPPED)
+    done = subprocess.run(
+        [sys.executable, str(script), str(pair.target), str(bad.directory), str(good.directory)],
+        env=environment(2),
+        capture_output=True,
+        text=True,
+        timeout=START_UP_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    first, second, adapter, before, after = json.loads(result.removeprefix("RESULT"))
+    assert first == second == expected(VOCAB)
+    assert adapter == str(good.directory)
+    assert before < 0.5 < 0.9 * K < after
+
+
 def test_the_sentence_reaches_the_user_of_a_spawned_engine(pair, adapters, tmp_path):
     spec = {"method": "ppow", "model": str(adapters["eagle3"].directory), "ppow": {"typo": 1}}
     done = run_spawned(tmp_path, pair.target, spec)

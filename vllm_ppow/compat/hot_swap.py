@@ -36,13 +36,14 @@ RELOAD_FUNCTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def require() -> None:
-    """Fail now if this vLLM cannot reload a model in place.
+    """Fail now if this vLLM cannot reload its drafter in place.
 
     Raises:
         SeamMissingError: a function is missing.
     """
     for name, parameters in RELOAD_FUNCTIONS:
         seams.find_function(RELOAD, name, parameters)
+    seams.find("vllm.v1.worker.gpu_worker", "Worker", "get_draft_model", ("self",))  # the CPU's inherits it
 
 
 def is_possible() -> bool:
