@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -229,6 +230,8 @@ class Verdict:
     undo: bool
 
     def __str__(self) -> str:
+        if math.isnan(self.before):
+            return "nothing was drafted before the swap, so there was nothing to compare with"
         return f"accepted tokens per draft {self.before:.3f} before the swap, {self.after:.3f} after it"
 
 
@@ -249,6 +252,7 @@ class AcceptanceWatch:
             raise SwapError(f"drafts must be >= 1 and max_drop between 0 and 1, got {drafts} and {max_drop}.")
         self.drafts, self.max_drop = drafts, max_drop
         self._seen: deque[SpecDecodeCounts] = deque()
+        self._known: SpecDecodeCounts | None = None  # the running adapter's, from the last comparison
         self._before: SpecDecodeCounts | None = None
         self._at_swap: SpecDecodeCounts | None = None
 
@@ -261,7 +265,9 @@ class AcceptanceWatch:
     def start(self, counts: SpecDecodeCounts) -> None:
         """A swap has just happened."""
         self.observe(counts)
-        self._before = counts - self._seen[0]
+        latest = counts - self._seen[0]
+        enough = self._known is None or latest.num_drafts >= self.drafts
+        self._before = latest if enough else self._known
         self._at_swap = counts
 
     @property
@@ -279,10 +285,13 @@ class AcceptanceWatch:
         before, after = self._before, counts - self._at_swap
         if after.num_drafts < self.drafts:
             return None
+        verdict = Verdict(before.mean_accepted, after.mean_accepted, self._fell(before, after))
+        # Whichever adapter drafts from now on, its acceptance is known, should another swap follow at once.
+        self._known = before if verdict.undo else after
         self._at_swap = self._before = None
         self._seen.clear()
         self.observe(counts)
-        return Verdict(before.mean_accepted, after.mean_accepted, self._fell(before, after))
+        return verdict
 
     def _fell(self, before: SpecDecodeCounts, after: SpecDecodeCounts) -> bool:
         if not before.num_drafts:

@@ -193,7 +193,22 @@ def test_only_the_last_drafts_before_are_compared():
 def test_nothing_drafted_before_keeps_the_new_one():
     watch = AcceptanceWatch(drafts=10)
     watch.start(counts(0, 0))
-    assert not watch.verdict(counts(10, 0)).undo
+    verdict = watch.verdict(counts(10, 0))
+    assert not verdict.undo
+    assert str(verdict) == "nothing was drafted before the swap, so there was nothing to compare with"
+
+
+def test_swaps_one_right_after_the_other_are_compared_with_what_is_known():
+    """A good one is kept, a bad one after it goes, and so does another bad one after that."""
+    watch = AcceptanceWatch(drafts=10)
+    watch.observe(counts(0, 0))
+    watch.start(counts(10, 10))
+    assert not watch.verdict(counts(20, 30)).undo
+    watch.start(counts(20, 30))
+    assert watch.verdict(counts(30, 31)).undo
+    watch.start(counts(30, 31))
+    verdict = watch.verdict(counts(40, 32))
+    assert (verdict.before, verdict.undo) == (2.0, True)
 
 
 def test_wrong_thresholds():
