@@ -80,7 +80,10 @@ RULES = (
     Rule(
         "vllm_ppow",
         importers=("ppow_train/*",),
-        lazily=("ppow_train/profiling.py",),  # it measures the plugin's vLLM, inside it
+        lazily=(
+            "ppow_train/profiling.py",
+            "ppow_train/profile_engine.py",
+        ),  # they measure the plugin's vLLM, inside it
         # Serving's facts that commands tell the user before a server starts: what a config becomes (`config`), and what
         # the installed vLLM can do (`compat.capabilities`, which imports vLLM only when it is asked).
         harmless=tuple(

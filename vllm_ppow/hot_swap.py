@@ -240,7 +240,8 @@ class AcceptanceWatch:
 
     Acceptance has fallen when accepted tokens per draft fell by more than `max_drop`, and, where drafts became shorter
     by more than a twentieth meanwhile (an adaptive window, larger batches), accepted tokens per drafted token did too.
-    Traffic that changes at the moment of the swap looks the same as a bad adapter, and cannot be told apart.
+    Less than half of the acceptance that would do is a verdict after a tenth of the drafts. Traffic that changes at the
+    moment of the swap looks the same as a bad adapter, and cannot be told apart.
 
     Args:
         drafts: drafts to compare on each side; fewer are taken before the swap if there were no more.
@@ -283,9 +284,12 @@ class AcceptanceWatch:
         if self._at_swap is None or self._before is None:
             return None
         before, after = self._before, counts - self._at_swap
-        if after.num_drafts < self.drafts:
+        kept = 1 - self.max_drop
+        # An adaptive window hardly drafts with a very bad adapter, and its verdict need not wait for them all.
+        hopeless = after.num_drafts >= self.drafts / 10 and _fell(before, after, kept / 2)
+        if after.num_drafts < self.drafts and not hopeless:
             return None
-        verdict = Verdict(before.mean_accepted, after.mean_accepted, self._fell(before, after))
+        verdict = Verdict(before.mean_accepted, after.mean_accepted, _fell(before, after, kept))
         # Whichever adapter drafts from now on, its acceptance is known, should another swap follow at once.
         self._known = before if verdict.undo else after
         self._at_swap = self._before = None
@@ -293,12 +297,11 @@ class AcceptanceWatch:
         self.observe(counts)
         return verdict
 
-    def _fell(self, before: SpecDecodeCounts, after: SpecDecodeCounts) -> bool:
-        if not before.num_drafts:
-            return False
-        kept = 1 - self.max_drop
-        shorter = (
-            after.num_draft_tokens / after.num_drafts < 0.95 * before.num_draft_tokens / before.num_drafts
-        )
-        fell = after.mean_accepted < kept * before.mean_accepted
-        return fell and (not shorter or after.acceptance_rate < kept * before.acceptance_rate)
+
+def _fell(before: SpecDecodeCounts, after: SpecDecodeCounts, kept: float) -> bool:
+    """Whether less than a share of the acceptance was kept; never where nothing was drafted before."""
+    if not before.num_drafts:
+        return False
+    shorter = after.num_draft_tokens / after.num_drafts < 0.95 * before.num_draft_tokens / before.num_drafts
+    fell = after.mean_accepted < kept * before.mean_accepted
+    return fell and (not shorter or after.acceptance_rate < kept * before.acceptance_rate)

@@ -30,7 +30,9 @@ def test_the_same_drafts_are_accepted(pair, tmp_path, capsys, kind):
     capsys.readouterr()
     assert cli.run(["export", *options]) == 0
     native = json.loads(capsys.readouterr().out)
-    ours, output, counts = serve(pair.target, {"method": "ppow", "model": str(adapter.directory)})
+    ours, output, counts = serve(
+        pair.target, {"method": "ppow", "model": str(adapter.directory), "ppow": {"window": "fixed"}}
+    )
     plain, exported_output, exported = serve(pair.target, native)
     assert (ours, plain) == (True, False)
     assert output == exported_output == expected(VOCAB)

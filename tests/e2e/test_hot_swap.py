@@ -48,7 +48,7 @@ def case(pair, tmp_path_factory, request):
 
 
 def spec_of(adapter, **options):
-    return {"method": "ppow", "model": str(adapter.directory), "ppow": options}
+    return {"method": "ppow", "model": str(adapter.directory), "ppow": {"window": "fixed", **options}}
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,7 @@ def test_all_is_well(pair, adapter):
         "vocabulary",
         "context",
     } <= set(found(diagnosis, "ok"))
+    assert {"adaptive window", "hot swap", "hot swap over HTTP"} <= set(found(diagnosis, "ok"))
     assert "Hub" not in found(diagnosis, "ok"), "no Hub repo was named"
 
 

@@ -174,7 +174,7 @@ def test_when_acceptance_fell(drafts, accepted, drafted, undo):
     watch.observe(counts(1100, 5100))
     watch.start(counts(1100, 5100))
     assert watch.comparing
-    assert watch.verdict(counts(1199, 5100)) is None, "too few drafts"
+    assert watch.verdict(counts(1199, 5170)) is None, "too few drafts"
     verdict = watch.verdict(counts(1100 + drafts, 5100 + accepted, 4 * 1100 + drafted))
     assert verdict is not None
     assert (verdict.before, verdict.undo) == (1.0, undo)
@@ -188,6 +188,16 @@ def test_only_the_last_drafts_before_are_compared():
         watch.observe(counts(50 * step, 250 * min(step, 8) + 50 * max(0, step - 8)))
     watch.start(counts(500, 2100))
     assert watch.verdict(counts(600, 2200)).before == 1.0
+
+
+def test_a_hopeless_one_goes_after_a_tenth_of_the_drafts():
+    """An adaptive window stops drafting with it, and the rest of the drafts would never come."""
+    watch = AcceptanceWatch(drafts=100, max_drop=0.2)
+    watch.observe(counts(0, 0))
+    watch.start(counts(100, 100))
+    assert watch.verdict(counts(109, 100)) is None
+    assert watch.verdict(counts(120, 108)) is None, "two fifths: half of what would do"
+    assert watch.verdict(counts(120, 107)).undo
 
 
 def test_nothing_drafted_before_keeps_the_new_one():

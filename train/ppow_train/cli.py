@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("ppow_train.commands.export:export", "Write the merged drafter, for vLLM alone."),
     "swap": ("ppow_train.commands.swap:swap", "Another adapter for a running server."),
     "bench": ("ppow_train.commands.bench:bench", "Measure a drafter in vLLM, with and without its adapter."),
+    "profile": ("ppow_train.commands.profile:profile", "Measure what drafting costs on this machine."),
     "compare": (
         "ppow_train.commands.compare:compare",
         "Train several objectives alike and compare what they earn.",

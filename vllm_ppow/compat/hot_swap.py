@@ -46,15 +46,6 @@ def require() -> None:
     seams.find("vllm.v1.worker.gpu_worker", "Worker", "get_draft_model", ("self",))  # the CPU's inherits it
 
 
-def is_possible() -> bool:
-    """Whether this vLLM can reload a model in place."""
-    try:
-        require()
-    except seams.SeamMissingError:
-        return False
-    return True
-
-
 def prepare(engine_args: Any) -> None:
     """Have vLLM give its workers our methods.
 
