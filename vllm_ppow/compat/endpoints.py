@@ -59,12 +59,9 @@ class Service:
         self._watching = asyncio.create_task(self._watch_on())
 
     async def describe(self) -> dict[str, Any]:
-        """What is running, whether a swap awaits its verdict, and what happened last."""
-        running = await self._swap.running()
-        if not running["ok"]:
-            raise SwapError(running["error"])
-        shown = {key: running[key] for key in ("adapter", "fingerprint", "previous")}
-        return {**shown, "comparing": self._watch.comparing, "last": self._last}
+        """What is running, whether a swap awaits its verdict, and what happened last; never halfway through a swap."""
+        async with self._turn:
+            return await self._describe()
 
     async def change(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Swap as a request asks.
@@ -72,21 +69,27 @@ class Service:
         Raises:
             ArtifactError: it cannot be done; what was running serves on.
         """
-        async with self._turn:
-            if asked.get("undo"):
+        if asked.get("undo"):
+            async with self._turn:
                 await self._swap.undo("asked to")
                 self._watch = AcceptanceWatch()
                 self._note("swapped back", "asked to")
-            else:
-                watch = AcceptanceWatch(asked.get("drafts", 1000), asked.get("max_drop", 0.2))
-                # The Hub may take minutes; requests are served meanwhile.
-                directory = await asyncio.to_thread(
-                    self._allowed.resolve, asked["adapter"], asked.get("revision")
-                )
-                await self._swap.swap(directory)
-                self._note("swapped", f"to {directory}")
-                self._start_comparing(watch if asked.get("watch", True) else None)
-        return await self.describe()
+                return await self._describe()
+        watch = AcceptanceWatch(asked.get("drafts", 1000), asked.get("max_drop", 0.2))
+        # The Hub may take minutes; nobody waits for them but who asked.
+        directory = await asyncio.to_thread(self._allowed.resolve, asked["adapter"], asked.get("revision"))
+        async with self._turn:
+            await self._swap.swap(directory)
+            self._note("swapped", f"to {directory}")
+            self._start_comparing(watch if asked.get("watch", True) else None)
+            return await self._describe()
+
+    async def _describe(self) -> dict[str, Any]:
+        running = await self._swap.running()
+        if not running["ok"]:
+            raise SwapError(running["error"])
+        shown = {key: running[key] for key in ("adapter", "fingerprint", "previous")}
+        return {**shown, "comparing": self._watch.comparing, "last": self._last}
 
     def _start_comparing(self, watch: AcceptanceWatch | None) -> None:
         counts = _counts()
