@@ -67,10 +67,10 @@ class PPOWOptions:
 
     base_drafter: str | None = None
     allow_target_mismatch: bool = False
-    hot_swap: bool = False
-    hot_swap_directory: str | None = None
     window: str = "adaptive"
     min_tokens: int = 0
+    hot_swap: bool = False
+    hot_swap_directory: str | None = None
 
     def __post_init__(self) -> None:
         if self.base_drafter is not None and not (isinstance(self.base_drafter, str) and self.base_drafter):
