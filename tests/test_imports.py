@@ -103,7 +103,10 @@ RULES = (
     Rule(
         "vllm",
         allowed=(
-            *(f"vllm_ppow/{name}.py" for name in ("plugin", "loader", "scheduler", "metrics")),
+            *(
+                f"vllm_ppow/{name}.py"
+                for name in ("plugin", "loader", "scheduler", "metrics", "metrics_logger")
+            ),
             "vllm_ppow/compat/*",
         ),
         lazily=tuple(f"ppow_train/{name}.py" for name in ("data", "serving_eval", "generation", "profiling")),

@@ -65,7 +65,12 @@ def unpacked(runner: WindowRunner) -> WindowPath:
         every = torch.arange(len(start))
         return (
             WindowRunner(
-                runner.target, runner.drafter, own, runner.num_speculative_tokens, runner.temperature
+                runner.target,
+                runner.drafter,
+                own,
+                runner.num_speculative_tokens,
+                runner.temperature,
+                plain=True,
             ),
             every,
         )
@@ -162,7 +167,9 @@ class Benchmark:
         advantages = group_advantages(shared, self.group)
         for name in order:
             if name == "packed":
-                self.runner.target.encode(trajectories.select(chosen))  # as its rollout left it
+                self.runner.read_target(trajectory, start)  # as its rollout left it
+            else:
+                self.runner.target.forget()
             begin = clocks()
             logps = self.paths[name].draft_logps(trajectory, start, shared.tokens)
             loss = ppow_loss(logps, shared, advantages)

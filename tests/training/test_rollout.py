@@ -10,7 +10,8 @@ import torch
 from training_pair import K
 from unpacked import draft_windows, over_target_vocabulary, target_windows
 
-from ppow_train.rollout import WindowRunner, pack_rows
+from ppow_train.packed_rows import pack_rows
+from ppow_train.rollout import WindowRunner
 from ppow_train.types import Rollout, Trajectories
 from ppow_train.verification import (
     acceptance_ratio,

@@ -9,16 +9,23 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from ppow_train.errors import UserError
+from ppow_train.last_layer import feed_forward_at
 from ppow_train.packing import block_mask, gather_slots
 from ppow_train.types import Encoded, Trajectories
 
 
-def encode(model: PreTrainedModel, trajectories: Trajectories, tap_layers: tuple[int, ...] = ()) -> Encoded:
+def encode(
+    model: PreTrainedModel,
+    trajectories: Trajectories,
+    tap_layers: tuple[int, ...] = (),
+    read: torch.Tensor | None = None,
+) -> Encoded:
     """Run a model over trajectories and keep its cache.
 
     Args:
         model: a `…ForCausalLM`.
         tap_layers: residual streams to keep for an EAGLE head; i means after i layers, before the final norm.
+        read: bool [B, L], slots whose hidden state will be read, or None for all; keys, values and taps are of all.
 
     Returns:
         `Encoded` with S = L slots; slot n−1 predicts position n.
@@ -26,14 +33,21 @@ def encode(model: PreTrainedModel, trajectories: Trajectories, tap_layers: tuple
     _check_attention(model, trajectories.input_ids.shape[1])
     # Given the config it would drop what sliding attention has passed, which packed windows still read.
     cache = DynamicCache()
-    output = model.base_model(
-        input_ids=trajectories.input_ids,
-        past_key_values=cache,
-        use_cache=True,
-        output_hidden_states=bool(tap_layers),
-    )
+    with feed_forward_at(_last_layer(model), read):
+        output = model.base_model(
+            input_ids=trajectories.input_ids,
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=bool(tap_layers),
+        )
     taps = torch.cat([output.hidden_states[i] for i in tap_layers], dim=-1) if tap_layers else None
     return Encoded(output.last_hidden_state, output.past_key_values, first_slot=1, taps=taps)
+
+
+def _last_layer(model: PreTrainedModel) -> torch.nn.Module:
+    """The last one under the name that most models of transformers give their layers; else the model, as it is."""
+    layers = getattr(model.base_model, "layers", None)
+    return model.base_model if layers is None else layers[-1]
 
 
 def _check_attention(model: PreTrainedModel, length: int) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SHARE = 0.8  # of the available memory that an update may take
 # [N, K, columns] float32 tensors alive at the peak: p and q, as they come and gathered, their softmaxes, a gradient.
-_LOGIT_COPIES = {"overlap": 5, "exact": 6, "ppow": 5} | {
+_LOGIT_COPIES = {"overlap": 5, "exact": 6, "drafts": 7, "ppow": 5} | {
     f"cst:{loss}": copies for loss, copies in (("tv", 5), ("nla", 5), ("ce", 5), ("kl_div", 7), ("rkl", 7))
 }
 _MOST_LOGIT_COPIES = 9  # of the library's other losses, and of what is not listed
@@ -94,6 +94,11 @@ class _Shapes:
         floats = 9 * self.hidden + 4 * self.intermediate + 2 * (self.queries + self.keys)
         return self.layers * floats * self.element
 
+    @property
+    def last_feed_forward(self) -> float:
+        """Those of them that the last layer has only where it is read (last_layer.py)."""
+        return (4 * self.intermediate + self.hidden) * self.element
+
 
 def estimate_memory(runner: WindowRunner, config: PPOWConfig) -> MemoryEstimate:
     """Memory of an update of this pair on these trajectories, if all were as long as the longest (ours).
@@ -104,7 +109,7 @@ def estimate_memory(runner: WindowRunner, config: PPOWConfig) -> MemoryEstimate:
     """
     length = int(runner.trajectories.lengths.max())
     each = config.windows_per_step // config.trajectories_per_step
-    prefix = _prefix_bytes(runner, config, length)
+    prefix = _prefix_bytes(runner, config, length, each)
     window = _logit_bytes(runner, config) + _chain_bytes(runner, config, length, each)
     fixed = _lora_weights(runner, config) * _BYTES_PER_LORA_WEIGHT
     if math.isfinite(config.adaptive_from):
@@ -116,7 +121,7 @@ def estimate_memory(runner: WindowRunner, config: PPOWConfig) -> MemoryEstimate:
     return MemoryEstimate(window, prefix, fixed, each)
 
 
-def _prefix_bytes(runner: WindowRunner, config: PPOWConfig, length: int) -> float:
+def _prefix_bytes(runner: WindowRunner, config: PPOWConfig, length: int, each: int) -> float:
     """Of one trajectory: the target's keys and values, what the drafter reads of it, the drafter's own pass."""
     target, drafter = _Shapes.of(runner.target.model), _Shapes.of(runner.drafter.model)
     taps = len(runner.target.tap_layers)
@@ -125,10 +130,15 @@ def _prefix_bytes(runner: WindowRunner, config: PPOWConfig, length: int) -> floa
         kept += 2 * target.layers * target.keys
         # While the target runs, all its residual streams are returned if any is tapped, and one layer is at work.
         running = kept + (target.layers * target.hidden if taps else 0) + 3 * target.intermediate
+    steps = config.num_speculative_tokens
     own = drafter.activations
     if taps:  # every step of a chain keeps the prefix's keys and values, repeated for every head
-        own += (config.num_speculative_tokens - 1) * 2 * drafter.layers * drafter.queries * drafter.element
-    return length * max(running * target.element, kept * target.element + own)
+        own += (steps - 1) * 2 * drafter.layers * drafter.queries * drafter.element
+    along_path = not taps and not config.is_rollout  # a causal LM reads its windows where it reads the prefix
+    slots = length if along_path else length - steps
+    read = min(slots, each * steps if along_path else each)
+    pass_bytes = slots * own - (slots - read) * drafter.last_feed_forward
+    return max(length * running * target.element, length * kept * target.element + pass_bytes)
 
 
 def _logit_bytes(runner: WindowRunner, config: PPOWConfig) -> float:

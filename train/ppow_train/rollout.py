@@ -6,18 +6,20 @@ one trajectory are packed into one forward. Left out: rewards, losses.
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import torch
 
 from ppow_train.drafters.base import Drafter
+from ppow_train.last_layer import read_slots
 from ppow_train.objectives import PathWindows
+from ppow_train.packed_rows import PackedRows, in_rows, pack_in_parts, pack_rows
 from ppow_train.packing import window_tokens
 from ppow_train.target import Target
 from ppow_train.target_cache import TargetCache
-from ppow_train.types import Encoded, Rollout, Trajectories
+from ppow_train.types import Encoded, Reading, Rollout, Trajectories
 from ppow_train.verification import (
     acceptance_ratio,
     greedy_accepted_length,
@@ -28,6 +30,9 @@ from ppow_train.windowing import lost_tokens, token_acceptance, token_criticalit
 
 # of p or q while criticality is computed: 256 MiB in float32, whatever V and the trajectories
 LOGITS_AT_ONCE = 2**26
+# Prefix positions of a part on the CPU, where what fits the caches is fastest and padding costs; a GPU rather reads
+# all of an update's trajectories at once.
+POSITIONS_AT_ONCE = 1536
 
 _Result = TypeVar("_Result")
 
@@ -45,55 +50,6 @@ def at_once(compute: Callable[[], _Result]) -> _Result:
     return compute()
 
 
-@dataclasses.dataclass(frozen=True)
-class PackedRows:
-    """N rows regrouped by trajectory, padded to W windows each.
-
-    Attributes:
-        ids: int64 [B], which trajectories occur, in ascending order.
-        trajectories: these B trajectories.
-        starts: int64 [B, W]; padding repeats the trajectory's first row.
-        row, column: int64 [N], where each row went.
-    """
-
-    ids: torch.Tensor
-    trajectories: Trajectories
-    starts: torch.Tensor
-    row: torch.Tensor
-    column: torch.Tensor
-
-    def pack(self, values: torch.Tensor) -> torch.Tensor:
-        """[N, ...] -> [B, W, ...]; padding repeats a row of the same trajectory."""
-        packed = (
-            values[self._first_rows()][:, None].expand(-1, self.starts.shape[1], *values.shape[1:]).clone()
-        )
-        packed[self.row, self.column] = values
-        return packed
-
-    def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """[B, W, ...] -> [N, ...]."""
-        return values[self.row, self.column]
-
-    def _first_rows(self) -> torch.Tensor:
-        first = torch.empty(len(self.starts), dtype=torch.long, device=self.row.device)
-        at = (self.column == 0).nonzero().squeeze(-1)
-        first[self.row[at]] = at
-        return first
-
-
-def pack_rows(trajectories: Trajectories, trajectory: torch.Tensor, start: torch.Tensor) -> PackedRows:
-    """Group rows by trajectory: int64 [N], int64 [N] -> `PackedRows`."""
-    ids, row = trajectory.unique(return_inverse=True)
-    order = torch.argsort(row, stable=True)
-    counts = torch.bincount(row, minlength=len(ids))
-    begins = counts.cumsum(0) - counts
-    column = torch.empty_like(row)
-    column[order] = torch.arange(len(row), device=row.device) - begins.repeat_interleave(counts)
-    starts = start[order[begins]][:, None].expand(-1, int(counts.max())).clone()
-    starts[row, column] = start
-    return PackedRows(ids, trajectories.select(ids), starts, row, column)
-
-
 class WindowRunner:
     """Weighs, drafts, verifies and scores windows.
 
@@ -104,6 +60,7 @@ class WindowRunner:
         temperature: of p and q in training.
         greedy: verify against the target's greedy continuation (serving at temperature 0) instead of by sampling.
         cache: keeps the target's states along these trajectories; without it they are computed at every update.
+        plain: read all trajectories of a call whole and at once, and every hidden state: the oracle of what is saved.
     """
 
     def __init__(
@@ -115,6 +72,7 @@ class WindowRunner:
         temperature: float,
         greedy: bool = False,
         cache: TargetCache | None = None,
+        plain: bool = False,
     ) -> None:
         self.target, self.drafter, self.trajectories, self.cache = target, drafter, trajectories, cache
         self.num_speculative_tokens, self.temperature, self.greedy = (
@@ -122,6 +80,7 @@ class WindowRunner:
             temperature,
             greedy,
         )
+        self.plain = plain
 
     # ------------------------------------------------------------ station 2: windows
 
@@ -169,33 +128,52 @@ class WindowRunner:
         self, trajectory: torch.Tensor, start: torch.Tensor, noise: torch.Tensor, run: Run = at_once
     ) -> Rollout:
         """Draft and verify one window per row: int64 [N], int64 [N], `draw_noise` [N, 2, K] -> `Rollout`."""
-        packed = pack_rows(self.trajectories, trajectory, start)
-        target = self.target.encode(packed.trajectories)
+        parts = self._parts(trajectory, start)
+        targets = self.target.encode_parts([self._reading(part) for part in parts])
         drafting, accepting = noise.to(start.device).unbind(1)
-        tokens, draft_logits = run(
-            lambda: self.drafter.sample(
-                self.drafter.encode(packed.trajectories, target),
-                packed.starts,
-                self.num_speculative_tokens,
-                self.temperature,
-                packed.pack(drafting),
-            )
+        # In one call, however many parts: processes that train together have unlike ones.
+        drafts = run(lambda: [self._draft(*part, drafting) for part in zip(parts, targets, strict=True)])
+        verified = [self._verify(*part, accepting) for part in zip(parts, targets, drafts, strict=True)]
+        return Rollout(*(in_rows(parts, field) for field in zip(*verified, strict=True)))
+
+    def _draft(
+        self, packed: PackedRows, target: Encoded, uniforms: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and their log-probabilities under the drafter, [B, W, K] each."""
+        tokens, logits = self.drafter.sample(
+            self._encode(packed, target),
+            packed.starts,
+            self.num_speculative_tokens,
+            self.temperature,
+            packed.pack(uniforms),
         )
-        draft_logps = token_logps(draft_logits / self.temperature, self.drafter.vocabulary.columns(tokens))
-        target_logits = self.target.score(target, packed.starts, tokens) / self.temperature
-        target_logps = token_logps(target_logits, tokens)
-        own = window_tokens(packed.trajectories.input_ids, packed.starts, self.num_speculative_tokens)
-        own_logits = (
-            self.target.path_logits(target, packed.starts, self.num_speculative_tokens) / self.temperature
-        )
+        return tokens, token_logps(self._tempered(logits), self.drafter.vocabulary.columns(tokens))
+
+    def _verify(
+        self,
+        packed: PackedRows,
+        target: Encoded,
+        draft: tuple[torch.Tensor, torch.Tensor],
+        uniforms: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """The fields of `Rollout` for a part's drafted windows, [B, W, ...]."""
+        tokens, draft_logps = draft
+        target_logps = token_logps(self._tempered(self.target.score(target, packed.starts, tokens)), tokens)
         if self.greedy:
+            own = window_tokens(packed.trajectories.input_ids, packed.starts, self.num_speculative_tokens)
             accepted = greedy_accepted_length(tokens, own)
         else:
             ratio = acceptance_ratio(target_logps, draft_logps)
-            accepted = sampled_accepted_length(ratio, packed.pack(accepting))
-        divergence = token_logps(own_logits, own).sum(-1) - target_logps.sum(-1)
-        fields = (tokens, draft_logps, target_logps, accepted, divergence)
-        return Rollout(*(packed.unpack(field) for field in fields))
+            accepted = sampled_accepted_length(ratio, packed.pack(uniforms))
+        divergence = self._own_logps(packed, target) - target_logps.sum(-1)
+        return tokens, draft_logps, target_logps, accepted, divergence
+
+    def _own_logps(self, packed: PackedRows, target: Encoded) -> torch.Tensor:
+        """The target's log-probability of its own window, [B, W]; windows of one start are looked at once."""
+        distinct, column = packed.distinct()
+        own = window_tokens(packed.trajectories.input_ids, distinct.starts, self.num_speculative_tokens)
+        logits = self.target.path_logits(target, distinct.starts, self.num_speculative_tokens)
+        return token_logps(self._tempered(logits), own).sum(-1).gather(1, column)
 
     # ------------------------------------------------------------ station 6: what the update differentiates
 
@@ -203,41 +181,79 @@ class WindowRunner:
         self, trajectory: torch.Tensor, start: torch.Tensor, tokens: torch.Tensor, run: Run = at_once
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of drafted tokens and entropy of the drafter: int64 [N], [N], [N, K] -> [N, K] each."""
-        packed = pack_rows(self.trajectories, trajectory, start)
-        target = self._states(packed)
+        parts = self._parts(trajectory, start)
+        targets = self._states(parts) if self.drafter.tap_layers else [None] * len(parts)
         logits = run(
-            lambda: self.drafter.score(
-                self.drafter.encode(packed.trajectories, target), packed.starts, packed.pack(tokens)
-            )
+            lambda: [
+                self.drafter.score(self._encode(part, target), part.starts, part.pack(tokens))
+                for part, target in zip(parts, targets, strict=True)
+            ]
         )
-        logp = packed.unpack(logits / self.temperature).log_softmax(-1)
-        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-        columns = self.drafter.vocabulary.columns(tokens)
-        return logp.gather(-1, columns[..., None]).squeeze(-1), entropy
+        logps, entropies = [], []
+        for part, of_part in zip(parts, logits, strict=True):
+            logp = self._tempered(of_part).log_softmax(-1)
+            columns = self.drafter.vocabulary.columns(part.pack(tokens))
+            logps.append(logp.gather(-1, columns[..., None]).squeeze(-1))
+            entropies.append(-(logp.detach().exp() * logp.detach()).sum(-1))
+        return in_rows(parts, logps), in_rows(parts, entropies)
 
     def path_windows(self, trajectory: torch.Tensor, start: torch.Tensor, run: Run = at_once) -> PathWindows:
         """Both distributions along the target's own windows: int64 [N], int64 [N] -> N windows."""
-        packed = pack_rows(self.trajectories, trajectory, start)
-        target = self._states(packed)
+        parts = self._parts(trajectory, start)
+        targets = self._states(parts)
         length, vocabulary = self.num_speculative_tokens, self.drafter.vocabulary
-        tokens = window_tokens(packed.trajectories.input_ids, packed.starts, length)
-        target_logits = self.target.path_logits(target, packed.starts, length) / self.temperature
         # At once: the full ones may be four times as many.
-        target_logits = vocabulary.with_rest(target_logits)
+        target_logits = [
+            vocabulary.with_rest(self._tempered(self.target.path_logits(target, part.starts, length)))
+            for part, target in zip(parts, targets, strict=True)
+        ]
         draft_logits = run(
-            lambda: self.drafter.path_logits(
-                self.drafter.encode(packed.trajectories, target), packed.trajectories, packed.starts, length
-            )
+            lambda: [
+                self.drafter.path_logits(
+                    self._encode(part, target, length), part.trajectories, part.starts, length
+                )
+                for part, target in zip(parts, targets, strict=True)
+            ]
         )
+        tokens = [window_tokens(part.trajectories.input_ids, part.starts, length) for part in parts]
         return PathWindows(
-            tokens=packed.unpack(vocabulary.columns(tokens)),
-            target_logits=packed.unpack(target_logits),
-            draft_logits=packed.unpack(vocabulary.with_empty_rest(draft_logits / self.temperature)),
+            tokens=vocabulary.columns(in_rows(parts, tokens)),
+            target_logits=in_rows(parts, target_logits),
+            draft_logits=vocabulary.with_empty_rest(self._tempered(in_rows(parts, draft_logits))),
             has_rest=vocabulary.is_reduced,
         )
 
-    def _states(self, packed: PackedRows) -> Encoded:
+    # ------------------------------------------------------------ what is read, and how far
+
+    def _parts(self, trajectory: torch.Tensor, start: torch.Tensor) -> list[PackedRows]:
+        """Rows as they are read together: in parts, or as criticality has had the target read them already."""
+        whole = pack_rows(self.trajectories, trajectory, start)
+        if self.plain or self.target.remembers([self._reading(whole)]):
+            return [whole]
+        positions = POSITIONS_AT_ONCE if start.device.type == "cpu" else math.inf
+        return pack_in_parts(self.trajectories, trajectory, start, self.num_speculative_tokens, positions)
+
+    def read_target(self, trajectory: torch.Tensor, start: torch.Tensor) -> None:
+        """Let the target read what a rollout of these rows, int64 [N] each, would have it read: it is remembered."""
+        self.target.encode_parts([self._reading(part) for part in self._parts(trajectory, start)])
+
+    def _reading(self, packed: PackedRows) -> Reading:
+        """What the target reads: of its hidden states those before the tokens of windows on its own path."""
+        if self.plain:
+            return Reading(packed.trajectories)
+        slots = packed.trajectories.input_ids.shape[1]
+        return Reading(packed.trajectories, read_slots(packed.starts - 1, self.num_speculative_tokens, slots))
+
+    def _states(self, parts: list[PackedRows]) -> list[Encoded]:
         """The target's hidden states and taps: all that its path and the drafter read."""
         if self.cache is None:
-            return self.target.encode(packed.trajectories)
-        return self.cache.encoded(packed.ids, packed.trajectories.input_ids.shape[1])
+            return self.target.encode_parts([self._reading(part) for part in parts])
+        return [self.cache.encoded(part.ids, part.trajectories.input_ids.shape[1]) for part in parts]
+
+    def _encode(self, packed: PackedRows, target: Encoded | None, path_length: int = 1) -> Encoded:
+        """The drafter's pass over a part."""
+        starts = None if self.plain else packed.starts
+        return self.drafter.encode(packed.trajectories, target, starts, path_length)
+
+    def _tempered(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.temperature == 1 else logits / self.temperature

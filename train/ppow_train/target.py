@@ -5,13 +5,14 @@ Left out: how its trajectories are generated (generation.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ppow_train import causal
 from ppow_train.errors import UserError
-from ppow_train.types import Encoded, Trajectories
+from ppow_train.types import Encoded, Reading, Trajectories
 
 
 class Target:
@@ -34,7 +35,7 @@ class Target:
 
         self.directory = directory
         self.tap_layers = tap_layers
-        self._last: tuple[Trajectories, Encoded] | None = None
+        self._last: list[tuple[Reading, Encoded]] = []
         self.model = (
             AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True)
             .to(device)
@@ -54,20 +55,33 @@ class Target:
         """V of the logits."""
         return self.model.get_output_embeddings().weight.shape[0]
 
-    @torch.no_grad()
     def encode(self, trajectories: Trajectories) -> Encoded:
-        """One pass over the trajectories (see `causal.encode`), or none: it is frozen, so the last answer is kept.
+        """One pass over the trajectories, all of whose slots may be read (see `encode_parts`)."""
+        return self.encode_parts([Reading(trajectories)])[0]
+
+    @torch.no_grad()
+    def encode_parts(self, parts: Sequence[Reading]) -> list[Encoded]:
+        """One pass over each part (see `causal.encode`), or none: it is frozen, so the last answer is kept.
 
         Criticality, verification and update of one step ask for the same trajectories.
         """
-        if self._last is None or not trajectories.same_as(self._last[0]):
-            self._last = None  # before the pass: two answers need not fit
-            self._last = trajectories, causal.encode(self.model, trajectories, self.tap_layers)
-        return self._last[1]
+        if not self.remembers(parts):
+            self._last = []  # before the pass: two answers need not fit
+            self._last = [
+                (part, causal.encode(self.model, part.trajectories, self.tap_layers, part.read))
+                for part in parts
+            ]
+        return [encoded for _, encoded in self._last]
+
+    def remembers(self, parts: Sequence[Reading]) -> bool:
+        """Whether the last answer was about these very parts."""
+        return len(parts) == len(self._last) and all(
+            part.covered_by(last) for part, (last, _) in zip(parts, self._last, strict=True)
+        )
 
     def forget(self) -> None:
         """Give back the memory of the last answer."""
-        self._last = None
+        self._last = []
 
     @torch.no_grad()
     def path_logits(

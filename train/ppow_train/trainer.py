@@ -189,6 +189,8 @@ class PPOWTrainer(GRPOTrainer):
     # ------------------------------------------------------------ overridden methods of GRPOTrainer
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        # What it remembers decides what is read together: a resumed run remembers nothing of the update before.
+        self.runner.target.forget()
         if self._objective is None:
             batch = super()._generate_and_score_completions(inputs)
             if self.args.ppow_credit == "acceptance":

@@ -39,6 +39,10 @@ class Trajectories:
         """The same trajectories on another device."""
         return Trajectories(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
 
+    def cut(self, ends: torch.Tensor) -> Trajectories:
+        """The same trajectories, each up to a position, int64 [B], after which it is padding."""
+        return Trajectories(self.input_ids[:, : int(ends.max())], self.prompt_lengths, ends)
+
     def same_as(self, other: Trajectories) -> bool:
         """Whether these are the same trajectories."""
         names = (field.name for field in dataclasses.fields(self))
@@ -54,11 +58,30 @@ class Trajectories:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a model is asked to read.
+
+    Attributes:
+        trajectories: B of them, all positions of which it reads.
+        read: bool [B, L], slots whose hidden state will be looked at, or None for all.
+    """
+
+    trajectories: Trajectories
+    read: torch.Tensor | None = None
+
+    def covered_by(self, other: Reading) -> bool:
+        """Whether an answer to the other one is an answer to this one."""
+        if not self.trajectories.same_as(other.trajectories):
+            return False
+        return other.read is None or (self.read is not None and bool((other.read | ~self.read).all()))
+
+
+@dataclasses.dataclass(frozen=True)
 class Encoded:
     """One causal pass of a model over trajectories: what windows are started from.
 
     Attributes:
-        hidden: [B, S, H], one row per slot, before the language-model head.
+        hidden: [B, S, H], one row per slot, before the language-model head; only what was to be read is right.
         cache: keys and values of the S slots; windows append to it and are cropped off again.
         first_slot: position n of a window minus the slot whose hidden state predicts its first token.
         taps: [B, L, T·H] intermediate states that an EAGLE head reads, or None.

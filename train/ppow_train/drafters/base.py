@@ -45,8 +45,20 @@ class Drafter(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def encode(self, trajectories: Trajectories, target: Encoded) -> Encoded:
-        """One causal pass over the trajectories."""
+    def encode(
+        self,
+        trajectories: Trajectories,
+        target: Encoded | None,
+        starts: torch.Tensor | None = None,
+        path_length: int = 1,
+    ) -> Encoded:
+        """One causal pass over the trajectories.
+
+        Args:
+            target: what the target said of them; only a drafter with taps reads it.
+            starts: int64 [B, W], the only windows that will be asked for; None where any may be.
+            path_length: K where `path_logits` of these windows will be asked for.
+        """
         ...
 
     def slot_logits(self, encoded: Encoded, slots: torch.Tensor) -> torch.Tensor:

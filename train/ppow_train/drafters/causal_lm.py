@@ -12,6 +12,7 @@ import torch
 
 from ppow_train import causal
 from ppow_train.drafters.base import ChainDrafter
+from ppow_train.last_layer import read_slots
 from ppow_train.types import Encoded, Trajectories
 
 if TYPE_CHECKING:
@@ -42,9 +43,20 @@ class CausalLMDrafter(ChainDrafter):
         """V of the logits."""
         return self.model.get_output_embeddings().weight.shape[0]
 
-    def encode(self, trajectories: Trajectories, target: Encoded) -> Encoded:
-        """One causal pass; what the target computed is not read."""
-        return causal.encode(self.model, trajectories)
+    def encode(
+        self,
+        trajectories: Trajectories,
+        target: Encoded | None,
+        starts: torch.Tensor | None = None,
+        path_length: int = 1,
+    ) -> Encoded:
+        """One causal pass, no further than windows need it; what the target computed is not read."""
+        if starts is None:
+            return causal.encode(self.model, trajectories)
+        first = starts - 1  # the slot that predicts the first token
+        needed = trajectories.cut(first.amax(1) + path_length)
+        read = read_slots(first, path_length, needed.input_ids.shape[1])
+        return causal.encode(self.model, needed, read=read)
 
     def extend(
         self,

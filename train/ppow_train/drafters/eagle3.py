@@ -19,8 +19,11 @@ from transformers import DynamicCache
 from ppow_train.drafters.base import ChainDrafter
 from ppow_train.drafters.eagle3_checkpoint import read_head
 from ppow_train.errors import UserError
+from ppow_train.last_layer import feed_forward_at, read_slots
 from ppow_train.types import Encoded, Trajectories
 from ppow_train.vocabulary import FULL_VOCABULARY, reduced_vocabulary
+
+_FIRST_SLOT = 2  # of a window at n: slot n−2 predicts the token at n
 
 
 class Eagle3Drafter(ChainDrafter):
@@ -66,19 +69,28 @@ class Eagle3Drafter(ChainDrafter):
         """V, tokens of the target's vocabulary that it reads."""
         return int(self.model.verifier_vocab_size)
 
-    def encode(self, trajectories: Trajectories, target: Encoded) -> Encoded:
-        """One causal pass over L−1 slots, reading the target's taps [B, L, T·H]."""
-        if target.taps is None:
+    def encode(
+        self,
+        trajectories: Trajectories,
+        target: Encoded | None,
+        starts: torch.Tensor | None = None,
+        path_length: int = 1,
+    ) -> Encoded:
+        """One causal pass over L−1 slots, or up to the last window's, reading the target's taps [B, L, T·H].
+
+        Windows are chains of their own, along the path too: of the pass only the slot before each of them is read.
+        """
+        if target is None or target.taps is None:
             raise ValueError("the target was encoded without tap_layers")
-        fused = self._fuse(target.taps[:, :-1].to(self.model.fc.weight.dtype))
+        last = trajectories.input_ids.shape[1] if starts is None else int(starts.max())
+        fused = self._fuse(target.taps[:, : last - 1].to(self.model.fc.weight.dtype))
         batch, slots, _ = fused.shape
         positions = torch.arange(slots, device=fused.device).expand(batch, -1)
-        allowed = torch.ones(slots, slots, dtype=torch.bool, device=fused.device).tril()
-        mask = torch.zeros(allowed.shape, dtype=fused.dtype, device=fused.device)
-        mask = mask.masked_fill(~allowed, torch.finfo(fused.dtype).min).expand(batch, 1, -1, -1)
         cache = DynamicCache()
-        hidden = self._layers(trajectories.input_ids[:, 1:], fused, positions, mask, cache)
-        return Encoded(hidden, cache, first_slot=2)
+        read = None if starts is None else read_slots(starts - _FIRST_SLOT, 1, slots)
+        with feed_forward_at(self.model.layers[-1], read):
+            hidden = self._layers(trajectories.input_ids[:, 1:last], fused, positions, None, cache)
+        return Encoded(hidden, cache, first_slot=_FIRST_SLOT)
 
     def extend(
         self,
@@ -110,7 +122,7 @@ class Eagle3Drafter(ChainDrafter):
         tokens: torch.Tensor,
         hidden: torch.Tensor,
         positions: torch.Tensor,
-        mask: torch.Tensor,
+        mask: torch.Tensor | None,
         cache: DynamicCache,
     ) -> torch.Tensor:
         model = self.model
@@ -119,7 +131,7 @@ class Eagle3Drafter(ChainDrafter):
         for layer in model.layers:
             states = layer(
                 states,
-                attention_mask=mask,
+                attention_mask=mask,  # without one attention is causal
                 position_ids=positions,
                 past_key_values=cache,
                 position_embeddings=rotary,
