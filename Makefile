@@ -2,13 +2,13 @@
 # Options: BACKEND=cpu|gpu, PYTHON=/path/to/python, ARGS="more arguments for ppow demo or pytest".
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lock clean distclean
+.PHONY: help setup demo test test-vllm lint format lock clean distclean
 
 BIN := .venv/bin
-export BACKEND PYTHON
+export BACKEND PYTHON VLLM_CPU
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: ## make .venv
 	@.ci/setup.sh
@@ -18,6 +18,11 @@ demo: setup ## the whole loop once: train a drafter, serve it, compare
 
 test: lint ## everything that must pass before a change lands
 	$(BIN)/python -m pytest $(ARGS)
+
+test-vllm: setup ## what VLLM_CPU=0.31.0 (say) must pass, in an environment of its own
+	@test -n "$(VLLM_CPU)" || { echo "Name a version: make test-vllm VLLM_CPU=0.31.0" >&2; exit 2; }
+	.venv-vllm-cpu-$(VLLM_CPU)/bin/python -m pytest tests/contracts tests/serving tests/e2e/test_in_process.py \
+		tests/e2e/test_distribution.py --record-compatibility $(ARGS)
 
 lint: setup ## formatting, lint, types
 	$(BIN)/ruff format --check .

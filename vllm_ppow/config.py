@@ -63,12 +63,14 @@ class PPOWOptions:
         window: "adaptive" drafts as many tokens per step as pay, at most num_speculative_tokens; "fixed" always
             drafts num_speculative_tokens.
         min_tokens: tokens that an adaptive window drafts at least, 0 to num_speculative_tokens.
+        per_request: let an adaptive window trim drafts request by request where this vLLM's runner can.
     """
 
     base_drafter: str | None = None
     allow_target_mismatch: bool = False
     window: str = "adaptive"
     min_tokens: int = 0
+    per_request: bool = True
     hot_swap: bool = False
     hot_swap_directory: str | None = None
 
@@ -77,7 +79,7 @@ class PPOWOptions:
             raise PPOWServingError(
                 f'"ppow": base_drafter must be a directory or Hub repo id, got {self.base_drafter!r}.'
             )
-        for name in ("allow_target_mismatch", "hot_swap"):
+        for name in ("allow_target_mismatch", "per_request", "hot_swap"):
             if not isinstance(value := getattr(self, name), bool):
                 raise PPOWServingError(f'"ppow": {name} must be true or false, got {value!r}.')
         directory = self.hot_swap_directory
@@ -200,7 +202,7 @@ def _window_options(options: PPOWOptions, num_speculative_tokens: Any) -> dict[s
             f'"ppow": min_tokens must be at most num_speculative_tokens ({num_speculative_tokens}), got '
             f"{options.min_tokens}."
         )
-    return {"min_tokens": options.min_tokens}
+    return {"min_tokens": options.min_tokens, "per_request": options.per_request}
 
 
 def _load_config(adapter: Adapter, given: Any, window: dict[str, Any] | None) -> dict[str, Any]:

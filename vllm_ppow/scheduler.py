@@ -90,9 +90,10 @@ class AdaptiveWindow:
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         now = time.perf_counter()
-        self._observe_step(scheduler_output, now - self._updated_at)
-        self._updated_at = now
+        seconds, self._updated_at = now - self._updated_at, now
+        accepted = self.ppow_window.counts.accepted
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        self._observe_step(scheduler_output, seconds, self.ppow_window.counts.accepted - accepted)
         self._report.write(self.ppow_window.counts)
         if time.monotonic() - self._logged_at >= LOG_SECONDS:
             self._log()
@@ -102,7 +103,7 @@ class AdaptiveWindow:
         self._report.close()
         super().shutdown()  # type: ignore[misc]
 
-    def _observe_step(self, scheduler_output: SchedulerOutput, seconds: float) -> None:
+    def _observe_step(self, scheduler_output: SchedulerOutput, seconds: float, accepted: int) -> None:
         """The time since the step before is this step's, if both had work, only decoded and drafted alike."""
         scheduled = scheduler_output.num_scheduled_tokens
         length = scheduler_output.num_spec_tokens_to_schedule if scheduled else -1
@@ -115,7 +116,7 @@ class AdaptiveWindow:
             return  # prefill is in it
         requests = self.requests  # type: ignore[attr-defined]
         context = sum(requests[req_id].num_computed_tokens for req_id in scheduled if req_id in requests)
-        self.ppow_window.observe_step(seconds, len(scheduled), length, context)
+        self.ppow_window.observe_step(seconds, len(scheduled), length, context, accepted)
 
     def _log(self) -> None:
         self._logged_at = time.monotonic()

@@ -10,10 +10,9 @@ differ between requests (compat/draft_window.py). Pure Python, tens of microseco
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
-from vllm_ppow.acceptance import AcceptanceEstimate
+from vllm_ppow.acceptance import AcceptanceEstimate, TrimmedAcceptance
 from vllm_ppow.step_cost import StepCost
 
 # A new K must promise this much more than the one of the step before.
@@ -72,22 +71,15 @@ class WindowCounts:
 
 
 def rates(
-    acceptance: AcceptanceEstimate,
-    cost: StepCost,
-    batch: int,
-    lengths: Sequence[int],
-    context: int | None = None,
+    promises: Sequence[float], cost: StepCost, batch: int, lengths: Sequence[int], context: int | None = None
 ) -> list[float]:
-    """Expected tokens per second at each draft length (ascending), bonus tokens included (ours)."""
+    """Expected tokens per second at each draft length (ascending), bonus tokens included (ours).
+
+    Args:
+        promises: expected accepted tokens of a request by draft length, from 0 on.
+    """
     seconds = cost.table(batch, lengths, context)
-    survival = acceptance.survival()
-    earned: list[float] = []
-    total, drafted = 1.0, 0
-    for length in lengths:
-        total += sum(survival[drafted:length])
-        drafted = length
-        earned.append(total)
-    return [batch * tokens / second for tokens, second in zip(earned, seconds, strict=True)]
+    return [batch * (1.0 + promises[n]) / second for n, second in zip(lengths, seconds, strict=True)]
 
 
 def choose_num_draft_tokens(
@@ -95,7 +87,7 @@ def choose_num_draft_tokens(
 ) -> int:
     """K in minimum..maximum that promises most tokens per second at a batch size; the shortest of equals."""
     lengths = range(minimum, maximum + 1)
-    promised = rates(acceptance, cost, batch, lengths)
+    promised = rates(acceptance.promises(), cost, batch, lengths)
     return lengths[promised.index(max(promised))]
 
 
@@ -106,13 +98,20 @@ class DraftWindow:
         lengths: draft lengths to choose from, ascending; the last is num_speculative_tokens.
         acceptance: estimate to use and feed.
         cost: costs to use and feed.
+        trimmed: what maxima bring, where drafts are trimmed by request and `lengths` are their maxima.
     """
 
-    def __init__(self, lengths: Sequence[int], acceptance: AcceptanceEstimate, cost: StepCost) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        acceptance: AcceptanceEstimate,
+        cost: StepCost,
+        trimmed: TrimmedAcceptance | None = None,
+    ) -> None:
         if not lengths or list(lengths) != sorted(set(lengths)) or lengths[0] < 0:
             raise ValueError(f"Draft lengths must ascend from 0 or more, got {list(lengths)}.")
         self.lengths = tuple(lengths)
-        self.acceptance, self.cost = acceptance, cost
+        self.acceptance, self.cost, self.trimmed = acceptance, cost, trimmed
         self.counts = WindowCounts([0] * (self.lengths[-1] + 1))
         self._current = self.lengths[-1]
         self._held: tuple[int, int] | None = None  # (length, steps) of a probe or of learning under way
@@ -122,7 +121,7 @@ class DraftWindow:
         self._decided: dict[int, tuple[int, int, list[float]]] = {}
         self._step = 0
         self._step_predicted, self._step_accepted = 0.0, 0
-        self._promise = [0.0, *itertools.accumulate(acceptance.survival())]
+        self._promise = acceptance.promises()
 
     def choose(self, batch: int, context: int | None = None) -> int:
         """Draft length for the next draft of this many requests (>= 1), whose contexts add up to `context` tokens."""
@@ -154,16 +153,25 @@ class DraftWindow:
         self._step_accepted += num_accepted_tokens
         self.acceptance.observe(num_draft_tokens, num_accepted_tokens)
 
-    def observe_step(self, seconds: float, batch: int, num_draft_tokens: int, context: int = 0) -> None:
-        """A decode-only step at a steady draft length took this long."""
+    def observe_step(
+        self,
+        seconds: float,
+        batch: int,
+        num_draft_tokens: int,
+        context: int = 0,
+        num_accepted_tokens: int = 0,
+    ) -> None:
+        """A decode-only step at a steady draft length took this long and accepted that much of all its drafts."""
         self.cost.observe(seconds, batch, num_draft_tokens, context)
+        if self.trimmed is not None:
+            self.trimmed.observe(batch, num_draft_tokens, num_accepted_tokens)
 
     def _close_step(self) -> None:
         """Book how far the step's acceptance was from what was promised."""
         self.counts.predicted += self._step_predicted
         self.counts.absolute_error += abs(self._step_predicted - self._step_accepted)
         self._step_predicted, self._step_accepted = 0.0, 0
-        self._promise = [0.0, *itertools.accumulate(self.acceptance.survival())]
+        self._promise = self.acceptance.promises()
 
     def _decide(self, batch: int, context: int | None) -> tuple[int, int, list[float]]:
         """(length to draft, length that promises most, tokens per second promised at each length)."""
@@ -184,7 +192,8 @@ class DraftWindow:
         decided = self._decided.get(batch)
         if decided is not None and self._step < decided[0] + _DECIDE_EVERY:
             return decided[1], decided[2]
-        promised = rates(self.acceptance, self.cost, batch, self.lengths, context)
+        promises = self._promise if self.trimmed is None else self.trimmed.promises(batch)
+        promised = rates(promises, self.cost, batch, self.lengths, context)
         most = max(promised)
         at = self.lengths.index(self._current)
         if promised[at] * (1 + HYSTERESIS) < most:

@@ -65,7 +65,7 @@ def served(request, tmp_path_factory, without_speculation):
         TINY / "target",
         num_speculative_tokens=K,
     )
-    spec = {"method": "ppow", "model": str(adapter.directory)}
+    spec = {"method": "ppow", "model": str(adapter.directory), "ppow": {"per_request": False}}
     with engine(TINY / "target", spec, **OPTIONS) as llm:
         yield kind, llm
 

@@ -78,6 +78,7 @@ def test_absent_classes_are_no_fault_and_changed_ones_are_logged(monkeypatch):
         draft_loading, "V1_DRAFT_MODEL", (__name__, "V2Speculator", "_create_draft_vllm_config")
     )
     monkeypatch.setattr(draft_loading, "V2_DRAFT_MODEL", ("vllm.not.here", "Any", "load_draft_model"))
+    monkeypatch.setattr(draft_loading, "V2_PLAIN_DRAFT_MODEL", ("vllm.not.here", "Any", "load_draft_model"))
     monkeypatch.setattr(draft_loading, "V2_EAGLE", ("vllm.v1.not_here", "Any", "load_draft_model"))
     draft_loading.install()
     assert seams.installed() == frozenset()

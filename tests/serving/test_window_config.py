@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 from serving_pair import K, random_adapter
 
 from vllm_ppow import plugin
 from vllm_ppow.artifact import ArtifactError
-from vllm_ppow.compat import seams, window
+from vllm_ppow.compat import draft_window, seams, window
 from vllm_ppow.compat.window import TABLE
 from vllm_ppow.config import PPOWOptions, parse_options
 
@@ -172,14 +173,16 @@ def test_min_tokens_is_at_most_the_maximum(built):
 
 
 def test_options_reach_the_policy(built):
+    policy = window.build_window(built({"min_tokens": 1, "per_request": False}))
+    assert (policy.lengths, policy.counts.layers) == ((1, 2, 3), ("step",))
     policy = window.build_window(built({"min_tokens": 1}))
-    assert policy.lengths == (1, 2, 3)
+    assert (policy.lengths, policy.counts.layers) == ((1, 3), ("step", "request"))
 
 
 def test_with_captured_graphs_only_declared_lengths_are_drafted(built):
     from vllm.config import CUDAGraphMode
 
-    config = built(max_num_seqs=2)
+    config = built({"per_request": False}, max_num_seqs=2)
     assert window.build_window(config).lengths == (0, 1, 2, 3)
     config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     assert window.build_window(config).lengths == (2, 3)
@@ -191,4 +194,99 @@ def test_the_config_travels_to_the_engine_core(built):
     config = pickle.loads(pickle.dumps(built()))
     assert is_adaptive(config)
     assert config.scheduler_config.get_scheduler_cls().__name__ == "PPOWScheduler"
-    assert json.dumps(window.options_of(config.speculative_config)) == '{"min_tokens": 0}'
+    assert (
+        json.dumps(window.options_of(config.speculative_config)) == '{"min_tokens": 0, "per_request": true}'
+    )
+
+
+# ---------------------------------------------------------------- lengths by request
+
+
+def test_drafts_are_trimmed_by_request_on_the_synchronous_v1_runner(built):
+    config = built()
+    assert window.options_of(config.speculative_config) == {"min_tokens": 0, "per_request": True}
+    assert window.options_of(built({"per_request": False}).speculative_config)["per_request"] is False
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "reason"),
+    [
+        ("scheduler_config", "async_scheduling", True, "needs synchronous scheduling"),
+        ("parallel_config", "world_size", 2, "ranks would have to agree"),
+        ("speculative_config", "use_local_argmax_reduction", True, "does not give its probabilities"),
+    ],
+)
+def test_where_drafts_are_not_trimmed_by_request(built, log, section, field, value, reason):
+    config = built()
+    setattr(getattr(config, section), field, value)
+    window.attach(config)
+    assert window.options_of(config.speculative_config)["per_request"] is False
+    assert "not trimmed by request: " in log.text
+    assert reason in log.text
+    assert window.build_window(config).counts.layers == ("step",)
+
+
+@pytest.mark.parametrize("method", [name for name, _ in draft_window.SEAMS])
+def test_a_runner_without_the_drafting_hook_is_served_step_by_step(built, log, monkeypatch, method):
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    def renamed(self, something_else):
+        """What a future vLLM may have there."""
+
+    monkeypatch.setattr(SpecDecodeBaseProposer, method, renamed)
+    config = built()
+    assert is_adaptive(config)
+    assert window.options_of(config.speculative_config)["per_request"] is False
+    assert f"SpecDecodeBaseProposer.{method} as method ppow needs it" in log.text
+
+
+# ---------------------------------------------------------------- vLLM's own trimming of verification (no GPU here)
+
+
+def accelerator_config(**changes):
+    """What `verification` looks at, as a GPU server of the V2 runner with full graphs has it."""
+    values = {"enable": False, "v2": True, "graphs": True, "lora": None, "pipeline": 1, **changes}
+    mode = SimpleNamespace(has_full_cudagraphs=lambda: values["graphs"])
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(**{window.VERIFICATION: values["enable"]}),
+        use_v2_model_runner=values["v2"],
+        compilation_config=SimpleNamespace(cudagraph_mode=mode),
+        lora_config=values["lora"],
+        parallel_config=SimpleNamespace(pipeline_parallel_size=values["pipeline"]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, 'as well: "enable_adaptive_verification": true'),
+        ({"enable": True}, "trims verification by request"),
+        ({"v2": False}, "needs the V2 model runner"),
+        ({"graphs": False}, "needs full CUDA graphs"),
+        ({"lora": object()}, "does not go with LoRA"),
+        ({"pipeline": 2}, "does not go with pipeline parallelism"),
+        ({"enable": None}, "this vLLM has none"),
+    ],
+)
+def test_what_is_said_of_vllms_own_trimming(changes, text):
+    assert text in window.verification(accelerator_config(**changes))
+
+
+def test_vllm_has_the_switch_and_the_conditions_that_we_name():
+    from dataclasses import fields
+    from inspect import getsource
+
+    from vllm.config import SpeculativeConfig, VllmConfig
+
+    assert window.VERIFICATION in {field.name for field in fields(SpeculativeConfig)}
+    conditions = getsource(VllmConfig._validate_adaptive_verification)
+    for name in ("lora_config", "has_full_cudagraphs()", "pipeline_parallel_size > 1"):
+        assert name in conditions
+
+
+def test_maxima_are_judged_by_what_they_bring_where_vllm_trims(built):
+    config = built({"per_request": False})
+    setattr(config.speculative_config, window.VERIFICATION, True)
+    policy = window.build_window(config)
+    assert policy.trimmed is not None
+    assert (policy.lengths, policy.counts.layers) == ((0, K), ("step", "verification"))

@@ -3,7 +3,7 @@
 | | V1 eagle3 | V1 draft_model | V2 eagle3 | V2 draft_model |
 |---|---|---|---|---|
 | 0.26 | native | shim | shim | does not exist |
-| 0.32, 0.33 | native | shim | native | shim |
+| 0.31 to 0.33 | native | shim | native | shim |
 
 Each shim hands vLLM's own method a config whose `load_config` is the drafter's; none of vLLM's code is repeated. They
 can go when vLLM's draft_model proposers pass `draft_load_config` on, as its EAGLE proposers do. Which of them exist is
@@ -25,6 +25,11 @@ V2_DRAFT_MODEL = (
     "StandaloneARSpeculator",
     "load_draft_model",
 )
+V2_PLAIN_DRAFT_MODEL = (
+    "vllm.v1.worker.gpu.spec_decode.draft_model.speculator",
+    "PlainDraftModelSpeculator",
+    "load_draft_model",
+)
 V2_EAGLE = ("vllm.v1.worker.gpu.spec_decode.eagle.speculator", "EagleSpeculator", "load_draft_model")
 
 
@@ -37,6 +42,7 @@ def install() -> None:
     shims = [
         (V1_DRAFT_MODEL, ("self",), _v1_draft_model),
         (V2_DRAFT_MODEL, ("self", "target_model", "target_attn_layer_names"), _v2_speculator),
+        (V2_PLAIN_DRAFT_MODEL, ("self", "target_model", "target_attn_layer_names"), _v2_speculator),
         (V2_EAGLE, ("self", "target_model", "target_attn_layer_names"), _v2_speculator),
     ]
     for seam, parameters, make in shims:
@@ -70,7 +76,9 @@ def _v1_draft_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _v2_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
-    """V2 `StandaloneARSpeculator` (0.32, 0.33) and `EagleSpeculator` (0.26) load with `self.vllm_config`."""
+    """V2 `StandaloneARSpeculator` (0.32, 0.33), `PlainDraftModelSpeculator` (0.31) and `EagleSpeculator` (0.26) load
+    with `self.vllm_config`.
+    """
 
     def load_draft_model(self: Any, target_model: Any, target_attn_layer_names: Any) -> Any:
         if not serves_ppow(self.speculative_config):

@@ -1,6 +1,6 @@
 """vLLM's EngineArgs: accepts method ppow and hands vLLM a native speculative config.
 
-Every shim here works on 0.26, 0.32 and 0.33, and can go when vLLM lets plugins register a speculative method. Left out:
+Every shim here works on 0.26 to 0.33, and can go when vLLM lets plugins register a speculative method. Left out:
 the translation itself (config.py).
 """
 
@@ -73,6 +73,7 @@ def _rewriting_speculative_config(original: Callable[..., Any]) -> Callable[...,
 
         from vllm_ppow.compat import window, worker
 
+        install()  # nothing is served unless the proof of the engine's config and those of the workers are in place
         worker.require()
         known_fields = _user_fields(SpeculativeConfig)
         native = rewrite(

@@ -12,8 +12,8 @@ import dataclasses
 import importlib
 from typing import Any
 
-from vllm_ppow.acceptance import AcceptanceEstimate
-from vllm_ppow.compat import seams
+from vllm_ppow.acceptance import AcceptanceEstimate, TrimmedAcceptance
+from vllm_ppow.compat import draft_window, seams
 from vllm_ppow.config import ADAPTER_KEY, WINDOW_KEY
 from vllm_ppow.step_cost import StepCost
 from vllm_ppow.window import DraftWindow
@@ -38,6 +38,8 @@ _ASYNC_SCHEDULER = "vllm.v1.core.sched.async_scheduler"
 # SpeculativeConfig's table of draft lengths by batch size: declaring ours there makes vLLM capture CUDA graphs for each
 # length, and keeps its scheduler from padding resumed requests with drafts that nobody made.
 TABLE = "num_speculative_tokens_per_batch_size"
+# SpeculativeConfig's switch for vLLM's own trimming of verification by request.
+VERIFICATION = "enable_adaptive_verification"
 # A batch size that every GPU default of max_num_seqs allows; used where the user left it to vLLM.
 _BATCH_SIZES = 128
 # Above it only every other length, then every fourth: each costs graphs to capture.
@@ -129,11 +131,62 @@ def _forbidden(engine_args: Any, known_fields: list[str]) -> str | None:
 
 def attach(vllm_config: Any) -> None:
     """Name our scheduler in a finished VllmConfig whose speculative config asks for an adaptive window."""
-    if options_of(vllm_config.speculative_config) is None:
+    options = options_of(vllm_config.speculative_config)
+    if options is None:
         return
+    if options["per_request"] and (reason := _no_trimming(vllm_config)) is not None:
+        seams.logger.info("Drafts are of one length per step, not trimmed by request: %s", reason)
+        seams.logger.info("%s", verification(vllm_config))
+        options["per_request"] = False
+        vllm_config.speculative_config.draft_load_config.model_loader_extra_config[WINDOW_KEY] = options
     scheduler = vllm_config.scheduler_config
     name = "PPOWAsyncScheduler" if scheduler.async_scheduling else "PPOWScheduler"
     scheduler.scheduler_cls = f"vllm_ppow.scheduler.{name}"
+
+
+def _no_trimming(vllm_config: Any) -> str | None:
+    """Why drafts cannot be trimmed request by request on this runner; None if they can (draft_window.py)."""
+    speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    reasons = {
+        "it needs synchronous scheduling.": vllm_config.scheduler_config.async_scheduling,
+        "it needs the V1 model runner.": vllm_config.use_v2_model_runner,
+        "ranks would have to agree on lengths.": parallel.world_size > 1,
+        "this drafter does not give its probabilities.": getattr(
+            speculative, "use_local_argmax_reduction", False
+        )
+        or getattr(speculative, "use_heterogeneous_vocab", False)
+        or getattr(speculative, "parallel_drafting", False)
+        or getattr(speculative, "disable_padded_drafter_batch", False),
+    }
+    if (reason := next((reason for reason, holds in reasons.items() if holds), None)) is not None:
+        return reason
+    try:
+        draft_window.require()
+    except seams.SeamMissingError as error:
+        return str(error)
+    return None
+
+
+def verification(vllm_config: Any) -> str:
+    """What the log says of vLLM's own trimming of verification by request (V2 runner, vLLM >= 0.32).
+
+    It is not switched on unasked: on an attention backend without decode graphs of varying length it would keep the
+    server from starting, and which backend that is shows in the worker only.
+    """
+    speculative = vllm_config.speculative_config
+    enabled = getattr(speculative, VERIFICATION, None)
+    if enabled:
+        return "vLLM trims verification by request."
+    blockers = {
+        "this vLLM has none": enabled is None,
+        "it needs the V2 model runner": not vllm_config.use_v2_model_runner,
+        "it needs full CUDA graphs": not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs(),
+        "it does not go with LoRA": vllm_config.lora_config is not None,
+        "it does not go with pipeline parallelism": vllm_config.parallel_config.pipeline_parallel_size > 1,
+    }
+    if (blocker := next((text for text, holds in blockers.items() if holds), None)) is not None:
+        return f"vLLM's own trimming of verification is off: {blocker}."
+    return f'vLLM can trim verification by request as well: "{VERIFICATION}": true in the speculative config.'
 
 
 def options_of(speculative_config: Any) -> dict[str, Any] | None:
@@ -148,18 +201,26 @@ def options_of(speculative_config: Any) -> dict[str, Any] | None:
 def build_window(vllm_config: Any) -> DraftWindow:
     """The policy of one engine, from the options in its config and the adapter's cost profile if it has one."""
     speculative = vllm_config.speculative_config
-    options = options_of(speculative) or {"min_tokens": 0}
+    options = options_of(speculative) or {"min_tokens": 0, "per_request": False}
     maximum = speculative.num_speculative_tokens
     ladder = lengths(options["min_tokens"], maximum)
     if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
         captured = {length for _, _, length in speculative.num_speculative_tokens_per_batch_size}
         ladder = [length for length in ladder if length in captured]
+    verifies = bool(getattr(speculative, VERIFICATION, False))
+    if options["per_request"] or verifies:
+        ladder = sorted({ladder[0], maximum})  # what lies between is left to the requests
     profile = _profile(speculative.draft_load_config.model_loader_extra_config[ADAPTER_KEY])
     prior = profile.acceptance_per_position if profile is not None else ()
-    window = DraftWindow(ladder, AcceptanceEstimate(maximum, prior), StepCost(profile))
+    estimate = AcceptanceEstimate(maximum, prior)
+    trimmed = TrimmedAcceptance(estimate) if options["per_request"] or verifies else None
+    window = DraftWindow(ladder, estimate, StepCost(profile), trimmed)
+    window.counts.layers = ("step", *(["request"] * options["per_request"]), *(["verification"] * verifies))
     seams.logger.info(
-        "Adaptive draft window: %s tokens per step, chosen from acceptance and step times (%s).",
-        f"{ladder[0]} to {ladder[-1]}",
+        "Adaptive draft window: %d to %d tokens, per step%s, chosen from acceptance and step times (%s).",
+        options["min_tokens"],
+        maximum,
+        " and request" if options["per_request"] else "",
         "cost profile, corrected while serving" if profile is not None else "learned while serving",
     )
     return window

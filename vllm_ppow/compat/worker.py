@@ -1,6 +1,6 @@
 """vLLM's WorkerWrapperBase: prepares the drafter's loading, and proves afterwards that the adapter was merged.
 
-Works on 0.26, 0.32 and 0.33, for both model runners and every executor, since all of them drive workers through this
+Works on 0.26 to 0.33, for both model runners and every executor, since all of them drive workers through this
 wrapper. The proof stays for good: it is what makes a future vLLM that ignores `draft_load_config` fail instead of
 serving the bare drafter. Left out: which class loads the drafter (draft_loading.py).
 """
@@ -58,7 +58,9 @@ def _preparing(original: Callable[..., Any]) -> Callable[..., Any]:
             loader.register_loader()
             draft_loading.install()
             _merges_before[self] = len(loader.completed_merges)
-        return original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
+        adopt_drafter(self)
+        return result
 
     return init_device
 
@@ -74,6 +76,18 @@ def _proving(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return initialize_from_config
+
+
+def adopt_drafter(worker: Any) -> None:
+    """Let the freshly built drafter trim its drafts by request, where the server's config says so."""
+    from vllm_ppow.compat import draft_window, window
+
+    speculative = worker.vllm_config.speculative_config
+    options = window.options_of(speculative)
+    if options is not None and options["per_request"]:
+        draft_window.adopt(
+            worker.worker.model_runner.drafter, speculative.num_speculative_tokens, options["min_tokens"]
+        )
 
 
 def assert_merged(worker: Any) -> None:

@@ -1,0 +1,122 @@
+"""Engines of the GPU benchmark: one in this process at a time, and what is measured on it.
+
+Left out: which engines are compared (steps.py), models (random_pair.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PROMPT_TOKENS = 32
+
+
+def environment() -> dict[str, str]:
+    """Date, card and versions, for every result."""
+    import torch
+    import vllm
+
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    versions = {}
+    for name in ("torch", "transformers", "trl", "vllm-ppow"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "card": card,
+        "vllm": vllm.__version__,
+        **versions,
+    }
+
+
+@contextlib.contextmanager
+def engine(target: Path, spec: dict[str, Any] | None, **options: Any) -> Iterator[Any]:
+    """An `LLM` in this process; its memory is freed at the end."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(
+        str(target),
+        speculative_config=spec,
+        **{
+            "dtype": "bfloat16",
+            "skip_tokenizer_init": True,
+            "enable_prefix_caching": False,
+            "disable_log_stats": False,
+            "seed": 0,
+            **options,
+        },
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def prompts(number: int, vocab_size: int) -> list[list[int]]:
+    """Token ids of prompts that differ from their first token on, [number][PROMPT_TOKENS]."""
+    return [[(7 * i + 3 * j + 5) % (vocab_size - 8) + 4 for j in range(PROMPT_TOKENS)] for i in range(number)]
+
+
+def greedy(
+    llm: Any, ids: Sequence[Sequence[int]], max_tokens: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy continuations, and at each token the gap in nats between the best and the second best.
+
+    Requests start together and end together, so that every step holds the same number of them.
+    """
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=2
+    )
+    outputs = llm.generate([{"prompt_token_ids": list(one)} for one in ids], params, use_tqdm=False)
+    tokens = [list(one.outputs[0].token_ids) for one in outputs]
+    gaps = [[_gap(entry) for entry in one.outputs[0].logprobs] for one in outputs]
+    return tokens, gaps
+
+
+def _gap(entry: dict[int, Any]) -> float:
+    values = sorted((one.logprob for one in entry.values()), reverse=True)
+    return values[0] - values[1]
+
+
+def throughput(llm: Any, batch: int, vocab_size: int, max_tokens: int, rounds: int) -> dict[str, Any]:
+    """Output tokens per second with `batch` requests that all decode together, in each of some rounds."""
+    from vllm import SamplingParams
+
+    from vllm_ppow.metrics import SpecDecodeCounts
+
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    requests = [{"prompt_token_ids": ids} for ids in prompts(batch, vocab_size)]
+    llm.generate(requests, params, use_tqdm=False)  # compiles and captures what this batch needs
+    rates = []
+    before = _counts(llm, SpecDecodeCounts)
+    for _ in range(rounds):
+        began = time.perf_counter()
+        llm.generate(requests, params, use_tqdm=False)
+        rates.append(batch * max_tokens / (time.perf_counter() - began))
+    found: dict[str, Any] = {"batch": batch, "tokens_per_second": rates}
+    after = _counts(llm, SpecDecodeCounts)
+    if before is not None and after is not None:
+        counts = after - before
+        found |= {"num_drafts": counts.num_drafts, "num_draft_tokens": counts.num_draft_tokens}
+        found["num_accepted_tokens"] = counts.num_accepted_tokens
+    return found
+
+
+def _counts(llm: Any, kind: Any) -> Any:
+    try:
+        return kind.from_metrics(llm.get_metrics())
+    except ValueError:
+        return None  # nothing speculates

@@ -1,0 +1,109 @@
+"""Draft lengths by request on a simulated drafter: better than every fixed length, and blind to its own tokens."""
+
+from __future__ import annotations
+
+import inspect
+import random
+
+import pytest
+
+from vllm_ppow.request_window import RequestWindow
+
+K = 8
+
+
+class Requests:
+    """Requests whose drafter knows, by a top-1 probability that is off by a square, how easy the next token is."""
+
+    def __init__(self, batch: int, easy: float, seed: int = 0) -> None:
+        self.batch, self.easy, self.rng = batch, easy, random.Random(seed)
+
+    def chances(self) -> list[list[float]]:
+        """P(accepted | those before were) by request and position; easy and hard stretches alternate."""
+        return [
+            [0.97 if (easy := self.rng.random() < self.easy) else 0.15] + [0.97 if easy else 0.15] * (K - 1)
+            for _ in range(self.batch)
+        ]
+
+    def accepted(self, chances: list[float], length: int) -> int:
+        count = 0
+        while count < length and self.rng.random() < chances[count]:
+            count += 1
+        return count
+
+
+PASS, FIXED, TOKEN = 1.0e-3, 5e-3, 1.0e-3  # seconds of a drafter pass, of a step, of a verified token
+
+
+def adaptive(requests: Requests, steps: int, window: RequestWindow) -> tuple[float, list[list[int]]]:
+    """Tokens per second, and the lengths of each step."""
+    tokens, seconds, chosen = 0, 0.0, []
+    for _ in range(steps):
+        chances = requests.chances()
+        window.begin(K, [False] * requests.batch, [True] * requests.batch)
+        passes = 1
+        while window.add([row[passes - 1] ** 2 for row in chances]) and passes < K:
+            passes += 1
+            window.pass_cost.observe(PASS, requests.batch, 0)
+        lengths = window.lengths()
+        accepted = [requests.accepted(row, n) for row, n in zip(chances, lengths, strict=True)]
+        for row, n, count in zip(window.confidences, lengths, accepted, strict=True):
+            window.observe(False, row[:n], count)
+        verifying = FIXED + TOKEN * (requests.batch + sum(lengths))
+        spent = verifying + PASS * passes
+        window.verify_cost.observe(verifying, requests.batch + sum(lengths), 0)
+        window.observe_step(requests.batch, sum(accepted) + requests.batch, spent)
+        tokens += sum(accepted) + requests.batch
+        seconds += spent
+        chosen.append(lengths)
+    return tokens / seconds, chosen
+
+
+def fixed(requests: Requests, steps: int, length: int) -> float:
+    tokens, seconds = 0, 0.0
+    for _ in range(steps):
+        accepted = [requests.accepted(row, length) for row in requests.chances()]
+        tokens += sum(accepted) + requests.batch
+        seconds += FIXED + TOKEN * requests.batch * (1 + length) + PASS * max(1, length)
+    return tokens / seconds
+
+
+@pytest.mark.parametrize(("batch", "easy"), [(1, 0.5), (4, 0.5), (16, 0.4)])
+def test_better_than_every_fixed_length(batch, easy):
+    """Where requests differ, one length for all wastes on some or leaves something with others."""
+    best = max(fixed(Requests(batch, easy, k), 1500, k) for k in range(K + 1))
+    window = RequestWindow(K)
+    window.verify_cost.observe(
+        FIXED + TOKEN * batch, batch, 0
+    )  # the scheduler begins with steps that draft nothing
+    adaptive(Requests(batch, easy), 300, window)
+    rate, chosen = adaptive(Requests(batch, easy, 1), 1000, window)
+    assert rate > 1.05 * best
+    if batch > 1:
+        assert any(len(set(lengths)) > 1 for lengths in chosen)
+
+
+def test_nothing_is_priced_before_costs_are_known():
+    window = RequestWindow(K)
+    window.begin(K, [False], [True])
+    assert all(window.add([0.01]) for _ in range(K - 1))
+    window.add([0.01])
+    assert window.lengths() == [K]
+
+
+def test_the_minimum_is_kept_and_unused_requests_decide_nothing():
+    requests, window = Requests(4, 0.0), RequestWindow(K, minimum=2)
+    window.verify_cost.observe(FIXED + TOKEN * 4, 4, 0)
+    _, chosen = adaptive(requests, 300, window)
+    assert min(map(min, chosen)) == 2
+    window.begin(K, [False] * 2, [False, False])
+    while window.add([0.99, 0.99]):
+        pass
+    assert window.lengths() == [0, 0]
+    assert len(window.confidences[0]) == 2
+
+
+def test_the_rule_is_given_no_token():
+    """Lossless by construction: what it is told of a position is one number per request, max q_i."""
+    assert list(inspect.signature(RequestWindow.add).parameters) == ["self", "confidences"]
+    assert list(inspect.signature(RequestWindow.begin).parameters) == ["self", "limit", "sampled", "active"]

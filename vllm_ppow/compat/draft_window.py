@@ -1,0 +1,173 @@
+"""The V1 drafter that ends its draft loop early and returns drafts of unequal length, as request_window.py decides.
+
+`propose` of vLLM's V1 drafters may return lists of unequal length under synchronous scheduling, and the scheduler
+verifies exactly those. Its loop calls `_sample_draft_tokens` after each pass of the drafter: if nothing more is worth
+drafting we leave the loop by an exception that our own `propose` catches: no line of theirs is copied. Only
+with synchronous scheduling and one rank: reading probabilities each pass would stall a GPU, placeholders of
+asynchronous scheduling are of one length, and ranks would have to agree. Left out: the decision (request_window.py).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from vllm_ppow.compat import seams
+from vllm_ppow.request_window import RequestWindow
+
+_BASE = ("vllm.v1.spec_decode.llm_base_proposer", "SpecDecodeBaseProposer")
+SEAMS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("propose", ("self", "num_speculative_tokens", "target_token_ids", "sampling_metadata")),
+    ("_sample_draft_tokens", ("self", "hidden_states", "sampling_metadata")),
+    ("_greedy_sample", ("self", "hidden_states")),
+    ("_sample_from_logits", ("self", "logits", "sampling_metadata")),
+    (
+        "prepare_next_token_ids_padded",
+        ("self", "sampled_token_ids", "requests", "gpu_input_batch", "discard_request_mask"),
+    ),
+    ("prepare_inputs_padded", ("self", "common_attn_metadata", "spec_decode_metadata")),
+)
+_GREEDY_BELOW = 1e-5  # vLLM's _SAMPLING_EPS
+
+
+class _EnoughError(Exception):
+    """Leaves the draft loop."""
+
+
+def require() -> None:
+    """Fail if the V1 drafter's loop cannot be left early.
+
+    Raises:
+        SeamMissingError: names what is missing.
+    """
+    for method, parameters in SEAMS:
+        seams.find(*_BASE, method, parameters)
+
+
+def adopt(drafter: Any, maximum: int, minimum: int) -> None:
+    """Make a freshly built V1 drafter end its drafts early."""
+    cls = type(drafter)
+    drafter.__class__ = type(f"Adaptive{cls.__name__}", (RequestDraftWindow, cls), {})
+    drafter.start_window(maximum, minimum)
+
+
+class RequestDraftWindow:
+    """Mixed in before a V1 drafter's own class."""
+
+    def start_window(self, maximum: int, minimum: int) -> None:
+        """Begin with nothing known."""
+        self.ppow_window = RequestWindow(maximum, minimum)
+        self._ppow_pending: dict[str, tuple[bool, list[float]]] = {}  # what was drafted and is being verified
+        self._ppow_ids: list[str] = []
+        self._ppow_produced: list[int] = []
+        self._ppow_active: list[bool] = []
+        self._ppow_verified: list[int] = []
+        self._ppow_tokens: list[torch.Tensor] = []
+        self._ppow_probs: list[torch.Tensor | None] = []
+        self._ppow_confidence: list[float] = []
+        self._ppow_began = self._ppow_ended = self._ppow_passed = 0.0
+        self._ppow_drafting = False
+
+    # ---- what vLLM tells a drafter of the step before
+
+    def prepare_next_token_ids_padded(
+        self, sampled_token_ids: Any, requests: Any, gpu_input_batch: Any, discard_request_mask: Any
+    ) -> Any:
+        prepared = super().prepare_next_token_ids_padded(  # type: ignore[misc]
+            sampled_token_ids, requests, gpu_input_batch, discard_request_mask
+        )
+        batch = prepared[0].shape[0]
+        self._ppow_ids = list(gpu_input_batch.req_ids[:batch])
+        self._ppow_produced = prepared[1].tolist()
+        self._ppow_active = [not dropped for dropped in discard_request_mask[:batch].tolist()]
+        self._ppow_verified = [0] * batch
+        return prepared
+
+    def prepare_inputs_padded(self, common_attn_metadata: Any, spec_decode_metadata: Any, *args: Any) -> Any:
+        self._ppow_verified = list(spec_decode_metadata.num_draft_tokens)
+        return super().prepare_inputs_padded(common_attn_metadata, spec_decode_metadata, *args)  # type: ignore[misc]
+
+    # ---- drafting
+
+    def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        sampling_metadata = kwargs["sampling_metadata"]
+        batch = len(self._ppow_ids)
+        now = time.perf_counter()
+        self._observe_verification(kwargs["target_token_ids"].shape[0], now)
+        self._ppow_began = self._ppow_passed = now
+        self._ppow_pending = {}
+        if num_speculative_tokens == 0:
+            draft = super().propose(num_speculative_tokens, *args, **kwargs)  # type: ignore[misc]
+            self._ppow_ended = time.perf_counter()
+            return draft
+        sampled = _sampled(sampling_metadata, batch)
+        self.ppow_window.begin(num_speculative_tokens, sampled, self._ppow_active)
+        self._ppow_tokens, self._ppow_probs, self._ppow_drafting = [], [], True
+        try:
+            super().propose(num_speculative_tokens, *args, **kwargs)  # type: ignore[misc]
+        except _EnoughError:
+            if self._ppow_probs[0] is not None:
+                self._last_draft_probs = torch.stack(self._ppow_probs, dim=1).contiguous()  # type: ignore[arg-type]
+        finally:
+            self._ppow_drafting = False
+        draft = torch.stack(self._ppow_tokens, dim=1).tolist()
+        lengths = self.ppow_window.lengths()
+        confidences = self.ppow_window.confidences
+        for row, length in enumerate(lengths):
+            if length:
+                self._ppow_pending[self._ppow_ids[row]] = (sampled[row], confidences[row][:length])
+        self._ppow_ended = time.perf_counter()
+        return [tokens[:length] for tokens, length in zip(draft, lengths, strict=True)]
+
+    def _sample_draft_tokens(self, hidden_states: torch.Tensor, sampling_metadata: Any) -> Any:
+        if not self._ppow_drafting:
+            return super()._sample_draft_tokens(hidden_states, sampling_metadata)  # type: ignore[misc]
+        tokens, probs = super()._sample_draft_tokens(hidden_states, sampling_metadata)  # type: ignore[misc]
+        self._ppow_tokens.append(tokens)
+        self._ppow_probs.append(probs)
+        now = time.perf_counter()
+        if len(self._ppow_tokens) > 1:  # the first pass is over all tokens just verified
+            self.ppow_window.pass_cost.observe(now - self._ppow_passed, len(self._ppow_confidence), 0)
+        self._ppow_passed = now
+        if not self.ppow_window.add(self._ppow_confidence):
+            raise _EnoughError
+        return tokens, probs
+
+    def _greedy_sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self._ppow_drafting:
+            return super()._greedy_sample(hidden_states)  # type: ignore[misc]
+        logits = self.model.compute_logits(hidden_states)  # type: ignore[attr-defined]
+        self._ppow_confidence = _top_probability(logits)
+        return logits.argmax(dim=-1)
+
+    def _sample_from_logits(self, logits: torch.Tensor, sampling_metadata: Any) -> Any:
+        if self._ppow_drafting:  # before anything is drawn from them
+            self._ppow_confidence = _top_probability(logits)
+        return super()._sample_from_logits(logits, sampling_metadata)  # type: ignore[misc]
+
+    def _observe_verification(self, num_tokens: int, now: float) -> None:
+        """Tell the policy what became of the last draft, and what the step took if it only decoded."""
+        window, batch = self.ppow_window, len(self._ppow_ids)
+        for row, req_id in enumerate(self._ppow_ids):
+            pending = self._ppow_pending.get(req_id)
+            verified = self._ppow_verified[row]
+            if pending is not None and verified and self._ppow_produced[row]:
+                window.observe(pending[0], pending[1][:verified], self._ppow_produced[row] - 1)
+        if self._ppow_ended and num_tokens == batch + sum(self._ppow_verified):
+            window.verify_cost.observe(now - self._ppow_ended, num_tokens, 0)
+            window.observe_step(batch, sum(self._ppow_produced), now - self._ppow_began)
+
+
+def _top_probability(logits: torch.Tensor) -> list[float]:
+    """max softmax(logits) of each row, [batch]."""
+    logits = logits.float()
+    return (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp().tolist()
+
+
+def _sampled(sampling_metadata: Any, batch: int) -> list[bool]:
+    """Whether each request samples, [batch]."""
+    if sampling_metadata.all_greedy or sampling_metadata.temperature is None:
+        return [False] * batch
+    return [temperature >= _GREEDY_BELOW for temperature in sampling_metadata.temperature[:batch].tolist()]
