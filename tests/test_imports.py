@@ -84,9 +84,20 @@ RULES = (
             "ppow_train/profiling.py",
             "ppow_train/profile_engine.py",
         ),  # they measure the plugin's vLLM, inside it
+        # Serving's facts that commands tell the user before a server starts: what a config becomes (`config`), and what
+        # the installed vLLM can do (`compat.capabilities`, which imports vLLM only when it is asked).
         harmless=tuple(
             f"vllm_ppow.{name}"
-            for name in ("speedup", "artifact", "merge", "metrics", "cost_profile", "__version__")
+            for name in (
+                "speedup",
+                "artifact",
+                "merge",
+                "metrics",
+                "cost_profile",
+                "config",
+                "compat.capabilities",
+                "__version__",
+            )
         ),
     ),
     Rule(

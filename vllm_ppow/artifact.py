@@ -32,6 +32,9 @@ DRAFTER_TYPES: tuple[str, ...] = ("eagle3", "causal_lm")
 NATIVE_METHOD = {"eagle3": "eagle3", "causal_lm": "draft_model"}
 SAMPLE_METHODS: tuple[str, ...] = ("greedy", "probabilistic")
 
+# What belongs to a model besides its weights; nothing that could be executed.
+SMALL_FILES: tuple[str, ...] = ("*.json", "*.txt", "*.model", "*.jinja")
+
 _SAMPLED_BYTES = 4096  # per tensor and place; enough to notice any fine-tuning, cheap for a 70B target
 
 
@@ -157,7 +160,15 @@ def read_model_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def _tensor_samples(file: Path) -> Iterator[tuple[str, str, bytes]]:
+def safetensors_ranges(file: Path) -> dict[str, tuple[str, int, int]]:
+    """Where each tensor of a safetensors file lies.
+
+    Returns:
+        name -> (dtype and shape as text, first byte, byte after the last), offsets from the beginning of the file.
+
+    Raises:
+        ArtifactError: the file is missing, truncated or not safetensors.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -165,17 +176,14 @@ def _tensor_samples(file: Path) -> Iterator[tuple[str, str, bytes]]:
             if header_size > size - 8:
                 raise ArtifactError(f"{file} is truncated: copy or download it again.")
             header = json.loads(stream.read(header_size))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                begin, end = (8 + header_size + offset for offset in entry["data_offsets"])
-                if end > size:
-                    raise ArtifactError(f"{file} is truncated: copy or download it again.")
-                middle = max(begin, (begin + end - _SAMPLED_BYTES) // 2)
-                sample = b""
-                for start in (begin, middle, max(begin, end - _SAMPLED_BYTES)):
-                    stream.seek(start)
-                    sample += stream.read(min(_SAMPLED_BYTES, end - start))
-                yield name, f"{entry['dtype']}{entry['shape']}", sample
+        header.pop("__metadata__", None)
+        ranges = {}
+        for name, entry in header.items():
+            begin, end = (8 + header_size + offset for offset in entry["data_offsets"])
+            if end > size:
+                raise ArtifactError(f"{file} is truncated: copy or download it again.")
+            ranges[name] = (f"{entry['dtype']}{entry['shape']}", begin, end)
+        return ranges
     except FileNotFoundError:
         raise ArtifactError(f"{file} does not exist: check the path, or train the adapter again.") from None
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -184,6 +192,18 @@ def _tensor_samples(file: Path) -> Iterator[tuple[str, str, bytes]]:
         raise ArtifactError(
             f"{file} is not a readable safetensors file: copy or download it again."
         ) from error
+
+
+def _tensor_samples(file: Path) -> Iterator[tuple[str, str, bytes]]:
+    ranges = safetensors_ranges(file)
+    with file.open("rb") as stream:
+        for name, (meta, begin, end) in ranges.items():
+            middle = max(begin, (begin + end - _SAMPLED_BYTES) // 2)
+            sample = b""
+            for start in (begin, middle, max(begin, end - _SAMPLED_BYTES)):
+                stream.seek(start)
+                sample += stream.read(min(_SAMPLED_BYTES, end - start))
+            yield name, meta, sample
 
 
 # ---------------------------------------------------------------- read
@@ -381,14 +401,27 @@ def resolve_directory(
             name_or_path,
             revision=revision,
             cache_dir=cache_dir,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+            allow_patterns=["*.safetensors", *SMALL_FILES],
         )
     except Exception as error:  # the Hub client raises a dozen kinds; each means "cannot be had"
+        if is_offline():
+            at = f" at revision {revision}" if revision else ""
+            raise ArtifactError(
+                f"{name_or_path} is not a directory here, and the Hub cache does not hold it{at} while HF_HUB_OFFLINE "
+                "is set: download it first (hf download), or unset HF_HUB_OFFLINE."
+            ) from error
         raise ArtifactError(
             f"{name_or_path} is neither a directory here nor a Hub repo that can be had "
             f"({type(error).__name__}): check the name, the network and HF_TOKEN."
         ) from error
     return Path(fetched), True
+
+
+def is_offline() -> bool:
+    """Whether the Hub client may only use its cache (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def resolve_base_drafter(adapter: Adapter, from_hub: bool, override: str | None = None) -> Path:

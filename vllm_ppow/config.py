@@ -29,6 +29,8 @@ from vllm_ppow.merge import Merger
 METHOD = "ppow"
 LOAD_FORMAT = "ppow"
 ADAPTER_KEY = "ppow_adapter"  # inside model_loader_extra_config: directory of the adapter
+# inside model_loader_extra_config, only where swapping is on: from where adapters may come (hot_swap.py)
+HOT_SWAP_KEY = "ppow_hot_swap"
 WINDOW_KEY = "ppow_window"  # inside model_loader_extra_config: options of an adaptive window; absent: fixed
 WINDOWS = ("adaptive", "fixed")
 FINGERPRINT_KEY = "ppow_fingerprint"  # inside model_loader_extra_config: the adapter that was checked here
@@ -55,6 +57,9 @@ class PPOWOptions:
             fingerprint must be the recorded one all the same.
         allow_target_mismatch: serve a target other than the one the adapter was trained for, with a warning.
             Output stays the target's own; acceptance may drop.
+        hot_swap: let the adapter be swapped while the engine runs (vllm_ppow.hot_swap).
+        hot_swap_directory: directory whose adapters the server may be told over HTTP to swap to; besides them, the Hub
+            repo that the adapter came from.
         window: "adaptive" drafts as many tokens per step as pay, at most num_speculative_tokens; "fixed" always
             drafts num_speculative_tokens.
         min_tokens: tokens that an adaptive window drafts at least, 0 to num_speculative_tokens.
@@ -66,15 +71,24 @@ class PPOWOptions:
     window: str = "adaptive"
     min_tokens: int = 0
     per_request: bool = True
+    hot_swap: bool = False
+    hot_swap_directory: str | None = None
 
     def __post_init__(self) -> None:
         if self.base_drafter is not None and not (isinstance(self.base_drafter, str) and self.base_drafter):
             raise PPOWServingError(
                 f'"ppow": base_drafter must be a directory or Hub repo id, got {self.base_drafter!r}.'
             )
-        for name in ("allow_target_mismatch", "per_request"):
+        for name in ("allow_target_mismatch", "per_request", "hot_swap"):
             if not isinstance(value := getattr(self, name), bool):
                 raise PPOWServingError(f'"ppow": {name} must be true or false, got {value!r}.')
+        directory = self.hot_swap_directory
+        if directory is not None and not (
+            isinstance(directory, str) and Path(directory).is_dir() and self.hot_swap
+        ):
+            raise PPOWServingError(
+                f'"ppow": hot_swap_directory must be an existing directory, and "hot_swap" true, got {directory!r}.'
+            )
         if self.window not in WINDOWS:
             raise PPOWServingError(f'"ppow": window must be one of {list(WINDOWS)}, got {self.window!r}.')
         if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
@@ -149,13 +163,19 @@ def rewrite(
     if adapter.config.drafter_type == "eagle3":
         _check_taps(base, target_directory)
     else:
-        _check_draft_model_path(base)
+        check_draft_model_path(base)
 
     native["method"] = NATIVE_METHOD[adapter.config.drafter_type]
     native["model"] = str(base)
     native.setdefault("num_speculative_tokens", adapter.config.num_speculative_tokens)
     window = _window_options(options, native["num_speculative_tokens"])
     native["draft_load_config"] = _load_config(adapter, native.get("draft_load_config"), window)
+    if options.hot_swap:
+        root = options.hot_swap_directory
+        native["draft_load_config"]["model_loader_extra_config"][HOT_SWAP_KEY] = {
+            "directory": os.path.abspath(root) if root else None,
+            "repo": name if from_hub else None,
+        }
     native.setdefault("draft_sample_method", adapter.config.draft_sample_method)
     return native
 
@@ -255,7 +275,12 @@ def _check_taps(base: Path, target: Path | None) -> None:
         )
 
 
-def _check_draft_model_path(base: Path) -> None:
+def check_draft_model_path(base: Path) -> None:
+    """Refuse a path under which vLLM would serve a draft_model by another method.
+
+    Raises:
+        PPOWServingError: it contains the name of one.
+    """
     path = str(base).lower()
     if taken := [part for part in _PATHS_TAKEN_FOR_ANOTHER_METHOD if part in path]:
         raise PPOWServingError(

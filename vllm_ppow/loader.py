@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 from vllm.config.utils import replace
@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from vllm_ppow.artifact import read_adapter
-from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, LOAD_FORMAT, WINDOW_KEY
+from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, HOT_SWAP_KEY, LOAD_FORMAT, WINDOW_KEY
 from vllm_ppow.merge import MergeError, Merger, MergeReport
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from vllm.config.load import LoadConfig
 
 logger = logging.getLogger("vllm.ppow.loader")
+
+_OUR_KEYS = (ADAPTER_KEY, FINGERPRINT_KEY, HOT_SWAP_KEY, WINDOW_KEY)
 
 # Complete merges of this process, oldest first; a worker compares the length before and after loading.
 completed_merges: list[MergeReport] = []
@@ -44,9 +46,8 @@ class PPOWModelLoader(DefaultModelLoader):
     """
 
     def __init__(self, load_config: LoadConfig) -> None:
-        extra = dict(load_config.model_loader_extra_config)
-        directory, fingerprint = extra.pop(ADAPTER_KEY, None), extra.pop(FINGERPRINT_KEY, None)
-        extra.pop(WINDOW_KEY, None)  # the scheduler's
+        extra = load_config.model_loader_extra_config
+        directory, fingerprint = extra.get(ADAPTER_KEY), extra.get(FINGERPRINT_KEY)
         if directory is None:
             raise MergeError(
                 'Load format "ppow" is set by {"method": "ppow"} in the speculative config: use that.'
@@ -56,8 +57,7 @@ class PPOWModelLoader(DefaultModelLoader):
             raise MergeError(
                 f"Adapter {directory} was replaced while the server was starting: start it again."
             )
-        # The default loader refuses keys and formats it does not know; "safetensors" also never reads a pickle.
-        super().__init__(replace(load_config, load_format="safetensors", model_loader_extra_config=extra))
+        super().__init__(_without_ours(load_config))
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
@@ -75,6 +75,21 @@ class PPOWModelLoader(DefaultModelLoader):
             report.num_merged,
             report.num_adapter_tensors,
         )
+
+
+def base_weights(
+    load_config: LoadConfig, model_config: ModelConfig, model: nn.Module
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The bare drafter's (name, full tensor) pairs, by the load config of a drafter of ours."""
+    yield from DefaultModelLoader(_without_ours(load_config)).get_all_weights(model_config, model)
+
+
+def _without_ours(load_config: LoadConfig) -> LoadConfig:
+    """The default loader refuses keys and formats it does not know; "safetensors" also never reads a pickle."""
+    extra = {
+        key: value for key, value in load_config.model_loader_extra_config.items() if key not in _OUR_KEYS
+    }
+    return replace(load_config, load_format="safetensors", model_loader_extra_config=extra)
 
 
 @functools.cache

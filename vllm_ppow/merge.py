@@ -11,6 +11,7 @@ change the base, quantised bases, tied targets, and adapter tensors that match n
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -126,6 +127,12 @@ class Merger:
         self._deltas = _read_deltas(adapter)
         self._merged: dict[str, str] = {}
 
+    def fresh(self) -> Merger:
+        """A merger of the same adapter for another stream, without reading the adapter again."""
+        other = copy.copy(self)
+        other._merged = {}
+        return other
+
     @property
     def modules(self) -> frozenset[str]:
         """Canonical names of the modules that the adapter changes."""
@@ -164,7 +171,7 @@ class Merger:
             MergeError: the adapter cannot be merged completely and exactly into this drafter.
         """
         self._refuse_tied(directory)
-        dry_run = Merger(self.adapter)
+        dry_run = self.fresh()
         for file in model_weight_files(directory):
             with safe_open(file, framework="pt") as checkpoint:
                 for name in checkpoint.keys():  # noqa: SIM118 (safe_open is no mapping)

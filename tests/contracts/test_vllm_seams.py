@@ -80,9 +80,9 @@ def test_speculative_config_has_the_native_fields():
 # ---------------------------------------------------------------- compat/worker.py
 
 
-@pytest.mark.parametrize(("method", "expected"), worker._SEAMS)
-def test_worker_methods(method, expected):
-    assert parameters(original("vllm.v1.worker.worker_base", "WorkerWrapperBase", method)) == list(expected)
+@pytest.mark.parametrize(("module", "owner", "method", "expected"), worker.SEAMS)
+def test_worker_methods(module, owner, method, expected):
+    assert parameters(original(module, owner, method)) == list(expected)
 
 
 # ---------------------------------------------------------------- compat/draft_loading.py

@@ -6,16 +6,26 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 from serving_engine import MAX_TOKENS, PROMPTS, expected
-from serving_pair import VOCAB, K, random_adapter, restoring_adapter
+from serving_pair import (
+    VOCAB,
+    K,
+    load_drafter,
+    random_adapter,
+    random_lora,
+    restoring_adapter,
+    save_adapter,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -28,7 +38,8 @@ START_UP_S = 300
 
 def environment(ranks: int = 1) -> dict[str, str]:
     """The environment of a user: engines are spawned, as vLLM does by default."""
-    env = {**os.environ, "PYTHONPATH": str(TESTS)}
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path}
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
     cpus = sorted(os.sched_getaffinity(0))
     if ranks > 1:  # vLLM binds a rank to a NUMA node of its own, unless told which CPUs to take
@@ -92,27 +103,72 @@ def test_spawned_engine_and_tensor_parallelism(pair, adapters, tmp_path, kind, r
     assert len(set(merges)) == 1
 
 
+SWAPPED = """
+import json, sys
+from serving_engine import engine, generate
+from vllm_ppow.hot_swap import swap_adapter
+from vllm_ppow.metrics import SpecDecodeCounts
+if __name__ == "__main__":
+    target, before, after = sys.argv[1:]
+    spec = {"method": "ppow", "model": before, "ppow": {"hot_swap": True, "window": "fixed"}}
+    with engine(target, spec, tensor_parallel_size=2) as llm:
+        first = generate(llm)
+        reply = swap_adapter(llm, after)
+        llm.reset_prefix_cache()
+        at_swap = SpecDecodeCounts.from_metrics(llm.get_metrics())
+        second = generate(llm)
+        counts = SpecDecodeCounts.from_metrics(llm.get_metrics())
+    means = [at_swap.mean_accepted, (counts - at_swap).mean_accepted]
+    print("RESULT", json.dumps([first, second, reply["adapter"], *means]))
+"""
+
+
+def test_a_swap_reaches_every_tensor_parallel_rank(pair, tmp_path):
+    """From a wrong adapter to a right one: shards and fused projections are the new one's on both ranks."""
+    spoiled, good = restoring_adapter(tmp_path / "x", "causal_lm", pair)
+    model = random_lora(load_drafter("causal_lm", spoiled), 0.3)
+    bad = save_adapter(tmp_path / "bad", model, "causal_lm", spoiled, pair.target)
+    script = tmp_path / "swapped.py"
+    script.write_text(SWAPPED)
+    done = subprocess.run(
+        [sys.executable, str(script), str(pair.target), str(bad.directory), str(good.directory)],
+        env=environment(2),
+        capture_output=True,
+        text=True,
+        timeout=START_UP_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    first, second, adapter, before, after = json.loads(result.removeprefix("RESULT"))
+    assert first == second == expected(VOCAB)
+    assert adapter == str(good.directory)
+    assert before < 0.5 < 0.9 * K < after
+
+
 def test_the_sentence_reaches_the_user_of_a_spawned_engine(pair, adapters, tmp_path):
     spec = {"method": "ppow", "model": str(adapters["eagle3"].directory), "ppow": {"typo": 1}}
     done = run_spawned(tmp_path, pair.target, spec)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
-    assert last.endswith(
-        "\"ppow\" has unknown keys ['typo']: known are ['base_drafter', 'allow_target_mismatch', "
-        "'window', 'min_tokens', 'per_request']."
-    )
+    assert "\"ppow\" has unknown keys ['typo']: known are ['base_drafter', " in last
+    assert last.endswith("].")
 
 
 # ---------------------------------------------------------------- vllm serve
 
 
+VLLM = ("vllm.entrypoints.cli.main", "serve")
+PPOW = ("ppow_train.cli", "serve")
+
+
 @contextlib.contextmanager
-def server(target, log: Path, *arguments: str):
-    """`vllm serve` on a free port; the base URL."""
+def server(target, log: Path, *arguments: str, program: tuple[str, str] = VLLM):
+    """`vllm serve`, or `ppow serve`, on a free port; the base URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(target), "--port", str(port)]
+    command = [sys.executable, "-m", *program, str(target), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "128"]
     command += ["--max-num-seqs", "4", "--served-model-name", "tiny", *arguments]
     with log.open("w") as stream:
@@ -141,11 +197,11 @@ def wait_until_healthy(process, url: str, log: Path) -> None:
     pytest.fail(f"the server was not healthy after {START_UP_S} s:\n{log.read_text()[-3000:]}")
 
 
-def complete(url: str, prompt: list[int]) -> list[int]:
+def complete(url: str, prompt: list[int], **headers: str) -> list[int]:
     """Token ids of a greedy completion; token x is the text "tx"."""
     body = {"model": "tiny", "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True}
     request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
     )
     with urllib.request.urlopen(request, timeout=120) as answer:
         text = json.load(answer)["choices"][0]["text"]
@@ -189,6 +245,84 @@ def test_vllm_serve(pair, adapters, tmp_path, form):
         assert 0 < drafts <= drafted < 2 * drafts
         assert accepted > 0.9 * drafted
     assert len(MERGED.findall((tmp_path / "log").read_text())) == 1
+
+
+def ppow_swap(url: str, *arguments: str, key: str = "secret"):
+    """`ppow swap` as a user calls it: exit code, what it printed as JSON or None, and its error."""
+    command = [sys.executable, "-m", "ppow_train.cli", "swap", "--url", url, "--api-key", key, *arguments]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.returncode, json.loads(done.stdout) if done.stdout else None, done.stderr
+
+
+@contextlib.contextmanager
+def traffic(url: str, **headers: str):
+    """Requests that never stop; at the end, every one of them must have been answered rightly."""
+    stop, answers, errors = threading.Event(), [], []
+
+    def ask():
+        while not stop.is_set():
+            try:
+                answers.append([complete(url, prompt, **headers) for prompt in PROMPTS])
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(120)
+    assert not errors
+    assert len(answers) >= 4
+    assert all(answer == expected(VOCAB) for answer in answers)
+
+
+def test_ppow_serve_swaps_adapters_under_traffic(pair, tmp_path):
+    """A good adapter is kept and a bad one swapped back; who has no key, or names another path, changes nothing."""
+    spoiled, good = restoring_adapter(tmp_path / "x", "causal_lm", pair)
+    allowed = tmp_path / "allowed"
+    shutil.copytree(good.directory, allowed / "good")
+    shutil.copytree(good.directory, allowed / "again")
+    bad = random_lora(load_drafter("causal_lm", spoiled), 0.3)
+    save_adapter(allowed / "bad", bad, "causal_lm", spoiled, pair.target)
+    options = [
+        "--adapter",
+        str(allowed / "good"),
+        "--hot-swap",
+        str(allowed),
+        "-K",
+        "2",
+        "--api-key",
+        "secret",
+    ]
+    bearer = {"Authorization": "Bearer secret"}
+    with server(pair.target, tmp_path / "log", *options, program=PPOW) as url:
+        code, shown, _ = ppow_swap(url)
+        assert (code, shown["adapter"], shown["previous"]) == (0, str(allowed / "good"), None)
+        assert ppow_swap(url, key="wrong")[::2] == (
+            1,
+            "Error: the server wants its API key: give --api-key.\n",
+        )
+        code, _, error = ppow_swap(url, "--adapter", str(good.directory))
+        assert code == 1
+        assert f"is not among those that this server may swap to: inside {allowed}." in error
+        with traffic(url, **bearer):
+            code, shown, _ = ppow_swap(url, "--adapter", "again", "--drafts", "40", "--wait")
+            assert (code, shown["adapter"], shown["last"]["event"]) == (0, str(allowed / "again"), "kept")
+            code, shown, error = ppow_swap(url, "--adapter", "bad", "--drafts", "40", "--wait")
+            assert code == 1
+            assert "Error: swapped back: accepted tokens per draft" in error
+            assert (shown["adapter"], shown["previous"]) == (str(allowed / "again"), str(allowed / "bad"))
+            code, shown, _ = ppow_swap(url, "--undo")
+            assert (code, shown["adapter"]) == (0, str(allowed / "bad"))
+    log = (tmp_path / "log").read_text()
+    assert f"Swapped back to adapter {allowed / 'again'}: accepted tokens per draft" in log
+    assert "Traceback" not in log
 
 
 def test_vllm_serve_says_what_is_wrong(pair, tmp_path):

@@ -155,5 +155,6 @@ def test_a_hub_repo_that_cannot_be_had(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ArtifactError, match="neither a directory here nor a Hub repo that can be had"):
         resolve_directory("org/name")

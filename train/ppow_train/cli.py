@@ -23,6 +23,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("ppow_train.commands.data:data", "Let the target continue prompts, and keep it on disk."),
     "train": ("ppow_train.commands.train:train", "Train a LoRA adapter for a drafter."),
     "demo": ("ppow_train.commands.demo:demo", "The whole loop once: train, serve, compare."),
+    "serve": ("ppow_train.commands.serve:serve", "vllm serve, with an adapter."),
+    "doctor": (
+        "ppow_train.commands.doctor:doctor",
+        "Check what would happen if it were served here, and why.",
+    ),
+    "export": ("ppow_train.commands.export:export", "Write the merged drafter, for vLLM alone."),
+    "swap": ("ppow_train.commands.swap:swap", "Another adapter for a running server."),
     "bench": ("ppow_train.commands.bench:bench", "Measure a drafter in vLLM, with and without its adapter."),
     "profile": ("ppow_train.commands.profile:profile", "Measure what drafting costs on this machine."),
     "compare": (

@@ -10,10 +10,21 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from vllm_ppow.compat import seams
-from vllm_ppow.config import LOAD_FORMAT, METHOD, PPOWServingError, is_ours, rewrite
+from vllm_ppow.compat import hot_swap, seams
+from vllm_ppow.config import LOAD_FORMAT, METHOD, PPOWServingError, is_ours, parse_options, rewrite
 
 _MODULE = "vllm.engine.arg_utils"
+# Module, class, method and parameters of what is wrapped here.
+SEAMS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    (
+        _MODULE,
+        "EngineArgs",
+        "create_speculative_config",
+        ("target_model_config", "target_parallel_config"),
+    ),
+    (_MODULE, "EngineArgs", "create_engine_config", ()),
+    (_MODULE, "EngineArgs", "add_cli_args", ("parser",)),
+)
 # vLLM's short flags and the speculative config's keys they stand for.
 _FLAGS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 
@@ -24,15 +35,9 @@ def install() -> None:
     Raises:
         SeamMissingError: this vLLM lacks one of them.
     """
-    seams.wrap(
-        _MODULE,
-        "EngineArgs",
-        "create_speculative_config",
-        ("target_model_config", "target_parallel_config"),
-        _rewriting_speculative_config,
-    )
-    seams.wrap(_MODULE, "EngineArgs", "create_engine_config", (), _proving_engine_config)
-    seams.wrap(_MODULE, "EngineArgs", "add_cli_args", ("parser",), _offering_ppow)
+    makers = (_rewriting_speculative_config, _proving_engine_config, _offering_ppow)
+    for seam, make in zip(SEAMS, makers, strict=True):
+        seams.wrap(*seam, make)
 
 
 def serves_ppow(speculative_config: Any) -> bool:
@@ -99,9 +104,15 @@ def _proving_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_ppow.compat import window
 
-        asked = requested(self) is not None
+        spec = requested(self)
+        asked = spec is not None
         target = self.model
+        hot_swaps = spec is not None and is_ours(spec) and parse_options(spec.get("ppow")).hot_swap
+        if hot_swaps:
+            hot_swap.prepare(self)
         config = original(self, *args, **kwargs)
+        if hot_swaps:
+            hot_swap.check_engine(config)
         if asked and not serves_ppow(config.speculative_config):
             raise PPOWServingError(
                 f"vLLM dropped method ppow from the speculative config, because {target} is a drafter itself: give the "

@@ -11,15 +11,16 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from vllm_ppow.compat import cpu_sampling, draft_loading, seams
+from vllm_ppow.compat import cpu_sampling, draft_loading, hot_swap, seams
 from vllm_ppow.compat.engine_args import serves_ppow
 from vllm_ppow.config import FINGERPRINT_KEY
 from vllm_ppow.merge import MergeError
 
 _MODULE, _CLASS = "vllm.v1.worker.worker_base", "WorkerWrapperBase"
-_SEAMS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("init_device", ("self",)),
-    ("initialize_from_config", ("self", "kv_cache_configs")),
+# Module, class, method and parameters of what is wrapped here.
+SEAMS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    (_MODULE, _CLASS, "init_device", ("self",)),
+    (_MODULE, _CLASS, "initialize_from_config", ("self", "kv_cache_configs")),
 )
 
 # Worker -> number of complete merges in this process before it loaded its models.
@@ -32,8 +33,8 @@ def install() -> None:
     Raises:
         SeamMissingError: this vLLM lacks one of them.
     """
-    for (method, parameters), make in zip(_SEAMS, (_preparing, _proving), strict=True):
-        seams.wrap(_MODULE, _CLASS, method, parameters, make)
+    for seam, make in zip(SEAMS, (_preparing, _proving), strict=True):
+        seams.wrap(*seam, make)
 
 
 def require() -> None:
@@ -70,6 +71,8 @@ def _proving(original: Callable[..., Any]) -> Callable[..., Any]:
     def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if serves_ppow(self.vllm_config.speculative_config):
             assert_merged(self)
+            if hot_swap.allowed(self.vllm_config) is not None:
+                hot_swap.remember(self.worker)
         return original(self, *args, **kwargs)
 
     return initialize_from_config

@@ -1,0 +1,201 @@
+"""`ppow doctor`: every fault it promises to find, planted; and what it says where all is well."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from serving_hub import add_to_cache
+from serving_pair import K, random_adapter
+
+from ppow_train import cli
+from ppow_train.doctor import Question, examine
+from vllm_ppow.compat import capabilities
+from vllm_ppow.config import rewrite
+
+
+@pytest.fixture(scope="module", params=["eagle3", "causal_lm", "original"])
+def adapter(pair, tmp_path_factory, request):
+    return random_adapter(tmp_path_factory.mktemp("doctor"), request.param, pair)
+
+
+@pytest.fixture(scope="module")
+def causal_adapter(pair, tmp_path_factory):
+    return random_adapter(tmp_path_factory.mktemp("doctor"), "causal_lm", pair)
+
+
+def question(pair, trained, **changes):
+    return Question(**{"target": str(pair.target), "adapter": str(trained.directory), **changes})
+
+
+def found(diagnosis, status):
+    return {
+        check.name: f"{check.detail} → {check.remedy}" for check in diagnosis.checks if check.status == status
+    }
+
+
+def test_all_is_well(pair, adapter):
+    diagnosis = examine(question(pair, adapter))
+    assert not found(diagnosis, "fail")
+    assert not found(diagnosis, "warn")
+    assert diagnosis.serves
+    assert diagnosis.native == rewrite({"method": "ppow", "model": str(adapter.directory)}, str(pair.target))
+    assert {
+        "Python",
+        "torch",
+        "vLLM",
+        "plugin",
+        "adapter",
+        "drafter",
+        "target",
+        "vocabulary",
+        "context",
+    } <= set(found(diagnosis, "ok"))
+    assert {"adaptive window", "hot swap", "hot swap over HTTP"} <= set(found(diagnosis, "ok"))
+    assert "Hub" not in found(diagnosis, "ok"), "no Hub repo was named"
+
+
+def test_command_line_and_json(pair, adapter, capsys):
+    options = ["--target", str(pair.target), "--adapter", str(adapter.directory), "-K", str(K + 1)]
+    assert cli.run(["doctor", *options, "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["serves"] is True
+    assert value["speculative_config"]["num_speculative_tokens"] == K + 1
+    (warned,) = [check for check in value["checks"] if check["status"] == "warn"]
+    assert (warned["name"], warned["remedy"]) == (
+        "draft length",
+        f"-K {K}: later positions were not trained.",
+    )
+    assert cli.run(["doctor", *options[:3], str(pair.target)]) == 1
+    shown = capsys.readouterr().out
+    assert "fail  adapter" in shown
+    assert shown.endswith("It would not be served.\n")
+
+
+def test_another_target(pair, adapter, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(pair.target, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, other / "model.safetensors")
+    refused = examine(question(pair, adapter, target=str(other)))
+    assert set(found(refused, "fail")) == {"target", "config"}
+    assert "not the target that the adapter was trained for" in found(refused, "fail")["target"]
+    assert refused.native is None
+    allowed = examine(question(pair, adapter, target=str(other), allow_target_mismatch=True))
+    assert allowed.serves
+
+
+def test_another_drafter(pair, adapter):
+    wrong = pair.causal_lm if adapter.config.drafter_type == "eagle3" else pair.eagle3
+    diagnosis = examine(question(pair, adapter, base_drafter=str(wrong)))
+    assert "trained on another drafter" in found(diagnosis, "fail")["drafter"]
+    assert not diagnosis.serves
+
+
+def copy_of_drafter(pair, kind, directory):
+    """A drafter that can be spoiled without changing its weights."""
+    shutil.copytree(pair.drafter(kind), directory)
+    return json.loads((directory / "config.json").read_text()), directory / "config.json"
+
+
+def test_vocabularies_that_do_not_fit(pair, causal_adapter, tmp_path):
+    config, path = copy_of_drafter(pair, "causal_lm", tmp_path / "d")
+    path.write_text(json.dumps({**config, "vocab_size": 100}))
+    diagnosis = examine(question(pair, causal_adapter, base_drafter=str(tmp_path / "d")))
+    assert found(diagnosis, "fail")["vocabulary"].startswith("100 tokens of the drafter, 320 of the target")
+
+
+def test_a_reduced_vocabulary_needs_its_map(pair, tmp_path):
+    config, path = copy_of_drafter(pair, "original", tmp_path / "d")
+    adapter = random_adapter(tmp_path, "original", pair)
+    fine = examine(question(pair, adapter, base_drafter=str(tmp_path / "d")))
+    assert "mapped by d2t" in found(fine, "ok")["vocabulary"]
+    path.write_text(json.dumps({**config, "draft_vocab_size": 17}))
+    diagnosis = examine(question(pair, adapter, base_drafter=str(tmp_path / "d")))
+    assert "drafts 17 of the target's 320 tokens, its d2t is I64" in found(diagnosis, "fail")["vocabulary"]
+
+
+def test_a_shorter_context_is_a_warning(pair, causal_adapter, tmp_path):
+    config, path = copy_of_drafter(pair, "causal_lm", tmp_path / "d")
+    path.write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    diagnosis = examine(question(pair, causal_adapter, base_drafter=str(tmp_path / "d")))
+    assert (
+        "takes 64 tokens, the target 256: longer requests are served without drafts"
+        in found(diagnosis, "warn")["context"]
+    )
+    assert diagnosis.serves
+
+
+@pytest.mark.parametrize(("value", "fails"), [("other", True), ("other,ppow", False)])
+def test_a_plugin_that_is_kept_out(pair, causal_adapter, monkeypatch, value, fails):
+    monkeypatch.setenv("VLLM_PLUGINS", value)
+    assert ("plugin" in found(examine(question(pair, causal_adapter)), "fail")) is fails
+
+
+def test_a_plugin_that_is_not_installed(pair, causal_adapter, monkeypatch):
+    monkeypatch.setattr(capabilities.importlib.metadata, "entry_points", lambda group: [])
+    assert "does not find the entry point" in found(examine(question(pair, causal_adapter)), "fail")["plugin"]
+
+
+def test_an_untested_vllm_and_one_without_a_hook(pair, causal_adapter, monkeypatch):
+    monkeypatch.setattr(capabilities, "TESTED", {})
+    assert "the tests did not run on it" in found(examine(question(pair, causal_adapter)), "warn")["vLLM"]
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    monkeypatch.delattr(WorkerWrapperBase, "init_device")
+    diagnosis = examine(question(pair, causal_adapter))
+    assert (
+        "has no vllm.v1.worker.worker_base.WorkerWrapperBase.init_device" in found(diagnosis, "fail")["vLLM"]
+    )
+
+
+def test_hub_repos_offline(pair, causal_adapter, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit = add_to_cache(tmp_path / "hub", "org/adapter", causal_adapter.directory)
+    diagnosis = examine(question(pair, causal_adapter, adapter="org/adapter"))
+    assert "org/adapter: offline" in found(diagnosis, "ok")["Hub"]
+    assert commit in found(diagnosis, "ok")["adapter"]
+    # A drafter outside the adapter, recorded by a path, is not taken from an adapter of the Hub.
+    assert "a path of the machine it was trained on" in found(diagnosis, "fail")["drafter"]
+    absent = examine(question(pair, causal_adapter, adapter="org/absent"))
+    assert "HF_HUB_OFFLINE" in found(absent, "fail")["adapter"]
+
+
+@pytest.mark.parametrize("absent", [["vllm"], ["vllm", "torch", "safetensors"]])
+def test_where_vllm_is_not_installed(pair, causal_adapter, absent):
+    """In a process whose imports do not find them, as in an environment for serving's command line alone."""
+    code = f"""
+import importlib.abc, importlib.util, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in {absent!r} else find(name, *rest)
+from ppow_train.cli import run
+sys.exit(run(["doctor", "--target", {str(pair.target)!r}, "--adapter", {str(causal_adapter.directory)!r}, "--json"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert checks["vLLM"]["status"] == "fail"
+    assert "not installed" in checks["vLLM"]["detail"]
+    assert checks["adapter"]["status"] == checks["target"]["status"] == "ok"
+    assert checks["drafter"]["status"] == ("ok" if absent == ["vllm"] else "fail")
+
+
+def test_torch_devices_are_named(pair, causal_adapter, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card")
+    assert "2 × Card" in found(examine(question(pair, causal_adapter)), "ok")["torch"]

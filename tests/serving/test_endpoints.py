@@ -1,0 +1,160 @@
+"""The HTTP routes for swapping, in an app as vLLM builds it, with workers that only answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from argparse import Namespace
+from types import SimpleNamespace
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from serving_pair import random_adapter
+
+from ppow_train.commands import swap
+from vllm_ppow.compat import endpoints
+from vllm_ppow.compat.endpoints import PATH, EndpointPlugin
+from vllm_ppow.config import HOT_SWAP_KEY
+from vllm_ppow.metrics import SpecDecodeCounts
+
+
+class Engine:
+    """An engine client whose one worker loads whatever it is told to."""
+
+    def __init__(self, allowed):
+        extra = {} if allowed is None else {HOT_SWAP_KEY: allowed}
+        load_config = SimpleNamespace(model_loader_extra_config=extra)
+        self.vllm_config = SimpleNamespace(speculative_config=SimpleNamespace(draft_load_config=load_config))
+        self.adapters, self.staged, self.refuses = ["start"], "", ""
+
+    async def collective_rpc(self, method, timeout=None, args=()):
+        if method == "ppow_stage":
+            self.staged = args[0]
+        elif method == "ppow_stage_previous":
+            self.staged = self.adapters[-2] if len(self.adapters) > 1 else ""
+            self.refuses = "" if self.staged else "none"
+        elif method == "ppow_load":
+            await asyncio.sleep(0.2)  # others may ask meanwhile
+            self.adapters.append(self.staged)
+        reply = {
+            "ok": not self.refuses,
+            "error": self.refuses,
+            "adapter": self.adapters[-1],
+            "fingerprint": "f",
+        }
+        return [{**reply, "previous": self.adapters[-2] if len(self.adapters) > 1 else None, "seconds": 0.0}]
+
+
+@pytest.fixture
+def root(pair, tmp_path):
+    """An allowed directory with adapters b and c."""
+    adapter = random_adapter(tmp_path, "causal_lm", pair)
+    for name in "bc":
+        shutil.copytree(adapter.directory, tmp_path / "allowed" / name)
+    return tmp_path / "allowed"
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """What vLLM has counted; tests set it."""
+    counted = SimpleNamespace(now=SpecDecodeCounts(0, 0, 0, (0,)))
+    monkeypatch.setattr(endpoints, "_counts", lambda: counted.now)
+    monkeypatch.setattr(endpoints, "_LOOK_EVERY_S", 0.01)
+    return counted
+
+
+def client(engine, **args):
+    """A client of a server on `engine`; use it as a context manager."""
+    plugin = EndpointPlugin()
+    app = FastAPI()
+
+    async def startup(app):
+        await plugin.init_state(engine, app.state, Namespace(**args))
+        yield
+
+    app.router.lifespan_context = contextlib.asynccontextmanager(startup)
+    plugin.attach_router(app)
+    return TestClient(app)
+
+
+def test_swap_and_undo(root, counts):
+    with client(Engine({"directory": str(root), "repo": None})) as http:
+        assert http.get(PATH).json() == {
+            "adapter": "start",
+            "fingerprint": "f",
+            "previous": None,
+            "comparing": False,
+            "last": None,
+        }
+        shown = http.post(PATH, json={"adapter": "b", "watch": False}).json()
+        assert (shown["adapter"], shown["previous"], shown["comparing"]) == (str(root / "b"), "start", False)
+        assert shown["last"]["event"] == "swapped"
+        assert http.post(PATH, json={"undo": True}).json()["adapter"] == "start"
+
+
+@pytest.mark.parametrize(("accepted", "event"), [(90, "kept"), (70, "swapped back")])
+def test_the_server_watches_and_goes_back(root, counts, accepted, event):
+    engine = Engine({"directory": str(root), "repo": None})
+    with client(engine) as http:
+        counts.now = SpecDecodeCounts(0, 0, 0, (0,))
+        assert http.post(PATH, json={"adapter": "b", "watch": False}).status_code == 200
+        counts.now = SpecDecodeCounts(100, 300, 100, (100,))
+        shown = http.post(PATH, json={"adapter": "c", "drafts": 100}).json()
+        assert shown["comparing"]
+        counts.now = SpecDecodeCounts(200, 600, 100 + accepted, (100 + accepted,))
+        while (shown := http.get(PATH).json())["comparing"]:
+            pass
+        assert shown["last"]["event"] == event, "what is said between the verdict and going back is neither"
+        assert shown["adapter"] == str(root / ("c" if event == "kept" else "b"))
+        assert shown["last"]["why"].startswith("accepted tokens per draft 1.000 before the swap, 0.")
+        assert not shown["comparing"]
+
+
+def test_a_watch_that_fails_once_goes_on(root, counts, monkeypatch):
+    calls = []
+
+    def failing():
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("planted")
+        return counts.now
+
+    monkeypatch.setattr(endpoints, "_counts", failing)
+    with client(Engine({"directory": str(root), "repo": None})) as http:
+        while len(calls) < 3:
+            http.get(PATH)
+
+
+@pytest.mark.parametrize(("allowed", "args"), [(None, {}), ("directory", {"api_server_count": 2})])
+def test_off(root, counts, allowed, args):
+    """Not turned on; or several API servers, which count apart and would not take turns."""
+    engine = Engine(allowed and {"directory": str(root), "repo": None})
+    with client(engine, **args) as http:
+        for answer in (http.get(PATH), http.post(PATH, json={"adapter": "b"})):
+            assert answer.status_code == 403
+            assert "Swapping is off" in answer.json()["error"]
+    assert engine.adapters == ["start"]
+
+
+def test_refusals_are_sentences(root, counts):
+    engine = Engine({"directory": str(root), "repo": None})
+    with client(engine) as http:
+        outside = http.post(PATH, json={"adapter": str(root.parent)})
+        assert (outside.status_code, "may swap to: inside" in outside.json()["error"]) == (409, True)
+        assert http.post(PATH, json={"adapter": "absent"}).status_code == 409
+        assert http.post(PATH, json={"undo": True}).json() == {"error": "none"}
+        for body in (b"{", b"[]", b'{"adapter": 1}', b"\xff"):
+            assert http.post(PATH, content=body).status_code == 400
+    assert engine.adapters == ["start"]
+
+
+def test_without_statistics_it_swaps_and_does_not_compare(root, counts):
+    counts.now = None
+    with client(Engine({"directory": str(root), "repo": None})) as http:
+        assert http.post(PATH, json={"adapter": "b"}).json()["comparing"] is False
+
+
+def test_the_command_asks_the_same_path():
+    assert swap.PATH == PATH

@@ -1,0 +1,82 @@
+"""Adapters, drafters and targets by Hub repo id: from the client's cache, offline, at a pinned revision."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from serving_hub import add_to_cache
+from serving_pair import load_drafter, random_lora, save_adapter
+
+from vllm_ppow.artifact import ArtifactError, resolve_directory
+from vllm_ppow.config import ADAPTER_KEY, rewrite
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty Hub cache that the client reads offline."""
+    directory = tmp_path / "hub"
+    directory.mkdir()
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(directory))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return directory
+
+
+def record(adapter, **refs):
+    """Name the adapter's target or drafter, or its revision, otherwise than it was trained."""
+    path = adapter.directory / "ppow_config.json"
+    config = json.loads(path.read_text())
+    for role, changes in refs.items():
+        config[role].update(changes)
+    path.write_text(json.dumps(config))
+
+
+def adapter_of_repos(directory, pair, scale):
+    """An adapter that names its target and drafter by repo id."""
+    model = random_lora(load_drafter("causal_lm", pair.causal_lm), scale)
+    adapter = save_adapter(directory, model, "causal_lm", pair.causal_lm, pair.target)
+    record(adapter, base_drafter={"name_or_path": "org/drafter"}, target={"name_or_path": "org/target"})
+    return adapter
+
+
+def test_adapter_drafter_and_target_from_the_cache_at_a_pinned_revision(pair, tmp_path, cache):
+    add_to_cache(cache, "org/target", pair.target)
+    add_to_cache(cache, "org/drafter", pair.causal_lm)
+    first, second = (
+        adapter_of_repos(tmp_path / name, pair, scale) for name, scale in (("1", 0.1), ("2", 0.2))
+    )
+    old = add_to_cache(cache, "org/adapter", first.directory, branch="v1")
+    new = add_to_cache(cache, "org/adapter", second.directory)
+    assert old != new
+    for revision, commit in ((None, new), ("main", new), ("v1", old), (old, old)):
+        spec = {"method": "ppow", "model": "org/adapter", "revision": revision}
+        native = rewrite(spec, "org/target")
+        used = native["draft_load_config"]["model_loader_extra_config"][ADAPTER_KEY]
+        assert f"/snapshots/{commit}" in used
+        assert "revision" not in native, "vLLM would look for the adapter's revision in the drafter's repo"
+        assert "models--org--drafter" in native["model"]
+
+
+def test_the_recorded_revision_of_the_drafter_is_used(pair, tmp_path, cache):
+    pinned = add_to_cache(cache, "org/drafter", pair.causal_lm, branch="v1")
+    add_to_cache(cache, "org/drafter", pair.eagle3)  # main has moved on to another drafter
+    adapter = adapter_of_repos(tmp_path / "a", pair, 0.1)
+    spec = {"method": "ppow", "model": str(adapter.directory)}
+    with pytest.raises(ArtifactError, match="trained on another drafter than"):
+        rewrite(spec, str(pair.target))
+    record(adapter, base_drafter={"revision": "v1"})
+    assert pinned in rewrite(spec, str(pair.target))["model"]
+
+
+@pytest.mark.parametrize(("revision", "at"), [(None, ""), ("v2", " at revision v2")])
+def test_offline_and_not_in_the_cache(pair, cache, revision, at):
+    add_to_cache(cache, "org/cached", pair.causal_lm, branch="v1")
+    name = "org/absent" if revision is None else "org/cached"
+    with pytest.raises(ArtifactError) as caught:
+        resolve_directory(name, revision)
+    assert str(caught.value) == (
+        f"{name} is not a directory here, and the Hub cache does not hold it{at} while HF_HUB_OFFLINE is set: "
+        "download it first (hf download), or unset HF_HUB_OFFLINE."
+    )

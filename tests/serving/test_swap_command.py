@@ -1,0 +1,106 @@
+"""`ppow swap`: what it asks of a server, and how a server's refusals reach the user."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from ppow_train import cli
+
+RUNNING = {"adapter": "a", "fingerprint": "f", "previous": None, "comparing": False, "last": None}
+
+
+@pytest.fixture
+def server():
+    """A server that gives the answers in `server.answers`, one after another, and notes what it was asked."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self):
+            size = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(size)) if size else None
+            httpd.asked.append((self.command, self.path, self.headers.get("Authorization"), body))
+            status, value = httpd.answers.pop(0)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(value if isinstance(value, bytes) else json.dumps(value).encode())
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *_):
+            pass
+
+    httpd = HTTPServer(("127.0.0.1", 0), Handler)
+    httpd.asked, httpd.answers = [], []
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    yield httpd
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+def swap(server, *argv):
+    return cli.run(["swap", "--url", f"http://127.0.0.1:{server.server_address[1]}/", *argv])
+
+
+def test_what_it_asks(server, capsys, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    server.answers = [(200, RUNNING)] * 3
+    assert swap(server) == 0
+    assert json.loads(capsys.readouterr().out) == RUNNING
+    assert (
+        swap(server, "--adapter", "b", "--revision", "v1", "--drafts", "5", "--max-drop", "0.5", "--no-watch")
+        == 0
+    )
+    assert swap(server, "--undo") == 0
+    path = "/v1/ppow/adapter"
+    body = {"adapter": "b", "revision": "v1", "drafts": 5, "max_drop": 0.5, "watch": False}
+    assert server.asked == [
+        ("GET", path, "Bearer secret", None),
+        ("POST", path, "Bearer secret", body),
+        ("POST", path, "Bearer secret", {"undo": True}),
+    ]
+
+
+@pytest.mark.parametrize(("event", "code"), [("kept", 0), ("swapped back", 1)])
+def test_waiting_for_the_comparison(server, capsys, event, code):
+    comparing = {**RUNNING, "comparing": True, "last": {"event": "swapped", "why": "to b", "at": ""}}
+    done = {**RUNNING, "last": {"event": event, "why": "figures", "at": ""}}
+    server.answers = [(200, comparing), (200, comparing), (200, done)]
+    assert swap(server, "--adapter", "b", "--wait") == code
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == done
+    assert ("Error: swapped back: figures." in shown.err) is (code == 1)
+    assert [asked[0] for asked in server.asked] == ["POST", "GET", "GET"]
+
+
+@pytest.mark.parametrize(
+    ("status", "value", "message"),
+    [
+        (409, {"error": "It is another drafter."}, "Error: It is another drafter.\n"),
+        (401, {"error": "Unauthorized"}, "Error: the server wants its API key: give --api-key.\n"),
+        (404, {"detail": "Not Found"}, "start it with ppow serve --hot-swap"),
+        (500, b"broken", "Error: broken\n"),
+        (200, b"not JSON", "does not answer"),
+    ],
+)
+def test_refusals(server, capsys, status, value, message):
+    server.answers = [(status, value)]
+    assert swap(server, "--adapter", "b") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_no_server(capsys):
+    assert cli.run(["swap", "--url", "http://127.0.0.1:9"]) == 1
+    assert "is the server running there?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv", [["--adapter", "b", "--undo"], ["--drafts", "5"], ["--max-drop", "1"], ["--revision", "v"]]
+)
+def test_wrong_usage(server, argv):
+    assert swap(server, *argv) == 2
+    assert not server.asked

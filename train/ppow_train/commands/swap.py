@@ -1,0 +1,100 @@
+"""`ppow swap`: another adapter for a running server. Left out: the server's part (vllm_ppow/compat/endpoints.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+import click
+
+PATH = "/v1/ppow/adapter"
+
+
+@click.command()
+@click.option("--url", default="http://localhost:8000", show_default=True, help="base URL of the server")
+@click.option(
+    "--adapter",
+    help="a path as the server knows it, relative to its --hot-swap directory, or its Hub repo id",
+)
+@click.option("--revision", help="Hub revision of the adapter")
+@click.option("--undo", is_flag=True, help="go back to the adapter before the last swap")
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 1, True, True),
+    help="swap back if more acceptance is lost  [default: 0.2]",
+)
+@click.option("--drafts", type=click.IntRange(1), help="drafts to compare before and after  [default: 1000]")
+@click.option("--no-watch", is_flag=True, help="keep it whatever is accepted")
+@click.option("--wait", is_flag=True, help="wait for the comparison; exit with 1 if it was swapped back")
+@click.option("--api-key", envvar="VLLM_API_KEY", help="the server's key  [default: $VLLM_API_KEY]")
+def swap(
+    url: str,
+    adapter: str | None,
+    revision: str | None,
+    undo: bool,
+    max_drop: float | None,
+    drafts: int | None,
+    no_watch: bool,
+    wait: bool,
+    api_key: str | None,
+) -> None:
+    """Swap the adapter of a running server, which must have been started with `ppow serve --hot-swap`.
+
+    Without --adapter or --undo it prints which adapter is running. No request is dropped. The server swaps back by
+    itself when accepted tokens per draft fall.
+    """
+    if adapter and undo:
+        raise click.UsageError("--adapter and --undo exclude each other: leave one out.")
+    asked: dict[str, Any] = {"adapter": adapter, "revision": revision, "max_drop": max_drop, "drafts": drafts}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    if no_watch:
+        asked["watch"] = False
+    if undo:
+        asked["undo"] = True
+    if asked and not (adapter or undo):
+        raise click.UsageError("these options go with --adapter: give it.")
+    answer = _call(url, asked or None, api_key)
+    while wait and answer["comparing"]:
+        time.sleep(1)
+        answer = _call(url, None, api_key)
+    click.echo(json.dumps(answer, indent=2))
+    if wait and adapter and (answer["last"] or {}).get("event") == "swapped back":
+        raise click.ClickException(f"swapped back: {answer['last']['why']}.")
+
+
+def _call(url: str, asked: dict[str, Any] | None, api_key: str | None) -> dict[str, Any]:
+    """GET, or POST what is asked.
+
+    Raises:
+        click.ClickException: with the server's own sentence, or why there was no answer.
+    """
+    headers = {
+        "Content-Type": "application/json",
+        **({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+    }
+    body = None if asked is None else json.dumps(asked).encode()
+    request = urllib.request.Request(url.rstrip("/") + PATH, body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=3600) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise click.ClickException(_sentence(url, error)) from error
+    except (OSError, ValueError) as error:
+        raise click.ClickException(
+            f"{url} does not answer ({error}): is the server running there?"
+        ) from error
+
+
+def _sentence(url: str, error: urllib.error.HTTPError) -> str:
+    text = error.read().decode(errors="replace")
+    if error.code == 404:
+        return f"{url} has no {PATH}: start it with ppow serve --hot-swap, on vLLM 0.32 or newer."
+    if error.code == 401:
+        return "the server wants its API key: give --api-key."
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        text = json.loads(text)["error"]
+    return text

@@ -1,0 +1,307 @@
+"""Another adapter in a running engine: all workers or none, and back again when acceptance falls.
+
+A swap has two steps on every worker. *Stage* checks the new adapter as start-up does and merges it into the base
+drafter's tensors beside the running ones; *load* writes them over the running ones between two engine steps, so no
+request is dropped. If a worker fails in the second step, all of them go back. What is written belongs to the drafter
+only: output stays the target's own throughout.
+
+The KV cache that the old drafter filled for running requests, and prefixes cached from it, stay: clearing them would
+throw away the target's too. Acceptance of those requests may dip until they end.
+
+Left out: what a worker does (compat/hot_swap.py), HTTP (compat/endpoints.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from vllm_ppow.artifact import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    PPOW_CONFIG,
+    Adapter,
+    ArtifactError,
+    read_adapter,
+    resolve_directory,
+)
+from vllm_ppow.metrics import SpecDecodeCounts
+
+logger = logging.getLogger("vllm.ppow.hot_swap")
+
+NOT_ON = 'This engine cannot swap adapters: start it with method "ppow" and "ppow": {"hot_swap": true}.'
+
+# A worker's answer to each step: {"ok": bool, "error": str, …}. Workers never raise: on several ranks, an exception of
+# one leaves the answers of the others in vLLM's queues, and the next step would read those.
+Reply = dict[str, Any]
+Rpc = Callable[[str, tuple[Any, ...]], Awaitable[list[Reply]]]
+
+
+class SwapError(ArtifactError):
+    """A swap that was refused or failed; the message is one sentence, and says which adapter serves on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """From where a server may be told to take adapters.
+
+    Attributes:
+        directory: adapters inside it, symbolic links followed; None for no directory.
+        repo: the Hub repo of the adapter that the server started with; None if it started from a directory.
+    """
+
+    directory: Path | None = None
+    repo: str | None = None
+
+    def resolve(self, name: str, revision: str | None = None) -> Path:
+        """The adapter's directory.
+
+        Args:
+            name: the Hub repo, or a path, relative ones taken from the allowed directory.
+            revision: of the Hub repo.
+
+        Raises:
+            SwapError: it lies outside of what is allowed.
+        """
+        if self.repo is not None and name == self.repo:
+            return resolve_directory(name, revision)[0]
+        if revision is not None:
+            raise SwapError(f"{name!r} is not the Hub repo this server started with: leave the revision out.")
+        if self.directory is not None:
+            root = self.directory.resolve()
+            found = (root / name).resolve()
+            files = [found, *(found / part for part in (PPOW_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS))]
+            if all(file.resolve().is_relative_to(root) for file in files):
+                return found
+        allowed = [
+            f"inside {self.directory}" if self.directory else "",
+            f"the Hub repo {self.repo}" if self.repo else "",
+        ]
+        raise SwapError(
+            f"Adapter {name!r} is not among those that this server may swap to: "
+            f"{' or '.join(part for part in allowed if part) or 'none'}."
+        )
+
+
+def check_successor(running: Adapter, candidate: Adapter, draft_sample_method: str) -> None:
+    """Whether an adapter may follow another in the same engine; its drafter's fingerprint is checked by the worker.
+
+    Raises:
+        SwapError: it belongs to another target or drafter, or drafts otherwise than the engine does.
+    """
+    old, new = running.config, candidate.config
+    for role, before, after in (
+        ("target", old.target, new.target),
+        ("drafter", old.base_drafter, new.base_drafter),
+    ):
+        if before.fingerprint != after.fingerprint:
+            raise SwapError(
+                f"Adapter {candidate.directory} was trained for another {role} ({after.name_or_path}) than the one "
+                f"being served ({before.name_or_path}): swap to an adapter for this {role}."
+            )
+    if new.draft_sample_method not in (old.draft_sample_method, draft_sample_method):
+        raise SwapError(
+            f"Adapter {candidate.directory} was trained for {new.draft_sample_method} drafts, this engine makes "
+            f"{draft_sample_method} ones: start a server with it."
+        )
+
+
+class HotSwap:
+    """Swaps the adapter of one engine. Steps must not overlap: callers take turns.
+
+    Args:
+        rpc: calls a method on every worker and returns their replies.
+    """
+
+    def __init__(self, rpc: Rpc) -> None:
+        self._rpc = rpc
+
+    async def running(self) -> Reply:
+        """What the first worker says of its adapter: "adapter", "fingerprint", "previous"."""
+        return (await self._rpc("ppow_adapter", ()))[0]
+
+    async def swap(self, directory: str | os.PathLike[str]) -> Reply:
+        """Load another adapter, on all workers or on none.
+
+        Raises:
+            ArtifactError: it cannot be served here; what was running serves on.
+        """
+        candidate = read_adapter(Path(os.path.abspath(directory)))
+        fingerprint = candidate.config.adapter_fingerprint
+        staged = await self._rpc("ppow_stage", (str(candidate.directory), fingerprint))
+        if error := _error(staged):
+            await self._rpc("ppow_discard", ())
+            raise SwapError(error)
+        return await self._load("ppow_load", f"adapter {candidate.directory} ({fingerprint[:19]})")
+
+    async def undo(self, why: str) -> Reply:
+        """Go back to the adapter before the last swap, which workers still hold in memory.
+
+        Raises:
+            SwapError: there is none, or it cannot be loaded.
+        """
+        staged = await self._rpc("ppow_stage_previous", ())
+        if error := _error(staged):
+            await self._rpc("ppow_discard", ())
+            raise SwapError(error)
+        running = await self._load("ppow_load", "the previous adapter")
+        logger.warning("Swapped back to adapter %s: %s.", running["adapter"], why)
+        return running
+
+    async def _load(self, method: str, what: str) -> Reply:
+        loaded = await self._rpc(method, ())
+        if error := _error(loaded):
+            restored = await self._rpc("ppow_restore", ())
+            if again := _error(restored):
+                raise SwapError(
+                    f"Loading {what} failed ({error}), and so did going back ({again}): restart the server; its output "
+                    "is right, its drafts are not."
+                )
+            raise SwapError(f"Loading {what} failed, the one before it serves on: {error}")
+        running = await self.running()
+        logger.info(
+            "Now drafting with %s, written in %.2f s.", what, max(reply["seconds"] for reply in loaded)
+        )
+        return running
+
+
+def _error(replies: list[Reply]) -> str:
+    return next((reply["error"] for reply in replies if not reply["ok"]), "")
+
+
+# ---------------------------------------------------------------- in process
+
+
+def swap_adapter(llm: Any, directory: str | os.PathLike[str]) -> Reply:
+    """Swap the adapter of an `LLM` (or `LLMEngine`) that was started with `"ppow": {"hot_swap": true}`.
+
+    Returns:
+        {"adapter": directory, "fingerprint": …, "previous": directory or None}
+
+    Raises:
+        ArtifactError: the adapter cannot be served here; what was running serves on.
+    """
+    return _finish(_in_process(llm).swap(directory))
+
+
+def undo_swap(llm: Any, why: str = "asked to") -> Reply:
+    """Go back to the adapter before the last `swap_adapter`.
+
+    Raises:
+        SwapError: there is none.
+    """
+    return _finish(_in_process(llm).undo(why))
+
+
+def _in_process(llm: Any) -> HotSwap:
+    async def rpc(method: str, args: tuple[Any, ...]) -> list[Reply]:
+        try:
+            return llm.collective_rpc(method, args=args)
+        except (NotImplementedError, AttributeError) as error:
+            raise SwapError(NOT_ON) from error
+
+    return HotSwap(rpc)
+
+
+def _finish(coroutine: Coroutine[Any, Any, Reply]) -> Reply:
+    """Run a coroutine whose awaits never suspend, whether or not an event loop is running."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("a step of an in-process swap was suspended")
+
+
+# ---------------------------------------------------------------- acceptance after a swap
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a watch found: accepted tokens per draft before and after a swap, and whether to go back."""
+
+    before: float
+    after: float
+    undo: bool
+
+    def __str__(self) -> str:
+        if math.isnan(self.before):
+            return "nothing was drafted before the swap, so there was nothing to compare with"
+        return f"accepted tokens per draft {self.before:.3f} before the swap, {self.after:.3f} after it"
+
+
+class AcceptanceWatch:
+    """Compares acceptance over the next drafts after a swap with that over the last ones before it.
+
+    Acceptance has fallen when accepted tokens per draft fell by more than `max_drop`, and, where drafts became shorter
+    by more than a twentieth meanwhile (an adaptive window, larger batches), accepted tokens per drafted token did too.
+    Less than half of the acceptance that would do is a verdict after a tenth of the drafts. Traffic that changes at the
+    moment of the swap looks the same as a bad adapter, and cannot be told apart.
+
+    Args:
+        drafts: drafts to compare on each side; fewer are taken before the swap if there were no more.
+        max_drop: share of the acceptance before the swap that may be lost, in (0, 1).
+    """
+
+    def __init__(self, drafts: int = 1000, max_drop: float = 0.2) -> None:
+        if drafts < 1 or not 0 < max_drop < 1:
+            raise SwapError(f"drafts must be >= 1 and max_drop between 0 and 1, got {drafts} and {max_drop}.")
+        self.drafts, self.max_drop = drafts, max_drop
+        self._seen: deque[SpecDecodeCounts] = deque()
+        self._known: SpecDecodeCounts | None = None  # the running adapter's, from the last comparison
+        self._before: SpecDecodeCounts | None = None
+        self._at_swap: SpecDecodeCounts | None = None
+
+    def observe(self, counts: SpecDecodeCounts) -> None:
+        """Note the engine's counts; call it now and then while nothing is being compared."""
+        self._seen.append(counts)
+        while len(self._seen) > 1 and counts.num_drafts - self._seen[1].num_drafts >= self.drafts:
+            self._seen.popleft()
+
+    def start(self, counts: SpecDecodeCounts) -> None:
+        """A swap has just happened."""
+        self.observe(counts)
+        latest = counts - self._seen[0]
+        enough = self._known is None or latest.num_drafts >= self.drafts
+        self._before = latest if enough else self._known
+        self._at_swap = counts
+
+    @property
+    def comparing(self) -> bool:
+        """Whether a swap awaits its verdict."""
+        return self._at_swap is not None
+
+    def verdict(self, counts: SpecDecodeCounts) -> Verdict | None:
+        """The verdict once there are enough drafts since the swap; None before, and when nothing was swapped.
+
+        A swap before which nothing was drafted has nothing to be compared with, and is kept.
+        """
+        if self._at_swap is None or self._before is None:
+            return None
+        before, after = self._before, counts - self._at_swap
+        kept = 1 - self.max_drop
+        # An adaptive window hardly drafts with a very bad adapter, and its verdict need not wait for them all.
+        hopeless = after.num_drafts >= self.drafts / 10 and _fell(before, after, kept / 2)
+        if after.num_drafts < self.drafts and not hopeless:
+            return None
+        verdict = Verdict(before.mean_accepted, after.mean_accepted, _fell(before, after, kept))
+        # Whichever adapter drafts from now on, its acceptance is known, should another swap follow at once.
+        self._known = before if verdict.undo else after
+        self._at_swap = self._before = None
+        self._seen.clear()
+        self.observe(counts)
+        return verdict
+
+
+def _fell(before: SpecDecodeCounts, after: SpecDecodeCounts, kept: float) -> bool:
+    """Whether less than a share of the acceptance was kept; never where nothing was drafted before."""
+    if not before.num_drafts:
+        return False
+    shorter = after.num_draft_tokens / after.num_drafts < 0.95 * before.num_draft_tokens / before.num_drafts
+    fell = after.mean_accepted < kept * before.mean_accepted
+    return fell and (not shorter or after.acceptance_rate < kept * before.acceptance_rate)
