@@ -22,7 +22,7 @@ SCHEMA = {
 REGEX = r"assert[A-Z][a-z]{2,8}\((self|other), [0-9]{1,3}\)"
 CHOICE = ["assertEqual", "assertRaises", "assertTrue"]
 GRAMMAR = 'root ::= "self." name "(" name ")"\nname ::= "foo" | "bar" | "assertEqual"'
-BACKENDS = ("xgrammar", "guidance", "outlines", "lm-format-enforcer")
+BACKENDS = ("xgrammar", "guidance", "outlines")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +110,6 @@ def lora_cases() -> dict[str, list[Request]]:
     return {
         "lora": _all(texts, {}, lora=True),
         "lora beside none": _all(texts, {}, lora=True) + _all(texts, {}),
-        "lora with logprobs and penalties": _all(
-            texts, {"logprobs": 2, "repetition_penalty": 1.2}, lora=True
-        )
+        "lora with logprobs and penalties": _all(texts, {"logprobs": 2, "repetition_penalty": 1.2}, lora=True)
         + _all(texts, {"logprobs": 1}),
     }

@@ -12,8 +12,9 @@ import inspect
 from typing import get_args
 
 import pytest
+import torch
 
-from vllm_ppow.compat import draft_loading, engine_args, seams, worker
+from vllm_ppow.compat import draft_loading, draft_room, engine_args, seams, worker
 
 
 def original(module, owner, method):
@@ -196,3 +197,45 @@ def test_metric_objects():
 
     assert [field.name for field in dataclasses.fields(Counter)] == ["name", "labels", "value"]
     assert [field.name for field in dataclasses.fields(Vector)] == ["name", "labels", "values"]
+
+
+# ---------------------------------------------------------------- compat/draft_room.py
+
+
+def test_the_v1_runner_asks_once_per_step_whether_drafts_fit():
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    function = original(*draft_room._RUNNER)
+    assert parameters(function) == ["self", "common_attn_metadata"]
+    source = inspect.getsource(function)
+    assert "common_attn_metadata.max_seq_len" in source
+    assert "self.effective_drafter_max_model_len" in source
+    assert inspect.getsource(GPUModelRunner.sample_tokens).count("self._input_fits_in_drafter(") == 1
+
+
+def test_draft_steps_past_the_maximum_length_are_clamped():
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():  # as a worker does at its start
+        current_platform.register_triton_kernel_overrides()
+    device = torch.device("cpu" if current_platform.is_cpu() else "cuda")
+    assert draft_room.clamps(device)
+
+
+def test_unclamped_draft_steps_are_found_out(monkeypatch):
+    from vllm.v1.spec_decode import utils
+
+    def unclamped(positions_1d, seq_lens, out_clamped_positions, out_slot_mapping, **_):
+        out_clamped_positions.copy_(positions_1d + 1)
+        out_slot_mapping.copy_(torch.tensor([8, 20]))
+        seq_lens += 1
+
+    monkeypatch.setattr(utils, "eagle_step_update_slot_mapping_and_metadata", unclamped)
+    assert not draft_room.clamps.__wrapped__(torch.device("cpu"))
+
+
+def test_the_scheduler_cuts_drafts_to_the_room_of_each_request():
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    source = inspect.getsource(Scheduler.schedule)
+    assert "self.max_model_len\n                - request.num_computed_tokens" in source

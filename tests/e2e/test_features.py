@@ -13,13 +13,11 @@ from feature_cases import (
     CHOICE,
     MAX_MODEL_LEN,
     REGEX,
-    TINY,
     lora_cases,
     sampling_cases,
     structured_cases,
 )
-from feature_engines import NUM_SPECULATIVE_TOKENS, OPTIONS, Session, session, target_lora, tiny_adapter
-from serving_engine import engine
+from feature_engines import OPTIONS, Session, session, target_lora, tiny_adapter
 
 pytestmark = pytest.mark.engine
 
@@ -97,8 +95,9 @@ def test_the_engines_did_what_the_cases_are_for(without, ours):
         assert found.counters["vllm:num_preemptions"] > 0
         assert found.counters["vllm:prefix_cache_hits"] > 0
     assert ours.counters["vllm:spec_decode_num_accepted_tokens"] > 100
-    assert max(len(request.prompt) for request in sampling_cases()["chunked prefill"]) > (
-        OPTIONS["max_num_batched_tokens"]
+    assert (
+        max(len(request.prompt) for request in sampling_cases()["chunked prefill"])
+        > (OPTIONS["max_num_batched_tokens"])
     )
     lengths = [len(request.prompt) for request in sampling_cases()["max_model_len"]]
     for length, answers in zip(lengths, ours.answers["max_model_len"], strict=True):
