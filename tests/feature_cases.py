@@ -22,6 +22,11 @@ SCHEMA = {
 REGEX = r"assert[A-Z][a-z]{2,8}\((self|other), [0-9]{1,3}\)"
 CHOICE = ["assertEqual", "assertRaises", "assertTrue"]
 GRAMMAR = 'root ::= "self." name "(" name ")"\nname ::= "foo" | "bar" | "assertEqual"'
+# Options that vLLM refuses when it speculates, whatever the method.
+REFUSED: dict[str, dict[str, Any]] = {
+    "min_p": {"min_p": 0.1, "temperature": 1.0},
+    "logit_bias": {"logit_bias": {5: 1.0}},
+}
 BACKENDS = ("xgrammar", "guidance", "outlines")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from feature_cases import BACKENDS, MAX_MODEL_LEN, MAX_TOKENS, TINY, Request, prompts
+from feature_cases import BACKENDS, MAX_MODEL_LEN, MAX_TOKENS, REFUSED, TINY, Request, prompts
 from serving_engine import engine
 from serving_pair import random_lora, save_adapter
 
@@ -44,9 +44,10 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What an engine answered: case -> one list of answers per request; and its counters at the end."""
+    """What an engine answered: case -> one list of answers per request; what it refused; its counters at the end."""
 
     answers: dict[str, list[list[Answer]]]
+    refusals: dict[str, str]
     counters: dict[str, float]
 
 
@@ -147,7 +148,18 @@ def session(
                 use_backend(llm, backend)
                 for name, requests in structured.items():
                     answers[f"{backend}: {name}"] = ask(llm, requests)
-        return Session(answers, counters(llm))
+        return Session(answers, refusals(llm), counters(llm))
+
+
+def refusals(llm: Any) -> dict[str, str]:
+    """The sentence with which an option is refused, by option."""
+    sentences = {}
+    for name, option in REFUSED.items():
+        try:
+            ask(llm, [Request([5, 6, 7], {**option, "max_tokens": 2})])
+        except ValueError as error:
+            sentences[name] = str(error)
+    return sentences
 
 
 def shared_prefix() -> list[Request]:

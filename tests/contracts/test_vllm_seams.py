@@ -239,3 +239,16 @@ def test_the_scheduler_cuts_drafts_to_the_room_of_each_request():
 
     source = inspect.getsource(Scheduler.schedule)
     assert "self.max_model_len\n                - request.num_computed_tokens" in source
+
+
+# ---------------------------------------------------------------- options that speculation refuses (README, Works with)
+
+
+def test_custom_logits_processors_are_refused_at_start_up():
+    from types import SimpleNamespace
+
+    from vllm.v1.sample.logits_processor import build_logitsprocs
+
+    config = SimpleNamespace(speculative_config=object())
+    with pytest.raises(ValueError, match="speculative decoding"):
+        build_logitsprocs(config, torch.device("cpu"), False, False, ["some.Processor"])

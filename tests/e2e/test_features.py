@@ -12,6 +12,7 @@ from feature_cases import (
     BACKENDS,
     CHOICE,
     MAX_MODEL_LEN,
+    REFUSED,
     REGEX,
     lora_cases,
     sampling_cases,
@@ -116,6 +117,13 @@ def test_options_change_the_answer(without):
     assert all(len(position) >= 3 for position in without.answers["logprobs"][0][0].logprobs)
     assert len(without.answers["prompt_logprobs"][0][0].prompt_logprobs) > 30
     assert {answer.stop_reason for answers in without.answers["stop strings"] for answer in answers} > {"\n"}
+
+
+def test_what_vllm_cannot_verify_is_refused_in_a_sentence(without, ours):
+    assert without.refusals == {}
+    assert set(ours.refusals) == set(REFUSED)
+    for sentence in ours.refusals.values():
+        assert "not yet supported with speculative decoding" in sentence
 
 
 def test_structured_output_is_what_was_asked_for(ours):
