@@ -29,6 +29,8 @@ from vllm_ppow.merge import Merger
 METHOD = "ppow"
 LOAD_FORMAT = "ppow"
 ADAPTER_KEY = "ppow_adapter"  # inside model_loader_extra_config: directory of the adapter
+WINDOW_KEY = "ppow_window"  # inside model_loader_extra_config: options of an adaptive window; absent: fixed
+WINDOWS = ("adaptive", "fixed")
 FINGERPRINT_KEY = "ppow_fingerprint"  # inside model_loader_extra_config: the adapter that was checked here
 
 # vLLM takes these for another method when they occur anywhere in a draft model's path, even if a method is given
@@ -53,10 +55,15 @@ class PPOWOptions:
             fingerprint must be the recorded one all the same.
         allow_target_mismatch: serve a target other than the one the adapter was trained for, with a warning.
             Output stays the target's own; acceptance may drop.
+        window: "adaptive" drafts as many tokens per step as pay, at most num_speculative_tokens; "fixed" always
+            drafts num_speculative_tokens.
+        min_tokens: tokens that an adaptive window drafts at least, 0 to num_speculative_tokens.
     """
 
     base_drafter: str | None = None
     allow_target_mismatch: bool = False
+    window: str = "adaptive"
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.base_drafter is not None and not (isinstance(self.base_drafter, str) and self.base_drafter):
@@ -67,6 +74,10 @@ class PPOWOptions:
             raise PPOWServingError(
                 f'"ppow": allow_target_mismatch must be true or false, got {self.allow_target_mismatch!r}.'
             )
+        if self.window not in WINDOWS:
+            raise PPOWServingError(f'"ppow": window must be one of {list(WINDOWS)}, got {self.window!r}.')
+        if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
+            raise PPOWServingError(f'"ppow": min_tokens must be an integer >= 0, got {self.min_tokens!r}.')
 
 
 def parse_options(raw: Any) -> PPOWOptions:
@@ -141,8 +152,9 @@ def rewrite(
 
     native["method"] = NATIVE_METHOD[adapter.config.drafter_type]
     native["model"] = str(base)
-    native["draft_load_config"] = _load_config(adapter, native.get("draft_load_config"))
     native.setdefault("num_speculative_tokens", adapter.config.num_speculative_tokens)
+    window = _window_options(options, native["num_speculative_tokens"])
+    native["draft_load_config"] = _load_config(adapter, native.get("draft_load_config"), window)
     native.setdefault("draft_sample_method", adapter.config.draft_sample_method)
     return native
 
@@ -160,7 +172,19 @@ def _refuse_unknown(spec: dict[str, Any], known_fields: Collection[str] | None) 
         )
 
 
-def _load_config(adapter: Adapter, given: Any) -> dict[str, Any]:
+def _window_options(options: PPOWOptions, num_speculative_tokens: Any) -> dict[str, Any] | None:
+    """What travels to the scheduler of an adaptive window; None for a fixed one."""
+    if options.window == "fixed":
+        return None
+    if isinstance(num_speculative_tokens, int) and options.min_tokens > num_speculative_tokens:
+        raise PPOWServingError(
+            f'"ppow": min_tokens must be at most num_speculative_tokens ({num_speculative_tokens}), got '
+            f"{options.min_tokens}."
+        )
+    return {"min_tokens": options.min_tokens}
+
+
+def _load_config(adapter: Adapter, given: Any, window: dict[str, Any] | None) -> dict[str, Any]:
     """The draft_load_config that makes vLLM load the drafter with our loader; the user's own keys are kept."""
     load_config = dict(given) if isinstance(given, dict) else {}
     wrong_kind = given is not None and not isinstance(given, dict)
@@ -172,6 +196,8 @@ def _load_config(adapter: Adapter, given: Any) -> dict[str, Any]:
     extra = dict(load_config.get("model_loader_extra_config") or {})
     extra[ADAPTER_KEY] = os.path.abspath(adapter.directory)
     extra[FINGERPRINT_KEY] = adapter.config.adapter_fingerprint
+    if window is not None:
+        extra[WINDOW_KEY] = window
     return {**load_config, "load_format": LOAD_FORMAT, "model_loader_extra_config": extra}
 
 

@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from vllm_ppow.artifact import read_adapter
-from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, LOAD_FORMAT
+from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, LOAD_FORMAT, WINDOW_KEY
 from vllm_ppow.merge import MergeError, Merger, MergeReport
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class PPOWModelLoader(DefaultModelLoader):
     def __init__(self, load_config: LoadConfig) -> None:
         extra = dict(load_config.model_loader_extra_config)
         directory, fingerprint = extra.pop(ADAPTER_KEY, None), extra.pop(FINGERPRINT_KEY, None)
+        extra.pop(WINDOW_KEY, None)  # the scheduler's
         if directory is None:
             raise MergeError(
                 'Load format "ppow" is set by {"method": "ppow"} in the speculative config: use that.'

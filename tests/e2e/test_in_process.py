@@ -11,6 +11,7 @@ from vllm_ppow.metrics import SpecDecodeCounts
 
 pytestmark = pytest.mark.engine
 
+FIXED = {"ppow": {"window": "fixed"}}  # test_window.py has the adaptive one
 KINDS = ("eagle3", "causal_lm")
 NATIVE = {"eagle3": "eagle3", "causal_lm": "draft_model"}
 
@@ -49,7 +50,7 @@ def test_adapter_restores_acceptance_and_output_stays_the_targets(pair, kind, re
     native = {"method": NATIVE[kind], "num_speculative_tokens": K}
     original_output, original = serve(pair, {**native, "model": str(pair.drafter(kind))})
     spoiled_output, bare = serve(pair, {**native, "model": str(spoiled)})
-    output, counts = serve(pair, {"method": "ppow", "model": str(adapter.directory)})
+    output, counts = serve(pair, {"method": "ppow", "model": str(adapter.directory), **FIXED})
     assert output == original_output == spoiled_output == without_speculation
     assert counts == original
     assert original.acceptance_per_position == ((1.0, 0.0, 0.0) if kind == "eagle3" else (1.0, 1.0, 1.0))
@@ -78,7 +79,7 @@ def test_weights_inside_vllm_are_pefts_merge_bit_for_bit(
         "rank_pattern": {"o_proj": 2},
     }
     adapter = random_adapter(tmp_path, kind, pair, **options)
-    output, _ = serve(pair, {"method": "ppow", "model": str(adapter.directory)})
+    output, _ = serve(pair, {"method": "ppow", "model": str(adapter.directory), **FIXED})
     assert output == without_speculation
 
     reference = random_lora(load_drafter(kind, pair.drafter(kind)), **options).merge_and_unload()
@@ -119,7 +120,7 @@ def test_start_up_fails_when_nothing_was_merged(pair, restoring, monkeypatch):
 
     monkeypatch.setattr(PPOWModelLoader, "get_all_weights", DefaultModelLoader.get_all_weights)
     with pytest.raises(ValueError, match=r"loaded without adapter sha256:.*install a tested version"):
-        serve(pair, {"method": "ppow", "model": str(restoring[1].directory)})
+        serve(pair, {"method": "ppow", "model": str(restoring[1].directory), **FIXED})
 
 
 def test_start_up_fails_when_vllm_ignores_the_drafters_load_config(pair, tmp_path, monkeypatch):
@@ -133,7 +134,7 @@ def test_start_up_fails_when_vllm_ignores_the_drafters_load_config(pair, tmp_pat
     monkeypatch.setattr(DraftModelProposer, "_create_draft_vllm_config", bare)
     adapter = random_adapter(tmp_path, "causal_lm", pair)
     with pytest.raises(ValueError, match="loaded without adapter"):
-        serve(pair, {"method": "ppow", "model": str(adapter.directory)})
+        serve(pair, {"method": "ppow", "model": str(adapter.directory), **FIXED})
 
 
 def test_probabilistic_drafts_as_the_adapter_was_trained_for(pair, kind, tmp_path, restoring):
@@ -151,7 +152,7 @@ def test_probabilistic_drafts_as_the_adapter_was_trained_for(pair, kind, tmp_pat
         num_speculative_tokens=2,
         draft_sample_method="probabilistic",
     )
-    with engine(pair.target, {"method": "ppow", "model": str(adapter.directory)}) as llm:
+    with engine(pair.target, {"method": "ppow", "model": str(adapter.directory), **FIXED}) as llm:
         config = llm.llm_engine.vllm_config.speculative_config
         assert (config.num_speculative_tokens, config.draft_sample_method) == (2, "probabilistic")
         assert len(generate(llm, temperature=1.0)) == len(PROMPTS)

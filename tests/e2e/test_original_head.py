@@ -89,6 +89,7 @@ def test_an_adapter_on_an_original_head(pair, kind, restoring, monkeypatch):
     monkeypatch.setattr(SpecDecodeBaseProposer, "propose", record)
     spoiled, adapter = restoring
     spec = {"method": "ppow", "model": str(adapter.directory), "draft_sample_method": "greedy"}
+    spec["ppow"] = {"window": "fixed"}
     with engine(pair.target, spec, dtype="float32") as llm:
         output, counts = counted(llm)
         seen.clear()

@@ -71,9 +71,13 @@ def run_spawned(tmp_path, target, spec, **options):
     )
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("eagle3", 1), ("eagle3", 2), ("causal_lm", 2)])
-def test_spawned_engine_and_tensor_parallelism(pair, adapters, tmp_path, kind, ranks):
-    spec = {"method": "ppow", "model": str(adapters[kind].directory)}
+@pytest.mark.parametrize(
+    ("kind", "ranks", "window"),
+    [("eagle3", 1, "fixed"), ("eagle3", 2, "fixed"), ("causal_lm", 2, "adaptive")],
+)
+def test_spawned_engine_and_tensor_parallelism(pair, adapters, tmp_path, kind, ranks, window):
+    """An adaptive window is chosen by the one scheduler there is: ranks that drafted unlike would hang or fail."""
+    spec = {"method": "ppow", "model": str(adapters[kind].directory), "ppow": {"window": window}}
     options = {"tensor_parallel_size": ranks} if ranks > 1 else {}
     done = run_spawned(tmp_path, pair.target, spec, **options)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -81,7 +85,8 @@ def test_spawned_engine_and_tensor_parallelism(pair, adapters, tmp_path, kind, r
     output, acceptance = json.loads(result.removeprefix("RESULT"))
     assert output == expected(VOCAB)
     # Not exactly 1: how requests arrive decides which batch a draft falls into, with and without the plugin.
-    assert min(acceptance[: 1 if kind == "eagle3" else K]) > 0.9
+    sure = 1 if kind == "eagle3" or window == "adaptive" else K
+    assert min(acceptance[:sure]) > 0.9
     merges = MERGED.findall(done.stdout + done.stderr)
     assert len(merges) == ranks, "every rank merges, once"
     assert len(set(merges)) == 1
@@ -93,7 +98,8 @@ def test_the_sentence_reaches_the_user_of_a_spawned_engine(pair, adapters, tmp_p
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.endswith(
-        "\"ppow\" has unknown keys ['typo']: known are ['base_drafter', 'allow_target_mismatch']."
+        "\"ppow\" has unknown keys ['typo']: known are ['base_drafter', 'allow_target_mismatch', "
+        "'window', 'min_tokens']."
     )
 
 
@@ -161,7 +167,14 @@ def test_vllm_serve(pair, adapters, tmp_path, form):
     arguments = {
         "json": [
             "--speculative-config",
-            json.dumps({"method": "ppow", "model": directory, "num_speculative_tokens": 2}),
+            json.dumps(
+                {
+                    "method": "ppow",
+                    "model": directory,
+                    "num_speculative_tokens": 2,
+                    "ppow": {"window": "fixed"},
+                }
+            ),
         ],
         "flags": ["--spec-method", "ppow", "--spec-model", directory, "--spec-tokens", "2"],
     }[form]
@@ -169,8 +182,12 @@ def test_vllm_serve(pair, adapters, tmp_path, form):
         assert [complete(url, prompt) for prompt in PROMPTS] == expected(VOCAB)
         drafts, drafted = counter(url, "num_drafts"), counter(url, "num_draft_tokens")
         accepted = counter(url, "num_accepted_tokens")
-    assert drafted == 2 * drafts > 0
-    assert accepted > 0.9 * (1 if kind == "eagle3" else 2) * drafts
+    if kind == "eagle3":
+        assert drafted == 2 * drafts > 0
+        assert accepted > 0.9 * drafts
+    else:  # flags have no place for our options: the window is adaptive
+        assert 0 < drafts <= drafted < 2 * drafts
+        assert accepted > 0.9 * drafted
     assert len(MERGED.findall((tmp_path / "log").read_text())) == 1
 
 

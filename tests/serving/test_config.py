@@ -87,6 +87,7 @@ def test_rewrite_gives_native_fields(pair, adapter):
             "model_loader_extra_config": {
                 "ppow_adapter": str(adapter.directory),
                 "ppow_fingerprint": adapter.config.adapter_fingerprint,
+                "ppow_window": {"min_tokens": 0},
             },
         },
     }
@@ -173,7 +174,10 @@ def test_options():
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"windw": 3}, r"unknown keys \['windw'\]: known are \['base_drafter', 'allow_target_mismatch'\]"),
+        (
+            {"windw": 3},
+            r"unknown keys \['windw'\]: known are \['base_drafter', 'allow_target_mismatch', 'window'",
+        ),
         (["base_drafter"], "must hold an object"),
         ({"base_drafter": 3}, "base_drafter must be a directory or Hub repo id, got 3"),
         ({"base_drafter": ""}, "base_drafter must be"),

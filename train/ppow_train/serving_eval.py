@@ -82,12 +82,12 @@ def native_spec(adapter: Adapter, base_drafter: Path, num_speculative_tokens: in
 
 
 def ppow_spec(adapter: Adapter, base_drafter: Path, num_speculative_tokens: int) -> dict[str, Any]:
-    """The speculative config that serves an adapter."""
+    """The speculative config that serves an adapter, drafting as many tokens per step as the bare drafter's arm."""
     return {
         "method": "ppow",
         "model": str(adapter.directory),
         "num_speculative_tokens": num_speculative_tokens,
-        "ppow": {"base_drafter": str(base_drafter)},
+        "ppow": {"base_drafter": str(base_drafter), "window": "fixed"},
     }
 
 

@@ -66,16 +66,18 @@ def _rewriting_speculative_config(original: Callable[..., Any]) -> Callable[...,
             return original(self, target_model_config, target_parallel_config)
         from vllm.config import SpeculativeConfig
 
-        from vllm_ppow.compat import worker
+        from vllm_ppow.compat import window, worker
 
         worker.require()
+        known_fields = _user_fields(SpeculativeConfig)
         native = rewrite(
             spec,
             target_model_config.model,
             target_revision=target_model_config.revision,
             download_dir=self.download_dir,
-            known_fields=_user_fields(SpeculativeConfig),
+            known_fields=known_fields,
         )
+        window.prepare(native, self, known_fields)
         self.speculative_config = dict(native)  # vLLM adds the target's configs to this very dict
         for flag in _FLAGS:
             setattr(self, flag, None)
@@ -94,6 +96,8 @@ def _proving_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     """vLLM replaces the method when TARGET is itself a drafter in speculators format: never serve that silently."""
 
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_ppow.compat import window
+
         asked = requested(self) is not None
         target = self.model
         config = original(self, *args, **kwargs)
@@ -102,6 +106,7 @@ def _proving_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"vLLM dropped method ppow from the speculative config, because {target} is a drafter itself: give the "
                 'target as the model to serve, and the adapter under "model" of the speculative config.'
             )
+        window.attach(config)
         return config
 
     return create_engine_config

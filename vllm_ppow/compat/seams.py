@@ -35,11 +35,11 @@ def find(
         cls = getattr(importlib.import_module(module), owner)
         raw = cls.__dict__[method]
     except (ImportError, AttributeError, KeyError) as error:
-        raise _missing(module, owner, method, f"{type(error).__name__}: {error}") from error
+        raise missing(module, owner, method, f"{type(error).__name__}: {error}") from error
     function = raw.__func__ if isinstance(raw, staticmethod) else raw
     found = tuple(inspect.signature(function).parameters)
     if not set(parameters) <= set(found):
-        raise _missing(module, owner, method, f"its parameters are {found}, expected {parameters}")
+        raise missing(module, owner, method, f"its parameters are {found}, expected {parameters}")
     return cls, function
 
 
@@ -53,9 +53,9 @@ def find_function(module: str, name: str, parameters: tuple[str, ...]) -> Any:
         loaded = importlib.import_module(module)
         found = tuple(inspect.signature(getattr(loaded, name)).parameters)
     except (ImportError, AttributeError) as error:
-        raise _missing(module, "", name, f"{type(error).__name__}: {error}") from error
+        raise missing(module, "", name, f"{type(error).__name__}: {error}") from error
     if not set(parameters) <= set(found):
-        raise _missing(module, "", name, f"its parameters are {found}, expected {parameters}")
+        raise missing(module, "", name, f"its parameters are {found}, expected {parameters}")
     return loaded
 
 
@@ -93,7 +93,8 @@ def installed() -> frozenset[tuple[str, str, str]]:
     return frozenset(_installed)
 
 
-def _missing(module: str, owner: str, method: str, why: str) -> SeamMissingError:
+def missing(module: str, owner: str, method: str, why: str) -> SeamMissingError:
+    """The error that says which part of vLLM is not what we need, and what to install."""
     from vllm.version import __version__
 
     name = ".".join(part for part in (module, owner, method) if part)

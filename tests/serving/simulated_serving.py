@@ -1,0 +1,89 @@
+"""A serving engine in miniature: known costs, known acceptance, noisy clock; what a draft window policy earns on it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from vllm_ppow.acceptance import AcceptanceEstimate
+from vllm_ppow.step_cost import StepCost
+from vllm_ppow.window import DraftWindow
+
+Cost = Callable[[int, int, int], float]  # (batch, tokens verified per request, tokens drafted) -> seconds
+CONTEXT = 200
+
+NOISE = 0.1  # of one step's clock, log scale
+OUTLIERS = 0.02  # share of steps that a pause makes five times as long
+
+
+def accelerator(batch: int, verified: int, drafted: int) -> float:
+    """Verification nearly free, draft steps cheap: long drafts pay."""
+    drafting = 0.3e-3 + 0.8e-3 * drafted + 4e-6 * drafted * batch if drafted else 0.5e-3
+    return 10e-3 + 20e-6 * batch * (1 + verified) + drafting
+
+
+def processor(batch: int, verified: int, drafted: int) -> float:
+    """Every verified token costs: with a large batch nothing pays. The first draft token is cheaper than the next."""
+    return 6.5e-3 + 1e-3 * batch * (1 + verified) + 1.2e-3 * max(0, drafted - 1) + 0.2e-3 * drafted * batch
+
+
+def falling(first: float, maximum: int = 8) -> list[float]:
+    """Conditional acceptance that falls by position, as an EAGLE head's does."""
+    return [max(0.0, first - 0.03 * i) for i in range(maximum)]
+
+
+def fixed_rate(cost: Cost, acceptance: Sequence[float], batch: int, length: int) -> float:
+    """Expected tokens per second of a fixed window."""
+    tokens = survival = 1.0
+    for a in acceptance[:length]:
+        survival *= a
+        tokens += survival
+    return batch * tokens / cost(batch, length, length)
+
+
+def best_fixed(cost: Cost, acceptance: Sequence[float], batch: int, maximum: int = 8) -> tuple[int, float]:
+    """The best fixed draft length and its rate."""
+    return max(
+        ((k, fixed_rate(cost, acceptance, batch, k)) for k in range(maximum + 1)), key=lambda pair: pair[1]
+    )
+
+
+def new_window(maximum: int = 8, minimum: int = 0, **options: object) -> DraftWindow:
+    """A policy that knows nothing yet, or as much as the options say (profile, prior)."""
+    prior = options.get("prior", ())
+    return DraftWindow(
+        range(minimum, maximum + 1), AcceptanceEstimate(maximum, prior), StepCost(options.get("profile"))
+    )
+
+
+def serve(
+    window: DraftWindow, cost: Cost, acceptance: Sequence[float], batch: int, steps: int, seed: int = 0
+) -> tuple[float, list[int]]:
+    """Serve that many steps.
+
+    Returns:
+        Expected tokens per second by the known acceptance (sampling noise of the tokens themselves left out, of what
+        the policy sees kept in), and the draft lengths chosen.
+    """
+    rng = random.Random(seed)
+    verified, tokens, seconds, chosen = 0, 0.0, 0.0, []
+    for _ in range(steps):
+        drafted = window.choose(batch, batch * CONTEXT)
+        spent = cost(batch, verified, drafted)
+        seconds += spent
+        survival = earned = 1.0
+        for a in acceptance[:verified]:
+            survival *= a
+            earned += survival
+        tokens += batch * earned
+        for _ in range(batch):
+            accepted = 0
+            while accepted < verified and rng.random() < acceptance[accepted]:
+                accepted += 1
+            window.observe_draft(verified, accepted)
+        if drafted == verified and chosen:
+            clock = spent * rng.lognormvariate(0, NOISE) * (5 if rng.random() < OUTLIERS else 1)
+            window.observe_step(clock, batch, drafted, batch * CONTEXT)
+        verified = drafted
+        chosen.append(drafted)
+    return tokens / seconds, chosen

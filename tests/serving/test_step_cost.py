@@ -1,0 +1,107 @@
+"""Step times: learned from a noisy clock, corrected against a profile, growing in batch and draft length."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from simulated_serving import accelerator, processor
+
+from vllm_ppow.step_cost import StepCost
+
+COSTS = {"accelerator": accelerator, "processor": processor}
+LENGTHS = range(9)
+
+
+@pytest.fixture(params=COSTS)
+def truth(request):
+    cost = COSTS[request.param]
+    return lambda batch, length: cost(batch, length, length)
+
+
+class Profile:
+    """A cost profile measured on a machine that was faster by a factor."""
+
+    def __init__(self, truth, factor):
+        self.truth, self.factor = truth, factor
+
+    def step_seconds(self, batch, num_draft_tokens, context=None):
+        return self.truth(batch, num_draft_tokens) / self.factor
+
+
+def observe(cost, truth, batches, lengths, times, noise=0.0, seed=0):
+    rng = random.Random(seed)
+    for _ in range(times):
+        for batch in batches:
+            for length in lengths:
+                cost.observe(truth(batch, length) * rng.lognormvariate(0, noise), batch, length, batch * 100)
+
+
+def test_costs_are_learned_and_interpolated(truth):
+    cost = StepCost()
+    observe(cost, truth, (1, 4, 16), (0, 1, 3, 8), 40, noise=0.1)
+    for batch in (1, 2, 4, 8, 16, 24):
+        for length in (0, 2, 4, 8):
+            assert cost.step_seconds(batch, length) == pytest.approx(truth(batch, length), rel=0.12), (
+                batch,
+                length,
+            )
+
+
+def test_stray_steps_and_compilation_do_no_harm(truth):
+    cost, rng = StepCost(), random.Random(0)
+    for step in range(60):
+        for length in (0, 1, 4):
+            slow = 200 if step == 0 else 10 if rng.random() < 0.1 else 1
+            cost.observe(truth(2, length) * slow, 2, length)
+    for length in (0, 1, 4):
+        assert cost.step_seconds(2, length) == pytest.approx(truth(2, length), rel=0.03)
+
+
+def test_a_slower_machine_is_followed(truth):
+    cost = StepCost()
+    observe(cost, truth, (4,), (0, 2, 4), 50)
+    observe(cost, lambda batch, length: 3 * truth(batch, length), (4,), (0, 2, 4), 50)
+    assert cost.step_seconds(4, 2) == pytest.approx(3 * truth(4, 2), rel=0.03)
+
+
+def test_costs_grow_in_batch_and_draft_length(truth):
+    """Also from noise in which longer drafts look cheaper."""
+    cost, rng = StepCost(), random.Random(3)
+    for _ in range(5):
+        for batch in (1, 8):
+            for length in (0, 1, 2, 3):
+                cost.observe(rng.uniform(0.9, 1.1) - 0.05 * length, batch, length)
+    table = cost.table(2, LENGTHS)
+    assert table == sorted(table)
+    bases = [cost._base(batch, 3, 0) for batch in (1, 2, 8, 64)]
+    assert bases == sorted(bases)
+    assert min(table) > 0
+
+
+def test_a_profile_is_used_at_once_and_corrected(truth):
+    cost = StepCost(Profile(truth, 2.0))
+    assert cost.wanted(4, LENGTHS) == []
+    assert cost.step_seconds(4, 3) == pytest.approx(truth(4, 3) / 2)
+    observe(cost, truth, (4,), (3,), 40)
+    assert cost.step_seconds(4, 3) == pytest.approx(truth(4, 3), rel=0.02)
+    assert cost.step_seconds(32, 8) == pytest.approx(truth(32, 8), rel=0.02), "the level holds everywhere"
+
+
+def test_what_is_wanted_ends_when_it_was_seen(truth):
+    cost = StepCost()
+    assert cost.wanted(4, LENGTHS) == [3, 0, 1]
+    assert cost.wanted(4, (2,)) == [2]
+    observe(cost, truth, (4,), (3, 0), 3)
+    assert cost.wanted(5, LENGTHS) == [1]
+    observe(cost, truth, (6,), (1,), 3)
+    assert cost.wanted(4, LENGTHS) == []
+    assert cost.wanted(9, LENGTHS) == [], "the next octave is extrapolated to"
+    assert cost.wanted(64, LENGTHS) == [3, 0, 1]
+
+
+def test_nonsense_is_ignored():
+    cost = StepCost()
+    cost.observe(0.0, 1, 1)
+    cost.observe(1.0, 0, 1)
+    assert cost._cells == {}

@@ -1,0 +1,186 @@
+"""The draft window policy on a simulated engine: it ends up where the best fixed window is, and follows changes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from simulated_serving import (
+    accelerator,
+    best_fixed,
+    falling,
+    fixed_rate,
+    new_window,
+    processor,
+    serve,
+)
+
+from vllm_ppow.acceptance import AcceptanceEstimate
+from vllm_ppow.compat.window import lengths, table
+from vllm_ppow.step_cost import StepCost
+from vllm_ppow.window import DraftWindow, choose_num_draft_tokens
+
+COSTS = {"accelerator": accelerator, "processor": processor}
+
+
+class Exact:
+    """A cost profile that is right."""
+
+    def __init__(self, cost):
+        self.cost = cost
+
+    def step_seconds(self, batch, num_draft_tokens, context=None):
+        return self.cost(batch, num_draft_tokens, num_draft_tokens)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("first", [0.9, 0.7, 0.5, 0.2])
+@pytest.mark.parametrize("batch", [1, 4, 32])
+def test_within_two_percent_of_the_best_fixed_window(cost, first, batch):
+    """Nothing known beforehand, 10 % noise on the clock; what was paid for learning (first steps) is judged below."""
+    window, acceptance = new_window(), falling(first)
+    _, best = best_fixed(COSTS[cost], acceptance, batch)
+    serve(window, COSTS[cost], acceptance, batch, 400)
+    rate, _ = serve(window, COSTS[cost], acceptance, batch, 3000 if batch < 32 else 1200, seed=1)
+    assert rate > 0.98 * best
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_learning_is_cheap(cost):
+    """From the very first step on: 600 steps, a minute's worth."""
+    for first, batch in ((0.9, 1), (0.3, 16)):
+        acceptance = falling(first)
+        _, best = best_fixed(COSTS[cost], acceptance, batch)
+        rate, _ = serve(new_window(), COSTS[cost], acceptance, batch, 600)
+        assert rate > 0.94 * best
+
+
+def test_with_a_profile_and_a_prior_the_first_step_is_right():
+    acceptance = falling(0.8)
+    best, _ = best_fixed(accelerator, acceptance, 2)
+    prior = [fixed / 1.0 for fixed in _products(acceptance)]
+    window = new_window(profile=Exact(accelerator), prior=prior)
+    assert window.choose(2) == best
+
+
+def _products(values):
+    product, out = 1.0, []
+    for value in values:
+        product *= value
+        out.append(product)
+    return out
+
+
+def test_a_change_of_traffic_is_followed():
+    window = new_window()
+    good, bad = falling(0.9), falling(0.3)
+    _, before = serve(window, accelerator, good, 8, 800)
+    _, after = serve(window, accelerator, bad, 8, 1200)
+    rate, again = serve(window, accelerator, good, 8, 1200)
+    assert [_most(part[-300:]) for part in (before, after, again)] == [
+        pytest.approx(best_fixed(accelerator, acceptance, 8)[0], abs=1) for acceptance in (good, bad, good)
+    ]
+    assert rate > 0.95 * best_fixed(accelerator, good, 8)[1]
+
+
+def _most(chosen):
+    return max(set(chosen), key=chosen.count)
+
+
+def test_nothing_is_drafted_where_nothing_pays_and_probes_find_the_way_back():
+    window = new_window()
+    _, chosen = serve(window, processor, falling(0.5), 32, 1500)
+    assert chosen[-400:].count(0) > 380
+    assert any(chosen[-1024:]), "probed now and then"
+    _, chosen = serve(window, processor, falling(0.95), 1, 800)
+    assert _most(chosen[-200:]) >= 2
+
+
+def test_a_changing_batch_gets_a_length_of_its_own_at_once():
+    """Small batches draft, large ones do not, turn by turn."""
+    window, acceptance = new_window(), falling(0.8)
+    for turn in range(12):
+        serve(window, processor, acceptance, 1, 60, seed=turn)
+        serve(window, processor, acceptance, 32, 60, seed=turn)
+    _, small = serve(window, processor, acceptance, 1, 60)
+    _, large = serve(window, processor, acceptance, 32, 60)
+    assert _most(small) >= 1
+    assert _most(large) == 0
+
+
+def test_the_minimum_and_the_maximum_hold():
+    window = DraftWindow(range(2, 5), AcceptanceEstimate(4), StepCost())
+    _, low = serve(window, processor, falling(0.1), 16, 300)
+    _, high = serve(window, accelerator, [0.99] * 8, 1, 1200)
+    assert (min(low), max(low + high), _most(low[-100:]), _most(high[-100:])) == (2, 4, 2, 4)
+    only = DraftWindow([3], AcceptanceEstimate(3), StepCost())
+    assert set(serve(only, accelerator, falling(0.5), 2, 50)[1]) == {3}
+
+
+def test_it_does_not_flap():
+    window = new_window(profile=Exact(accelerator))
+    acceptance = falling(0.7)
+    _, chosen = serve(window, accelerator, acceptance, 8, 3000)
+    changes = sum(a != b for a, b in itertools.pairwise(chosen[1000:]))
+    assert changes < 2 * window.counts.probes
+
+
+def test_probes_cost_what_they_may():
+    window = new_window(profile=Exact(processor))
+    serve(window, processor, falling(0.4), 32, 200)
+    before = window.counts.copy()
+    rate, _ = serve(window, processor, falling(0.4), 32, 4000)
+    spent = window.counts - before
+    assert spent.probes > 0
+    assert rate > 0.985 * fixed_rate(processor, falling(0.4), 32, 0)
+
+
+def test_counts_add_up():
+    window = new_window(4)
+    _, chosen = serve(window, accelerator, falling(0.7), 4, 500)
+    counts = window.counts
+    assert counts.chosen == [chosen.count(k) for k in range(5)]
+    assert counts.requests == 4 * 500
+    assert counts.drafted == 4 * sum(chosen[:-1])
+    assert counts.drafts == 4 * sum(k > 0 for k in chosen[:-1])
+    assert counts.predicted == pytest.approx(counts.accepted, rel=0.05)
+    assert counts.speedup / 500 > 1.2
+    nothing = counts - counts.copy()
+    assert (nothing.chosen, nothing.drafted, nothing.predicted) == ([0] * 5, 0, 0.0)
+
+
+def test_the_choice_is_the_argmax():
+    cost = StepCost(Exact(processor))
+    acceptance = AcceptanceEstimate(8, _products(falling(0.85)))
+    for batch in (1, 4, 16, 64):
+        wanted = max(range(1, 7), key=lambda k, b=batch: fixed_rate(processor, falling(0.85), b, k))
+        assert choose_num_draft_tokens(acceptance, cost, batch, 1, 6) == wanted
+
+
+def test_lengths_must_ascend():
+    with pytest.raises(ValueError, match="must ascend"):
+        DraftWindow([3, 1], AcceptanceEstimate(3), StepCost())
+
+
+# ---------------------------------------------------------------- the ladder that vLLM is told
+
+
+def test_ladder():
+    assert lengths(0, 3) == [0, 1, 2, 3]
+    assert lengths(2, 2) == [2]
+    assert lengths(1, 24) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24]
+
+
+@pytest.mark.parametrize(("maximum", "batch_sizes"), [(8, 64), (8, 4), (3, 4), (3, 1), (5, 6)])
+def test_the_table_is_one_that_vllm_takes_and_holds_every_length_that_fits(maximum, batch_sizes):
+    from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+
+    declared = table(lengths(0, maximum), batch_sizes)
+    dense = build_dynamic_sd_schedule_lookup(
+        [list(row) for row in declared],
+        vllm_max_batch_size=batch_sizes,
+        vllm_num_speculative_tokens=maximum,
+    )
+    assert len(dense) == batch_sizes + 1
+    assert len(set(dense[1:])) == min(maximum + 1, batch_sizes)
+    assert dense[1] == maximum

@@ -1,0 +1,194 @@
+"""When the window is adaptive, what vLLM is told then, and what is said and done where it cannot be."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+from serving_pair import K, random_adapter
+
+from vllm_ppow import plugin
+from vllm_ppow.artifact import ArtifactError
+from vllm_ppow.compat import seams, window
+from vllm_ppow.compat.window import TABLE
+from vllm_ppow.config import PPOWOptions, parse_options
+
+
+@pytest.fixture(scope="module")
+def adapter(pair, tmp_path_factory):
+    return random_adapter(tmp_path_factory.mktemp("window"), "causal_lm", pair)
+
+
+@pytest.fixture
+def built(pair, adapter):
+    """A function from options to vLLM's finished config."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+
+    def build(ppow=None, spec=None, **options):
+        spec = {"method": "ppow", "model": str(adapter.directory), **(spec or {})}
+        if ppow is not None:
+            spec["ppow"] = ppow
+        args = EngineArgs(str(pair.target), max_model_len=64, speculative_config=spec, **options)
+        return args.create_engine_config()
+
+    return build
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="vllm.ppow.compat")
+    return caplog
+
+
+def is_adaptive(config) -> bool:
+    return window.options_of(config.speculative_config) is not None
+
+
+def warnings(log) -> list[str]:
+    return [
+        r.getMessage()
+        for r in log.records
+        if r.levelno >= logging.WARNING and "draft window" in r.getMessage()
+    ]
+
+
+def test_adaptive_is_the_default_and_names_the_scheduler(built, log):
+    config = built(max_num_seqs=8)
+    assert is_adaptive(config)
+    assert config.scheduler_config.scheduler_cls == "vllm_ppow.scheduler.PPOWScheduler"
+    table = config.speculative_config.num_speculative_tokens_per_batch_size
+    assert [row[2] for row in table] == [3, 2, 1, 0]
+    assert table[-1][1] == 8
+    assert not warnings(log)
+
+
+def test_asynchronous_scheduling_gets_the_asynchronous_one(built):
+    config = built()
+    config.scheduler_config.async_scheduling = True  # a CPU forbids it
+    window.attach(config)
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    from vllm_ppow.scheduler import PPOWAsyncScheduler
+
+    assert config.scheduler_config.get_scheduler_cls() is PPOWAsyncScheduler
+    assert issubclass(PPOWAsyncScheduler, AsyncScheduler)
+
+
+def test_the_switch(built):
+    config = built({"window": "fixed"})
+    assert not is_adaptive(config)
+    assert config.scheduler_config.scheduler_cls is None
+    assert getattr(config.speculative_config, TABLE) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+            "--scheduler-cls names another scheduler",
+        ),
+        ({"data_parallel_size": 2}, "data-parallel ranks must draft alike"),
+    ],
+)
+def test_what_forbids_it_is_said_once_and_the_window_is_fixed(built, log, options, reason):
+    config = built(**options)
+    assert not is_adaptive(config)
+    assert getattr(config.speculative_config, TABLE) is None
+    assert config.scheduler_config.scheduler_cls == options.get("scheduler_cls")
+    (warning,) = warnings(log)
+    assert reason in warning
+    assert "stays fixed" in warning
+
+
+def test_a_table_of_the_users_is_followed(built, log):
+    config = built(spec={TABLE: [[1, 2, 3], [3, 8, 1]]})
+    assert not is_adaptive(config)
+    assert config.scheduler_config.scheduler_cls is None
+    assert config.speculative_config.num_speculative_tokens_per_batch_size == [(1, 2, 3), (3, 8, 1)]
+    assert "follows the table" in log.text
+
+
+@pytest.mark.parametrize("method", [name for name, _ in window.SCHEDULER_SEAMS])
+def test_a_vllm_without_the_window_hook_serves_with_a_fixed_window_and_one_warning(
+    built, log, monkeypatch, method
+):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    def renamed(self, something_else):
+        """What a future vLLM may have there."""
+
+    monkeypatch.setattr(Scheduler, method, renamed)
+    config = built()
+    assert not is_adaptive(config)
+    assert config.scheduler_config.scheduler_cls is None
+    (warning,) = warnings(log)
+    assert f"Scheduler.{method} as method ppow needs it" in warning
+    assert config.speculative_config.num_speculative_tokens == K
+
+
+def test_a_vllm_whose_steps_carry_no_draft_length(monkeypatch):
+    from dataclasses import dataclass
+
+    from vllm.v1.core.sched import output
+
+    @dataclass
+    class SchedulerOutput:
+        """Without num_spec_tokens_to_schedule."""
+
+    monkeypatch.setattr(output, "SchedulerOutput", SchedulerOutput)
+    with pytest.raises(seams.SeamMissingError, match=r"SchedulerOutput\.num_spec_tokens_to_schedule"):
+        window.require()
+
+
+def test_the_seams_are_there():
+    window.require()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": "adaptiv"}, r"window must be one of \['adaptive', 'fixed'\], got 'adaptiv'"),
+        ({"min_tokens": -1}, "min_tokens must be an integer >= 0, got -1"),
+        ({"min_tokens": True}, "min_tokens must be an integer >= 0, got True"),
+        ({"min_tokens": "2"}, "min_tokens must be an integer >= 0, got '2'"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ArtifactError, match=message):
+        parse_options(options)
+
+
+def test_min_tokens_is_at_most_the_maximum(built):
+    with pytest.raises(ArtifactError, match=rf"at most num_speculative_tokens \({K}\), got 4"):
+        built({"min_tokens": 4})
+    config = built({"min_tokens": 2}, max_num_seqs=4)
+    assert [row[2] for row in config.speculative_config.num_speculative_tokens_per_batch_size] == [3, 2]
+    assert PPOWOptions().min_tokens == 0
+
+
+def test_options_reach_the_policy(built):
+    policy = window.build_window(built({"min_tokens": 1}))
+    assert policy.lengths == (1, 2, 3)
+
+
+def test_with_captured_graphs_only_declared_lengths_are_drafted(built):
+    from vllm.config import CUDAGraphMode
+
+    config = built(max_num_seqs=2)
+    assert window.build_window(config).lengths == (0, 1, 2, 3)
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    assert window.build_window(config).lengths == (2, 3)
+
+
+def test_the_config_travels_to_the_engine_core(built):
+    import pickle
+
+    config = pickle.loads(pickle.dumps(built()))
+    assert is_adaptive(config)
+    assert config.scheduler_config.get_scheduler_cls().__name__ == "PPOWScheduler"
+    assert json.dumps(window.options_of(config.speculative_config)) == '{"min_tokens": 0}'

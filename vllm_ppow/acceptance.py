@@ -1,0 +1,109 @@
+"""How likely the target accepts a draft token, by position: learned while serving, forgotten as traffic changes.
+
+What is kept is conditional, a_i = P(token i accepted | the i-1 before it were, and i tokens were drafted), because then
+short drafts bias nothing: a draft of 2 says nothing about position 3, and counts nothing there. Left out: what a draft
+costs (step_cost.py) and what to do about it (window.py). Pure Python; `survival` costs a few microseconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+# Request-steps after which an observation has lost 63 % of its weight. At 800 a probability of 0.5 is known to 0.018
+# (one standard deviation), and a change of traffic is followed within 800 drafts: 25 steps of a batch of 32.
+MEMORY = 800
+# Observations that the expectation from the position before weighs.
+PRIOR_STRENGTH = 8.0
+# Where nothing is known at all: a drafter whose tokens are mostly accepted, so that drafting is tried.
+MILD_PRIOR = 0.7
+
+_RESCALE_AT = 1e12
+
+
+class AcceptanceEstimate:
+    """Conditional acceptance per position, from exponentially forgotten counts and a prior.
+
+    A position with few counts is taken to be like the one before it (times what the prior says of the two), so that
+    positions which were not drafted for long are extrapolated from the last well-known one.
+
+    Args:
+        maximum: positions, the configured num_speculative_tokens (>= 1).
+        prior: unconditional acceptance per position as a cost profile or `ppow bench` reports it; empty if unknown,
+            the last ratio goes on where it is too short.
+        memory: request-steps of memory.
+    """
+
+    def __init__(self, maximum: int, prior: Sequence[float] = (), memory: int = MEMORY) -> None:
+        if maximum < 1 or memory < 1:
+            raise ValueError(f"AcceptanceEstimate needs maximum and memory >= 1, got {maximum} and {memory}.")
+        self.maximum = maximum
+        self._prior = conditional_acceptance(prior)[:maximum]
+        self._growth = 1.0 / (1.0 - 1.0 / (memory + 1))
+        self._weight = 1.0  # of the next observation; grows instead of decaying all counts
+        self._trials = [0.0] * maximum
+        self._accepted = [0.0] * maximum
+        self._survival: list[float] | None = None
+
+    def observe(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
+        """Count one verified draft of one request; drafts of length 0 say nothing."""
+        weight = self._weight
+        reached = min(num_accepted_tokens + 1, num_draft_tokens, self.maximum)
+        for position in range(reached):
+            self._trials[position] += weight
+        for position in range(min(num_accepted_tokens, reached)):
+            self._accepted[position] += weight
+        if reached > 0:
+            self._survival = None
+            self._weight = weight * self._growth
+            if self._weight > _RESCALE_AT:
+                self._rescale()
+
+    def known(self, position: int) -> float:
+        """Observations, forgetting applied, that stand behind a position (counted from 1)."""
+        return self._trials[position - 1] / self._weight
+
+    def conditional(self) -> list[float]:
+        """a_i for i = 1..maximum, each in [0, 1]."""
+        strength = PRIOR_STRENGTH * self._weight
+        estimates: list[float] = []
+        for position in range(self.maximum):
+            expected = self._expected(position, estimates[-1] if estimates else None)
+            accepted = self._accepted[position] + strength * expected
+            estimates.append(accepted / (self._trials[position] + strength))
+        return estimates
+
+    def survival(self) -> list[float]:
+        """S_i = P(the first i drafted tokens are accepted) = a_1 · … · a_i, for i = 1..maximum."""
+        if self._survival is None:
+            self._survival = list(itertools.accumulate(self.conditional(), lambda s, a: s * a))
+        return self._survival
+
+    def expected(self, num_draft_tokens: int) -> float:
+        """E[accepted tokens of a draft of that length] = Σ_{i <= K} S_i, bonus token excluded."""
+        return sum(self.survival()[:num_draft_tokens])
+
+    def _expected(self, position: int, before: float | None) -> float:
+        """What a position is taken to be before any observation of it, given the position before."""
+        if before is None:
+            return self._prior[0] if self._prior else MILD_PRIOR
+        if position < len(self._prior) and self._prior[position - 1] > 0:
+            return min(1.0, before * self._prior[position] / self._prior[position - 1])
+        return before
+
+    def _rescale(self) -> None:
+        self._trials = [value / self._weight for value in self._trials]
+        self._accepted = [value / self._weight for value in self._accepted]
+        self._weight = 1.0
+
+
+def conditional_acceptance(unconditional: Sequence[float]) -> list[float]:
+    """P(i accepted | i-1 accepted) from P(first i accepted); ends where nothing is ever accepted."""
+    conditional: list[float] = []
+    before = 1.0
+    for share in unconditional:
+        if before <= 0:
+            break
+        conditional.append(min(1.0, max(0.0, share / before)))
+        before = share
+    return conditional

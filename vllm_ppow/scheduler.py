@@ -1,0 +1,140 @@
+"""vLLM's schedulers with the draft window policy: each step's draft length is chosen here, and its outcome observed.
+
+vLLM carries a draft length with every step already (`num_spec_tokens_to_schedule`, for its own table of batch sizes);
+we set it, and nothing in the workers needs a patch. The choice is made once, in the engine core, and travels in the
+SchedulerOutput that every worker is sent, so tensor- and pipeline-parallel ranks cannot disagree. A length of 0 leaves
+the drafter's KV cache fresh: vLLM still runs the drafter's first pass over the new tokens, and the time of a step at
+K = 0 includes it. Left out: the policy (window.py), and when these classes are used at all (compat/window.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_ppow.compat.window import build_window
+from vllm_ppow.window import DraftWindow, WindowCounts
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import DraftTokenIds, SchedulerOutput
+
+logger = logging.getLogger("vllm.ppow.window")
+
+LOG_SECONDS = 10.0
+
+
+class AdaptiveWindow:
+    """Mixed in before a vLLM scheduler: asks a DraftWindow for each step's draft length, tells it the outcome."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        scheduler: Any = self
+        self.ppow_window: DraftWindow = build_window(scheduler.vllm_config)
+        draft_model = scheduler.vllm_config.speculative_config.draft_model_config
+        # The drafter of a V1 runner passes over a step in which any request has less room than this left.
+        self._drafter_room: int = draft_model.max_model_len - scheduler.num_spec_tokens
+        self._updated_at = 0.0
+        self._last_length = -1  # drafted in the step that was processed last; -1: none of known length
+        self._last_scheduled = -1
+        self._logged_at = time.monotonic()
+        self._logged: WindowCounts = self.ppow_window.counts.copy()
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        scheduled = scheduler_output.num_scheduled_tokens
+        if scheduled:
+            scheduler_output.num_spec_tokens_to_schedule = self._choose(scheduled)
+            self._last_scheduled = scheduler_output.num_spec_tokens_to_schedule
+        super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
+
+    def _choose(self, scheduled: dict[str, int]) -> int:
+        requests = self.requests  # type: ignore[attr-defined]
+        longest = context = 0
+        for req_id, count in scheduled.items():
+            length = requests[req_id].num_computed_tokens + count
+            context += length
+            longest = max(longest, length)
+        if longest > self._drafter_room:
+            return 0  # no draft would be made, and zeros verified in place of one
+        return self.ppow_window.choose(len(scheduled), context)
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Synchronous scheduling: keep no more tokens than were asked for (a drafter without room returns zeros)."""
+        for tokens in draft_token_ids.draft_token_ids:
+            del tokens[self._last_scheduled :]
+        super().update_draft_token_ids(draft_token_ids)  # type: ignore[misc]
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: Any,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> Any:
+        """vLLM counts each request's verified draft here, whether or not statistics are kept: so do we."""
+        invalid = num_invalid_spec_tokens.get(request_id, 0) if num_invalid_spec_tokens else 0
+        self.ppow_window.observe_draft(num_draft_tokens - invalid, num_accepted_tokens)
+        return super().make_spec_decoding_stats(  # type: ignore[misc]
+            spec_decoding_stats,
+            num_draft_tokens=num_draft_tokens,
+            num_accepted_tokens=num_accepted_tokens,
+            num_invalid_spec_tokens=num_invalid_spec_tokens,
+            request_id=request_id,
+        )
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
+        now = time.perf_counter()
+        self._observe_step(scheduler_output, now - self._updated_at)
+        self._updated_at = now
+        result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        if time.monotonic() - self._logged_at >= LOG_SECONDS:
+            self._log()
+        return result
+
+    def _observe_step(self, scheduler_output: SchedulerOutput, seconds: float) -> None:
+        """The time since the step before is this step's, if both had work, only decoded and drafted alike."""
+        scheduled = scheduler_output.num_scheduled_tokens
+        length = scheduler_output.num_spec_tokens_to_schedule if scheduled else -1
+        before, self._last_length = self._last_length, length
+        if not scheduled or before != length:
+            return
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        verified = sum(map(len, drafts.values()))
+        if scheduler_output.total_num_scheduled_tokens != len(scheduled) + verified:
+            return  # prefill is in it
+        requests = self.requests  # type: ignore[attr-defined]
+        context = sum(requests[req_id].num_computed_tokens for req_id in scheduled if req_id in requests)
+        self.ppow_window.observe_step(seconds, len(scheduled), length, context)
+
+    def _log(self) -> None:
+        self._logged_at = time.monotonic()
+        counts = self.ppow_window.counts
+        new, self._logged = counts - self._logged, counts.copy()
+        steps = sum(new.chosen)
+        if not steps:
+            return
+        mean = sum(length * times for length, times in enumerate(new.chosen)) / steps
+        logger.info(
+            "Draft window: mean %.1f tokens over %d steps (%s), accepted %d of %d drafted (expected %.0f), estimated "
+            "speedup %.2f, layers: %s.",
+            mean,
+            steps,
+            ", ".join(f"{length}: {times}" for length, times in enumerate(new.chosen) if times),
+            new.accepted,
+            new.drafted,
+            new.predicted,
+            new.speedup / steps,
+            ", ".join(counts.layers),
+        )
+
+
+class PPOWScheduler(AdaptiveWindow, Scheduler):
+    """Synchronous scheduling, each step's draft length chosen by the window policy."""
+
+
+class PPOWAsyncScheduler(AdaptiveWindow, AsyncScheduler):
+    """Asynchronous scheduling: the length chosen is also that of the placeholders reserved for the next step."""

@@ -1,0 +1,248 @@
+"""How long one engine step takes, by batch size and draft length: from a cost profile, and always from the clock.
+
+Observations are the wall times between decode-only steps. They are kept in cells of equal draft length and similar
+batch, as medians of the last few, so that pauses, compilation and stray prefill do no harm and a change of the machine
+is followed. Between and beyond cells stands a base: the cost profile where there is one, else a ridge regression on
+[1, B, K, K·B, context] with no negative coefficient (so it grows in each). A cell shifts the base by what it saw. Left
+out: acceptance (acceptance.py) and the choice (window.py). Pure Python, microseconds per call except for the fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+from typing import Protocol
+
+# Step times of a cell that are remembered; their median is the cell's.
+CELL_MEMORY = 41
+# How far the base is taken to be from the truth (log scale, one standard deviation): what a cell's own median, whose
+# noise is measured, is weighed against.
+BASE_ERROR = 0.05
+# Observations of a draft length in one octave of batch sizes that identify its cost.
+IDENTIFIED = 3
+# An observation is worth half after that many further ones: cells long unseen yield to the base.
+HALF_LIFE = 4000
+_RIDGE = 1e-3
+_REFIT_EVERY = 32
+
+
+class Profile(Protocol):
+    """What is needed of vllm_ppow.cost_profile.CostProfile."""
+
+    def step_seconds(self, batch: int, num_draft_tokens: int, context: int | None = None) -> float:
+        """Seconds of one engine step: target step over batch · (K + 1) tokens and K draft steps."""
+
+
+class _Cell:
+    """Step times of one draft length at similar batch sizes."""
+
+    def __init__(self) -> None:
+        self.seconds: deque[float] = deque(maxlen=CELL_MEMORY)
+        self.batch = self.context = self.median = self.shift = 0.0
+        self.seen_at = 0
+
+    def add(self, seconds: float, batch: int, context: float, now: int) -> None:
+        self.seconds.append(seconds)
+        rate = 1.0 / len(self.seconds)
+        self.batch += rate * (batch - self.batch)
+        self.context += rate * (context - self.context)
+        self.median = median(self.seconds)
+        self.seen_at = now
+
+    def weight(self, now: int) -> float:
+        """Observations that it is worth now."""
+        return len(self.seconds) * 0.5 ** ((now - self.seen_at) / HALF_LIFE)
+
+
+class StepCost:
+    """Seconds of a decode step as a function of batch size and draft length.
+
+    Args:
+        profile: measured costs to start from; None to learn everything from the clock.
+    """
+
+    def __init__(self, profile: Profile | None = None) -> None:
+        self._profile = profile
+        self._cells: dict[tuple[int, int], _Cell] = {}
+        self._octaves: dict[tuple[int, int], int] = {}
+        self._coefficients = [
+            1.0,
+            0.0,
+            0.1,
+            0.0,
+            0.0,
+        ]  # of [1, B, K, K·B, context / 1024]; any unit does unlearned
+        self._level = 0.0  # log of clock over profile
+        self._noise = 0.1  # of one observation around its cell's median, log scale
+        self._now = 0
+        self._fitted_at = -_REFIT_EVERY
+        self._context = 0.0
+
+    def observe(self, seconds: float, batch: int, num_draft_tokens: int, context: int = 0) -> None:
+        """Take in one decode-only step between two steps that drafted alike.
+
+        Args:
+            seconds: wall time from the step before to this one (> 0).
+            batch: requests in the step.
+            num_draft_tokens: K, drafted in the step before and in this one.
+            context: tokens of all its requests together that attention reads.
+        """
+        if seconds <= 0 or batch < 1:
+            return
+        self._now += 1
+        self._context = context / batch
+        cell = self._cells.setdefault((_bucket(batch), num_draft_tokens), _Cell())
+        if (
+            len(cell.seconds) >= IDENTIFIED
+        ):  # mean absolute deviation · 1.25 = standard deviation; outliers are clipped
+            self._noise += 0.02 * (1.25 * min(abs(math.log(seconds / cell.median)), 0.5) - self._noise)
+        cell.add(seconds, batch, context, self._now)
+        octave = (batch.bit_length(), num_draft_tokens)
+        self._octaves[octave] = self._octaves.get(octave, 0) + 1
+        if self._octaves[octave] <= IDENTIFIED or self._now >= self._fitted_at + _REFIT_EVERY:
+            self._fit()
+        else:
+            self._update_shift(cell, num_draft_tokens)
+
+    def wanted(self, batch: int, lengths: Sequence[int]) -> list[int]:
+        """Draft lengths to try so that costs near this batch size are identified; none with a profile.
+
+        Short ones only: they are cheap at any batch size, and longer ones are tried when these promise that they pay.
+        An octave of batch sizes beside an identified one is extrapolated to.
+        """
+        if self._profile is not None:
+            return []
+        corners = list(dict.fromkeys(lengths[min(i, len(lengths) - 1)] for i in (3, 0, 1)))
+        octave = batch.bit_length()
+        missing = {
+            near: [length for length in corners if self._octaves.get((near, length), 0) < IDENTIFIED]
+            for near in (octave, octave - 1, octave + 1)
+        }
+        return missing[octave] if all(missing.values()) else []
+
+    def step_seconds(self, batch: int, num_draft_tokens: int, context: int | None = None) -> float:
+        """Expected seconds of one decode step at a steady draft length.
+
+        Args:
+            batch: requests (>= 1).
+            num_draft_tokens: K >= 0.
+            context: tokens of all requests together; None for what was seen last.
+        """
+        shift = self._shift(_bucket(batch), num_draft_tokens)
+        return self._base(batch, num_draft_tokens, context) * math.exp(shift)
+
+    def table(self, batch: int, lengths: Sequence[int], context: int | None = None) -> list[float]:
+        """`step_seconds` at ascending draft lengths, made non-decreasing by pooling neighbours that violate it."""
+        pools: list[tuple[float, int]] = []
+        for length in lengths:
+            value, count = self.step_seconds(batch, length, context), 1
+            while pools and pools[-1][0] > value:
+                above, number = pools.pop()
+                value = (value * count + above * number) / (count + number)
+                count += number
+            pools.append((value, count))
+        return [value for value, count in pools for _ in range(count)]
+
+    def _base(self, batch: float, length: int, context: float | None) -> float:
+        context = self._context * batch if context is None else context
+        if self._profile is not None:
+            seconds = self._profile.step_seconds(round(batch), length, round(context / batch))
+            return seconds * math.exp(self._level)
+        features = _features(batch, length, context)
+        return sum(c * x for c, x in zip(self._coefficients, features, strict=True))
+
+    def _shift(self, bucket: int, length: int) -> float:
+        """Log of what was seen over what the base says, interpolated between the lengths seen at this batch size."""
+        if (cell := self._cells.get((bucket, length))) is not None:
+            return cell.shift
+        below = above = None
+        for (other, seen), cell in self._cells.items():
+            if other == bucket:
+                if seen < length and (below is None or seen > below[0]):
+                    below = (seen, cell.shift)
+                elif seen > length and (above is None or seen < above[0]):
+                    above = (seen, cell.shift)
+        if below is None or above is None:
+            return (below or above or (0, 0.0))[1]
+        share = (length - below[0]) / (above[0] - below[0])
+        return below[1] + share * (above[1] - below[1])
+
+    def _update_shift(self, cell: _Cell, length: int) -> None:
+        """Weigh what a cell saw against the base by their variances: π/2 · noise² / n is that of a median."""
+        seen = math.log(cell.median / self._base(cell.batch, length, cell.context))
+        variance = 0.5 * math.pi * self._noise**2 / cell.weight(self._now)
+        cell.shift = seen * BASE_ERROR**2 / (BASE_ERROR**2 + variance)
+
+    def _fit(self) -> None:
+        """Fit the base to the cells' medians, in relative terms, and what the cells say beyond it."""
+        self._fitted_at = self._now
+        cells = [(length, cell, cell.weight(self._now)) for (_, length), cell in self._cells.items()]
+        if self._profile is None:
+            rows = [(_features(c.batch, length, c.context), c.median, w) for length, c, w in cells]
+            self._coefficients = _non_negative_ridge(rows)
+        else:
+            total = sum(weight for _, _, weight in cells)
+            self._level = 0.0
+            self._level = (
+                sum(w * math.log(c.median / self._base(c.batch, n, c.context)) for n, c, w in cells) / total
+            )
+        for length, cell, _ in cells:
+            self._update_shift(cell, length)
+
+
+def _bucket(batch: int) -> int:
+    """Batch sizes that share a cell: each its own up to 8, then four to the octave."""
+    return batch if batch <= 8 else 8 + round(4 * math.log2(batch / 8))
+
+
+def _features(batch: float, length: int, context: float) -> list[float]:
+    return [1.0, batch, length, length * batch, context / 1024]
+
+
+def _non_negative_ridge(rows: Sequence[tuple[list[float], float, float]]) -> list[float]:
+    """Coefficients >= 0 that minimise Σ weight · (features · c / seconds - 1)² + ridge, dropping negative ones.
+
+    Features are scaled to their largest value over the rows, so that the ridge has no unit.
+
+    Args:
+        rows: (features, seconds, weight) of each cell.
+    """
+    width = len(rows[0][0])
+    scale = [max(row[0][i] / row[1] for row in rows) or 1.0 for i in range(width)]
+    total = sum(row[2] for row in rows)
+    active = list(range(width))
+    while True:
+        matrix = [[_RIDGE * total * (i == j) for j in active] for i in active]
+        vector = [0.0] * len(active)
+        for features, seconds, weight in rows:
+            scaled = [features[i] / seconds / scale[i] for i in active]
+            for i, left in enumerate(scaled):
+                vector[i] += weight * left
+                for j, right in enumerate(scaled):
+                    matrix[i][j] += weight * left * right
+        solved = _solve(matrix, vector)
+        worst = min(range(len(active)), key=solved.__getitem__)
+        if solved[worst] >= 0 or len(active) == 1:
+            break
+        del active[worst]
+    coefficients = [0.0] * width
+    for i, value in zip(active, solved, strict=True):
+        coefficients[i] = max(0.0, value) / scale[i]
+    return coefficients
+
+
+def _solve(matrix: list[list[float]], vector: list[float]) -> list[float]:
+    """Gaussian elimination of a positive definite system; the ridge keeps its pivots positive."""
+    size = len(vector)
+    rows = [[*row, value] for row, value in zip(matrix, vector, strict=True)]
+    for i in range(size):
+        for j in range(i + 1, size):
+            factor = rows[j][i] / rows[i][i]
+            for k in range(i, size + 1):
+                rows[j][k] -= factor * rows[i][k]
+    solved = [0.0] * size
+    for i in reversed(range(size)):
+        solved[i] = (rows[i][size] - sum(rows[i][k] * solved[k] for k in range(i + 1, size))) / rows[i][i]
+    return solved

@@ -1,0 +1,225 @@
+"""Draft window policy: how many tokens each engine step drafts, so that tokens per second are most.
+
+One number K per step, for the whole batch: the one that maximises (B + B · Σ_{i<=K} S_i) / step_seconds(B, K), with
+S_i from acceptance.py and seconds from step_cost.py. Now and then it drafts a little longer or shorter for two steps,
+so that what it knows of other lengths stays true; these probes may cost half a percent of throughput. K = 0 is a choice
+like any other, and probed out of. Left out: where vLLM asks for K and reports outcomes (scheduler.py), and lengths that
+differ between requests (compat/draft_window.py). Pure Python, tens of microseconds per step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from vllm_ppow.acceptance import AcceptanceEstimate
+from vllm_ppow.step_cost import StepCost
+
+# A new K must promise this much more than the one of the step before.
+HYSTERESIS = 0.005
+# Share of throughput that probes may cost.
+PROBE_BUDGET = 0.005
+# Steps between probes, whatever they cost.
+PROBE_EVERY = (24, 1024)
+# A probe holds its K for two steps: the first drafts it, the second also verifies it, and is the one that is timed.
+_PROBE_STEPS = 2
+# Steps given to one draft length while costs are being identified, even if none of them could be timed.
+_LEARNING_STEPS = 8
+# Every so many steps the choice is computed anew for a batch size; in between it stands.
+_DECIDE_EVERY = 4
+
+
+@dataclasses.dataclass
+class WindowCounts:
+    """What the window did since the engine started; counts and sums only, divided by whoever reads them.
+
+    Attributes:
+        chosen: steps by number of draft tokens chosen, [num_speculative_tokens + 1].
+        probes: steps of them that were probes or learned costs.
+        requests: request-steps that a draft length was chosen for.
+        speedup: Σ over steps of expected rate at K over expected rate at K = 0.
+        drafts, drafted, accepted: verified drafts, their tokens, and those accepted.
+        predicted: Σ over verified drafts of the accepted tokens that the estimate promised for their length.
+        absolute_error: Σ over steps of |predicted - accepted| in that step.
+        layers: names of the layers that decide lengths here.
+    """
+
+    chosen: list[int]
+    probes: int = 0
+    requests: int = 0
+    speedup: float = 0.0
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    predicted: float = 0.0
+    absolute_error: float = 0.0
+    layers: tuple[str, ...] = ("step",)
+
+    def __sub__(self, before: WindowCounts) -> WindowCounts:
+        """What was added since `before`."""
+        values = {
+            field.name: getattr(self, field.name) - getattr(before, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("chosen", "layers")
+        }
+        chosen = [now - then for now, then in zip(self.chosen, before.chosen, strict=True)]
+        return WindowCounts(chosen, **values, layers=self.layers)
+
+    def copy(self) -> WindowCounts:
+        """A snapshot, to subtract later."""
+        return dataclasses.replace(self, chosen=list(self.chosen))
+
+
+def rates(
+    acceptance: AcceptanceEstimate,
+    cost: StepCost,
+    batch: int,
+    lengths: Sequence[int],
+    context: int | None = None,
+) -> list[float]:
+    """Expected tokens per second at each draft length (ascending), bonus tokens included (ours)."""
+    seconds = cost.table(batch, lengths, context)
+    survival = acceptance.survival()
+    earned: list[float] = []
+    total, drafted = 1.0, 0
+    for length in lengths:
+        total += sum(survival[drafted:length])
+        drafted = length
+        earned.append(total)
+    return [batch * tokens / second for tokens, second in zip(earned, seconds, strict=True)]
+
+
+def choose_num_draft_tokens(
+    acceptance: AcceptanceEstimate, cost: StepCost, batch: int, minimum: int, maximum: int
+) -> int:
+    """K in minimum..maximum that promises most tokens per second at a batch size; the shortest of equals."""
+    lengths = range(minimum, maximum + 1)
+    promised = rates(acceptance, cost, batch, lengths)
+    return lengths[promised.index(max(promised))]
+
+
+class DraftWindow:
+    """The policy of one engine: told what happened, asked for the next step's draft length.
+
+    Args:
+        lengths: draft lengths to choose from, ascending; the last is num_speculative_tokens.
+        acceptance: estimate to use and feed.
+        cost: costs to use and feed.
+    """
+
+    def __init__(self, lengths: Sequence[int], acceptance: AcceptanceEstimate, cost: StepCost) -> None:
+        if not lengths or list(lengths) != sorted(set(lengths)) or lengths[0] < 0:
+            raise ValueError(f"Draft lengths must ascend from 0 or more, got {list(lengths)}.")
+        self.lengths = tuple(lengths)
+        self.acceptance, self.cost = acceptance, cost
+        self.counts = WindowCounts([0] * (self.lengths[-1] + 1))
+        self._current = self.lengths[-1]
+        self._held: tuple[int, int] | None = None  # (length, steps) of a probe or of learning under way
+        self._learning: dict[tuple[int, int], int] = {}
+        self._since_probe = 0
+        self._probes = 0
+        self._decided: dict[int, tuple[int, int, list[float]]] = {}
+        self._step = 0
+        self._step_predicted, self._step_accepted = 0.0, 0
+        self._promise = [0.0, *itertools.accumulate(acceptance.survival())]
+
+    def choose(self, batch: int, context: int | None = None) -> int:
+        """Draft length for the next draft of this many requests (>= 1), whose contexts add up to `context` tokens."""
+        self._step += 1
+        self._since_probe += 1
+        self._close_step()
+        length, best, promised = self._decide(batch, context)
+        counts = self.counts
+        counts.chosen[length] += 1
+        counts.requests += batch
+        if length != best:
+            counts.probes += 1
+        if self.lengths[0] == 0:
+            counts.speedup += promised[self.lengths.index(length)] / promised[0]
+        else:
+            at_zero = batch / self.cost.step_seconds(batch, 0, context)
+            counts.speedup += promised[self.lengths.index(length)] / at_zero
+        return length
+
+    def observe_draft(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
+        """One request's draft was verified."""
+        if num_draft_tokens < 1:
+            return
+        counts = self.counts
+        counts.drafts += 1
+        counts.drafted += num_draft_tokens
+        counts.accepted += num_accepted_tokens
+        self._step_predicted += self._promise[min(num_draft_tokens, self.lengths[-1])]
+        self._step_accepted += num_accepted_tokens
+        self.acceptance.observe(num_draft_tokens, num_accepted_tokens)
+
+    def observe_step(self, seconds: float, batch: int, num_draft_tokens: int, context: int = 0) -> None:
+        """A decode-only step at a steady draft length took this long."""
+        self.cost.observe(seconds, batch, num_draft_tokens, context)
+
+    def _close_step(self) -> None:
+        """Book how far the step's acceptance was from what was promised."""
+        self.counts.predicted += self._step_predicted
+        self.counts.absolute_error += abs(self._step_predicted - self._step_accepted)
+        self._step_predicted, self._step_accepted = 0.0, 0
+        self._promise = [0.0, *itertools.accumulate(self.acceptance.survival())]
+
+    def _decide(self, batch: int, context: int | None) -> tuple[int, int, list[float]]:
+        """(length to draft, length that promises most, tokens per second promised at each length)."""
+        best, promised = self._best(batch, context)
+        if self._held is not None:
+            length, steps = self._held
+            self._held = (length, steps - 1) if steps > 1 else None
+            return length, best, promised
+        if (unlearned := self._unlearned(batch)) is not None:
+            return unlearned, best, promised
+        probe = self._due_probe(best, promised)
+        if probe is not None:
+            self._held = (probe, _PROBE_STEPS - 1)
+            return probe, best, promised
+        return best, best, promised
+
+    def _best(self, batch: int, context: int | None) -> tuple[int, list[float]]:
+        decided = self._decided.get(batch)
+        if decided is not None and self._step < decided[0] + _DECIDE_EVERY:
+            return decided[1], decided[2]
+        promised = rates(self.acceptance, self.cost, batch, self.lengths, context)
+        most = max(promised)
+        at = self.lengths.index(self._current)
+        if promised[at] * (1 + HYSTERESIS) < most:
+            self._current = self.lengths[promised.index(most)]
+        self._decided[batch] = (self._step, self._current, promised)
+        return self._current, promised
+
+    def _unlearned(self, batch: int) -> int | None:
+        """A draft length whose cost near this batch size is not known yet, a bounded number of steps each."""
+        for length in self.cost.wanted(batch, self.lengths):
+            spent = self._learning.get((batch.bit_length(), length), 0)
+            if spent < _LEARNING_STEPS:
+                self._learning[batch.bit_length(), length] = spent + 1
+                return length
+        return None
+
+    def _due_probe(self, best: int, promised: Sequence[float]) -> int | None:
+        """The length to probe now, if its turn has come: mostly the next longer one, the dearer the rarer."""
+        others = self._neighbours(best)
+        if not others:
+            return None
+        probe = others[self._probes % len(others)]
+        slower = promised[self.lengths.index(best)] / promised[self.lengths.index(probe)] - 1.0
+        tokens = (1.0 + self._promise[probe]) / (1.0 + self._promise[best])
+        steps = (
+            _PROBE_STEPS * slower * tokens / PROBE_BUDGET
+        )  # what the probe loses, in steps at the best length
+        if self._since_probe < min(max(steps, PROBE_EVERY[0]), PROBE_EVERY[1]):
+            return None
+        self._since_probe = 0
+        self._probes += 1
+        return probe
+
+    def _neighbours(self, best: int) -> list[int]:
+        """Lengths around the best in the order they are probed: next longer, next shorter, longer, far longer."""
+        at, last = self.lengths.index(best), len(self.lengths) - 1
+        turns = (at + 1, at - 1, at + 1, at + 2, at + 1, at - 1, at + 1, at + 4)
+        return [self.lengths[turn] for turn in turns if 0 <= turn <= last]
