@@ -153,11 +153,13 @@ def session(
 
 def refusals(llm: Any) -> dict[str, str]:
     """The sentence with which an option is refused, by option."""
+    from vllm.exceptions import VLLMValidationError
+
     sentences = {}
     for name, option in REFUSED.items():
         try:
             ask(llm, [Request([5, 6, 7], {**option, "max_tokens": 2})])
-        except ValueError as error:
+        except VLLMValidationError as error:
             sentences[name] = str(error)
     return sentences
 

@@ -14,7 +14,7 @@ from typing import get_args
 import pytest
 import torch
 
-from vllm_ppow.compat import draft_loading, draft_room, engine_args, seams, worker
+from vllm_ppow.compat import draft_loading, draft_lora, draft_room, engine_args, seams, worker
 
 
 def original(module, owner, method):
@@ -225,7 +225,16 @@ def test_draft_steps_past_the_maximum_length_are_clamped():
 def test_unclamped_draft_steps_are_found_out(monkeypatch):
     from vllm.v1.spec_decode import utils
 
-    def unclamped(positions_1d, seq_lens, out_clamped_positions, out_slot_mapping, **_):
+    def unclamped(
+        positions_1d,
+        block_table_tensor,
+        seq_lens,
+        block_size,
+        max_model_len,
+        out_clamped_positions,
+        out_slot_mapping,
+        input_batch_size=None,
+    ):
         out_clamped_positions.copy_(positions_1d + 1)
         out_slot_mapping.copy_(torch.tensor([8, 20]))
         seq_lens += 1
@@ -239,6 +248,26 @@ def test_the_scheduler_cuts_drafts_to_the_room_of_each_request():
 
     source = inspect.getsource(Scheduler.schedule)
     assert "self.max_model_len\n                - request.num_computed_tokens" in source
+
+
+# ---------------------------------------------------------------- compat/draft_lora.py
+
+
+def test_v1_drafters_share_layers_of_the_target_while_they_load():
+    function = original(*draft_lora.PROPOSER)
+    assert parameters(function) == ["self", "target_model"]
+    assert "self._maybe_share_embeddings(" in inspect.getsource(function)
+
+
+def test_layers_wrapped_for_lora_are_unwrapped():
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    wrapped = BaseLayerWithLoRA()
+    wrapped.base_layer = torch.nn.Linear(1, 1)
+    drafter = torch.nn.Sequential(torch.nn.Sequential(wrapped, torch.nn.ReLU()))
+    assert draft_lora.unwrap(drafter) == 1
+    assert drafter[0][0] is wrapped.base_layer
+    assert draft_lora.unwrap(drafter) == 0
 
 
 # ---------------------------------------------------------------- options that speculation refuses (README, Works with)

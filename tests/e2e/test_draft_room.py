@@ -32,6 +32,7 @@ def fill_up(pair, adapter) -> tuple[list[list[int]], SpecDecodeCounts]:
         "method": "ppow",
         "model": str(adapter.directory),
         "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
+        "ppow": {"window": "fixed"},
     }
     prompts = [{"prompt_token_ids": [7 + i for i in range(length)]} for length in PROMPT_TOKENS]
     with engine(pair.target, spec, max_model_len=MAX_MODEL_LEN) as llm:

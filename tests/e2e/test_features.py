@@ -1,6 +1,6 @@
-"""What users combine with speculation answers exactly as without it, for both kinds of drafter.
+"""What users combine with speculation answers exactly as without it, for both kinds of drafter and of window.
 
-One engine without speculation and one with method ppow per kind answer the requests of feature_cases.py, and two more
+One engine without speculation and three with method ppow answer the requests of feature_cases.py, and two more
 with a LoRA on the target; chunked prefill, prefix caching and a KV cache too small for the batch are on throughout.
 Left out: sampled output (test_distribution.py), tensor parallelism and servers (test_processes.py).
 """
@@ -22,7 +22,13 @@ from feature_engines import OPTIONS, Session, session, target_lora, tiny_adapter
 
 pytestmark = pytest.mark.engine
 
-KINDS = ("eagle3", "causal_lm")
+# An adaptive window drafts at least one token here: on so small a pair it would not pay, and nothing would be verified.
+ADAPTIVE = {"window": "adaptive", "min_tokens": 1}
+ARMS = {
+    "eagle3, adaptive": ("eagle3", ADAPTIVE),
+    "eagle3, fixed": ("eagle3", {"window": "fixed"}),
+    "causal_lm, adaptive": ("causal_lm", ADAPTIVE),
+}
 LORA = {"enable_lora": True, "max_lora_rank": 8, "logprobs_mode": "processed_logprobs"}
 # Greatest difference of a log-probability in float32, in nats; batches of other shapes sum in another order.
 TOLERANCE = 1e-4
@@ -41,11 +47,13 @@ def without() -> Session:
     return session(None, sampling_cases(), structured_cases())
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=ARMS)
 def ours(request, tmp_path_factory) -> Session:
-    """Answers with method ppow, the drafter of either kind."""
-    adapter = tiny_adapter(tmp_path_factory.mktemp("features"), request.param)
-    return session({"method": "ppow", "model": str(adapter)}, sampling_cases(), structured_cases())
+    """Answers with method ppow, for a drafter of either kind."""
+    kind, options = ARMS[request.param]
+    adapter = tiny_adapter(tmp_path_factory.mktemp("features"), kind)
+    spec = {"method": "ppow", "model": str(adapter), "ppow": options}
+    return session(spec, sampling_cases(), structured_cases())
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +61,7 @@ def with_lora(tmp_path_factory) -> tuple[Session, Session]:
     """Answers of a target with LoRA, without speculation and with it."""
     root = tmp_path_factory.mktemp("lora")
     lora = target_lora(root / "lora")
-    spec = {"method": "ppow", "model": str(tiny_adapter(root, "eagle3"))}
+    spec = {"method": "ppow", "model": str(tiny_adapter(root, "eagle3")), "ppow": ADAPTIVE}
     return (
         session(None, lora_cases(), lora=lora, **LORA),
         session(spec, lora_cases(), lora=lora, **LORA),
