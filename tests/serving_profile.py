@@ -1,7 +1,13 @@
-"""A cost profile whose figures are known beforehand, for tests of what reads one."""
+"""A cost profile whose figures are known beforehand, and an adapter to put it beside, for tests of what reads them."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from vllm_ppow.artifact import Adapter, AdapterConfig, ModelRef, write_adapter
 from vllm_ppow.cost_profile import CostProfile
 
 CONTEXTS, BATCHES, LENGTHS = (64, 256), (1, 4, 8), (0, 1, 2, 4)
@@ -44,3 +50,22 @@ PROFILE = CostProfile(
     acceptance_per_position=(0.8, 0.6, 0.4, 0.2),
     num_drafts=100,
 )
+
+
+def plain_adapter(directory: Path, value: float = 0.0) -> Adapter:
+    """An adapter that is right by its files, of models that do not exist."""
+
+    def write_peft(path: Path) -> None:
+        save_file({"a": torch.full((8, 2), value)}, path / "adapter_model.safetensors")
+        (path / "adapter_config.json").write_text("{}")
+
+    config = AdapterConfig(
+        drafter_type="eagle3",
+        base_drafter=ModelRef("org/drafter", "sha256:1"),
+        target=ModelRef("org/target", "sha256:2"),
+        num_speculative_tokens=4,
+        draft_cost_ratio=0.1,
+        draft_sample_method="greedy",
+        temperature=0.0,
+    )
+    return write_adapter(directory, config, write_peft)

@@ -80,7 +80,10 @@ RULES = (
     Rule(
         "vllm_ppow",
         importers=("ppow_train/*",),
-        lazily=("ppow_train/profiling.py",),  # it measures the plugin's vLLM, inside it
+        lazily=(
+            "ppow_train/profiling.py",
+            "ppow_train/profile_engine.py",
+        ),  # they measure the plugin's vLLM, inside it
         harmless=tuple(
             f"vllm_ppow.{name}"
             for name in ("speedup", "artifact", "merge", "metrics", "cost_profile", "__version__")
@@ -89,7 +92,10 @@ RULES = (
     Rule(
         "vllm",
         allowed=(
-            *(f"vllm_ppow/{name}.py" for name in ("plugin", "loader", "scheduler", "metrics")),
+            *(
+                f"vllm_ppow/{name}.py"
+                for name in ("plugin", "loader", "scheduler", "metrics", "metrics_logger")
+            ),
             "vllm_ppow/compat/*",
         ),
         lazily=tuple(f"ppow_train/{name}.py" for name in ("data", "serving_eval", "generation", "profiling")),

@@ -249,21 +249,30 @@ def read_profile_file(path: str | os.PathLike[str]) -> CostProfile:
         raise CostProfileError(
             f"Cost profile {path} is not readable JSON ({error}): measure again with `ppow profile`, or delete it."
         ) from error
+    return parse_profile(raw, f"Cost profile {path}")
+
+
+def parse_profile(raw: Any, source: str = COST_PROFILE_FILE) -> CostProfile:
+    """Validate the parsed JSON of a profile.
+
+    Raises:
+        CostProfileError: as `read_profile_file`; `source` begins the message.
+    """
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
         raise CostProfileError(
-            f"Cost profile {path} has format {found!r}, this version reads {FORMAT}: measure again with `ppow profile`."
+            f"{source} has format {found!r}, this version reads {FORMAT}: measure again with `ppow profile`."
         )
     known = {field.name for field in dataclasses.fields(CostProfile)}
     if different := sorted(known ^ set(raw)):
         raise CostProfileError(
-            f"Cost profile {path} lacks keys, or has unknown ones ({', '.join(different)}): measure again with "
+            f"{source} lacks keys, or has unknown ones ({', '.join(different)}): measure again with "
             "`ppow profile`, or delete it."
         )
     try:
         return CostProfile(**{name: _tuples(value) for name, value in raw.items()})
     except CostProfileError as error:
-        raise CostProfileError(f"Cost profile {path}: {error}") from None
+        raise CostProfileError(f"{source}: {error}") from None
 
 
 def write_cost_profile(directory: str | os.PathLike[str], profile: CostProfile) -> Path:

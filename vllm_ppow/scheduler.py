@@ -18,6 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_ppow.compat.window import build_window
 from vllm_ppow.window import DraftWindow, WindowCounts
+from vllm_ppow.window_report import ReportWriter
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import DraftTokenIds, SchedulerOutput
@@ -42,6 +43,7 @@ class AdaptiveWindow:
         self._last_scheduled = -1
         self._logged_at = time.monotonic()
         self._logged: WindowCounts = self.ppow_window.counts.copy()
+        self._report = ReportWriter(scheduler.vllm_config)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         scheduled = scheduler_output.num_scheduled_tokens
@@ -91,9 +93,14 @@ class AdaptiveWindow:
         self._observe_step(scheduler_output, now - self._updated_at)
         self._updated_at = now
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        self._report.write(self.ppow_window.counts)
         if time.monotonic() - self._logged_at >= LOG_SECONDS:
             self._log()
         return result
+
+    def shutdown(self) -> None:
+        self._report.close()
+        super().shutdown()  # type: ignore[misc]
 
     def _observe_step(self, scheduler_output: SchedulerOutput, seconds: float) -> None:
         """The time since the step before is this step's, if both had work, only decoded and drafted alike."""

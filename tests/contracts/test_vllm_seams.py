@@ -270,6 +270,16 @@ def test_layers_wrapped_for_lora_are_unwrapped():
     assert draft_lora.unwrap(drafter) == 0
 
 
+def test_on_a_cpu_requests_without_lora_get_that_of_their_neighbours():
+    """A fault of vLLM with and without speculation (README, Works with). When this fails, it is gone: mix them there."""
+    from vllm.lora.ops.torch_ops import bgmv_expand
+
+    output = torch.zeros(1, 2)
+    no_lora = torch.tensor([-1])
+    bgmv_expand(torch.ones(1, 1), torch.ones(1, 1, 2, 1), output, no_lora, add_inputs=True)
+    assert output.tolist() != [[0.0, 0.0]]
+
+
 # ---------------------------------------------------------------- options that speculation refuses (README, Works with)
 
 

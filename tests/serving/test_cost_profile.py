@@ -8,11 +8,10 @@ import random
 from dataclasses import asdict, replace
 
 import pytest
-from serving_profile import BATCHES, CONTEXTS, LENGTHS, PROFILE, draft, overhead, target
-from test_artifact import CONFIG, write_peft
+from serving_profile import BATCHES, CONTEXTS, LENGTHS, PROFILE, draft, overhead, plain_adapter, target
 
 from vllm_ppow import grid
-from vllm_ppow.artifact import read_adapter, write_adapter
+from vllm_ppow.artifact import read_adapter
 from vllm_ppow.cost_profile import (
     COST_PROFILE_FILE,
     CostProfileError,
@@ -116,12 +115,12 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_it_is_no_part_of_the_adapter(tmp_path):
-    adapter = write_adapter(tmp_path / "a", CONFIG, write_peft)
+    adapter = plain_adapter(tmp_path / "a")
     write_cost_profile(adapter.directory, PROFILE)
     assert read_adapter(adapter.directory) == adapter
     assert read_cost_profile(adapter.directory) == PROFILE
     # What was measured with the old adapter does not stay beside a new one.
-    write_adapter(tmp_path / "a", CONFIG, lambda path: write_peft(path, 1.0))
+    plain_adapter(tmp_path / "a", 1.0)
     assert read_cost_profile(adapter.directory) is None
 
 

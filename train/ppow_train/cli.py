@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ppow_train.commands.train:train", "Train a LoRA adapter for a drafter."),
     "demo": ("ppow_train.commands.demo:demo", "The whole loop once: train, serve, compare."),
     "bench": ("ppow_train.commands.bench:bench", "Measure a drafter in vLLM, with and without its adapter."),
+    "profile": ("ppow_train.commands.profile:profile", "Measure what drafting costs on this machine."),
     "compare": (
         "ppow_train.commands.compare:compare",
         "Train several objectives alike and compare what they earn.",

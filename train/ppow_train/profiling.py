@@ -1,9 +1,8 @@
 """What the steps of an engine cost, and what its drafter gets accepted: an `LLM` in, a CostProfile out.
 
 Every point of the grid is measured several times, points and draft lengths taking turns, so that what else the machine
-does falls on all of them; what counts are medians of steps in which every request decodes. Run as a module it IS the
-process of the engine, as serving_eval.py is. Left out: how passes are timed and draft lengths set
-(vllm_ppow/compat/profiling.py), the command.
+does falls on all of them; what counts are medians of steps in which every request decodes. Left out: how passes are
+timed and draft lengths set (vllm_ppow/compat/profiling.py), starting the engine (profile_engine.py).
 """
 
 from __future__ import annotations
@@ -57,8 +56,19 @@ class ProfileOptions:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens that the engine must hold per request, those that the drafter looks ahead included."""
-        return self.context_lengths[-1] + self.max_new_tokens + 2 * self.draft_lengths[-1] + 2
+        """Tokens that the engine must hold per request."""
+        return self.context_lengths[-1] + self.max_new_tokens + self.room
+
+    @property
+    def room(self) -> int:
+        """Tokens to leave free at the end, short of which vLLM's drafter is passed over."""
+        return 4 * (self.draft_lengths[-1] + 1)
+
+
+def draft_lengths(num_speculative_tokens: int) -> tuple[int, ...]:
+    """Which lengths up to K are measured: 0, powers of two, K."""
+    powers = (2**power for power in range(num_speculative_tokens.bit_length()))
+    return tuple(sorted({0, *powers, num_speculative_tokens}))
 
 
 def start_steps(batch: int, context: int) -> int:

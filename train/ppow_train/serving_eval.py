@@ -14,9 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from ppow_train.errors import UserError
 from vllm_ppow.artifact import NATIVE_METHOD, Adapter
@@ -36,6 +36,7 @@ class EngineOptions:
         enforce_eager: skip compilation and CUDA graphs (fast start; slower steps).
         dtype: as in vLLM.
         seed: of the engine; the same calls in the same order sample the same tokens.
+        tensor_parallel_size: of the target.
     """
 
     target: str
@@ -44,6 +45,7 @@ class EngineOptions:
     enforce_eager: bool = True
     dtype: str = "auto"
     seed: int = 0
+    tensor_parallel_size: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Engine:
         UserError: the engine did not start; the last lines of its log are in the message.
     """
 
+    module = "ppow_train.serving_eval"  # that is run as the process
+
     def __init__(self, name: str, options: EngineOptions, speculative_config: dict[str, Any] | None) -> None:
         self.name = name
         self._log = tempfile.NamedTemporaryFile("w+", prefix="ppow-engine-", suffix=".log")  # noqa: SIM115
@@ -113,7 +117,7 @@ class Engine:
             **os.environ,
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ppow_train.serving_eval"],
+            [sys.executable, "-m", self.module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -122,7 +126,7 @@ class Engine:
         )
         self._send({"options": dataclasses.asdict(options), "speculative_config": speculative_config})
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -203,19 +207,21 @@ class Engine:
 
 def _serve(requests: TextIO, answers: TextIO) -> None:
     start = json.loads(requests.readline())
-    llm = _start_engine(start["options"], start["speculative_config"])
-    _answer(answers, {"ready": True})
+    llm = start_engine(start["options"], start["speculative_config"])
+    answer(answers, {"ready": True})
     for line in requests:
         request = json.loads(line)
-        _answer(answers, _run_once(llm, request, speculating=start["speculative_config"] is not None))
+        answer(answers, _run_once(llm, request, speculating=start["speculative_config"] is not None))
 
 
-def _answer(answers: TextIO, message: dict[str, Any]) -> None:
+def answer(answers: TextIO, message: dict[str, Any]) -> None:
+    """Write one message to the process that started this one."""
     answers.write(json.dumps(message) + "\n")
     answers.flush()
 
 
-def _start_engine(options: dict[str, Any], speculative_config: dict[str, Any] | None) -> Any:
+def start_engine(options: dict[str, Any], speculative_config: dict[str, Any] | None) -> Any:
+    """The `LLM` of this process; `options` are those of EngineOptions."""
     from vllm import LLM
 
     options = dict(options)
@@ -252,7 +258,12 @@ def _run_once(llm: Any, request: dict[str, Any], speculating: bool) -> dict[str,
     return {"tokens": [list(o.outputs[0].token_ids) for o in outputs], "seconds": seconds, "counts": counts}
 
 
-if __name__ == "__main__":
+def run_process(serve: Callable[[TextIO, TextIO], None]) -> None:
+    """Be an engine's process: `serve` reads requests and writes answers, JSON lines both."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints goes to the log, not among the answers
-    _serve(sys.stdin, replies)
+    serve(sys.stdin, replies)
+
+
+if __name__ == "__main__":
+    run_process(_serve)

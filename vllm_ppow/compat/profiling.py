@@ -15,7 +15,7 @@ import os
 import platform
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -304,9 +304,25 @@ def _check_draft_length_field() -> None:
         )
 
 
-def draft_length_ladder(lengths: list[int]) -> list[tuple[int, int, int]]:
-    """A `num_speculative_tokens_per_batch_size` that names every length, so that graphs are captured for each."""
+def draft_length_ladder(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """A `num_speculative_tokens_per_batch_size` that names every length, so that graphs are captured for each.
+
+    vLLM reads it up to max_num_seqs, which must not be below the number of lengths.
+    """
     return [(batch, batch, length) for batch, length in enumerate(lengths, 1)]
+
+
+def machine(vllm_config: Any) -> dict[str, Any]:
+    """The fields of a CostProfile that say where its figures hold."""
+    from vllm.version import __version__
+
+    return {
+        "vllm_version": __version__,
+        "device": device_name(),
+        "dtype": str(vllm_config.model_config.dtype).removeprefix("torch."),
+        "tensor_parallel_size": vllm_config.parallel_config.tensor_parallel_size,
+        "enforce_eager": vllm_config.model_config.enforce_eager,
+    }
 
 
 def device_name() -> str:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from ppow_train.benchmark import ArmResult
 
 
 @click.command()
@@ -35,67 +40,63 @@ import click
     "--output", type=click.Path(path_type=Path), help="directory for benchmark.json and benchmark.png"
 )
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
-def bench(
-    adapter: str,
-    prompts: Path,
-    target: str | None,
-    drafter: str | None,
-    num_speculative_tokens: int | None,
-    max_tokens: int,
-    limit: int,
-    temperatures: tuple[float, ...],
-    concurrency: int,
-    rounds: int,
-    max_model_len: int,
-    compiled: bool,
-    output: Path | None,
-    as_json: bool,
-) -> None:
+def bench(output: Path | None, as_json: bool, **arguments: Any) -> None:
     """Measure an adapter in vLLM on prompts of your own.
 
     Exits with 1 when greedy output differs from no speculation.
     """
     from rich.console import Console
 
-    from ppow_train.benchmark import run_benchmark
-    from ppow_train.data import read_prompts
-    from ppow_train.generation import load_tokenizer
     from ppow_train.report import as_json as to_json
     from ppow_train.report import print_table, write_json, write_plot
-    from ppow_train.serving_eval import EngineOptions
-    from vllm_ppow.artifact import read_adapter, resolve_base_drafter, resolve_directory
 
-    texts = read_prompts(prompts)[:limit]
-    directory, from_hub = resolve_directory(adapter)
-    loaded = read_adapter(directory)
-    base = resolve_base_drafter(loaded, from_hub, drafter)
-    target_dir, _ = resolve_directory(target or loaded.config.target.name_or_path)
     console = Console(stderr=as_json)
-    results = run_benchmark(
-        loaded,
-        base,
-        load_tokenizer(target_dir)(texts)["input_ids"],
-        EngineOptions(str(target_dir), max_model_len, concurrency, enforce_eager=not compiled),
-        num_speculative_tokens=num_speculative_tokens or loaded.config.num_speculative_tokens,
-        max_tokens=max_tokens,
-        temperatures=temperatures,
-        rounds=rounds,
-        say=lambda text: console.print(f"  {text}", style="dim"),
+    directory, num_prompts, results = _measure(
+        arguments, lambda text: console.print(f"  {text}", style="dim")
     )
-    facts = {
-        "adapter": str(directory),
-        "prompts": str(prompts),
-        "max_tokens": max_tokens,
-        "concurrency": concurrency,
-    }
-    value = to_json(results, facts)
+    told = ("max_tokens", "concurrency")
+    facts = {"adapter": str(directory), "prompts": str(arguments["prompts"])}
+    value = to_json(results, facts | {name: arguments[name] for name in told})
+    file = arguments["prompts"].name
     if output:
         write_json(output / "benchmark.json", value)
-        write_plot(output / "benchmark.png", results, f"{prompts.name}, {len(texts)} prompts")
-    print_table(results, f"{prompts.name}: {len(texts)} prompts × {max_tokens} tokens", console)
+        write_plot(output / "benchmark.png", results, f"{file}, {num_prompts} prompts")
+    print_table(results, f"{file}: {num_prompts} prompts × {arguments['max_tokens']} tokens", console)
     if as_json:
         click.echo(json.dumps(value))
     if any(result.identical is False for result in results):
         raise click.ClickException(
             "greedy output differs from no speculation: do not serve this; please report it."
         )
+
+
+def _measure(arguments: dict[str, Any], say: Callable[[str], None]) -> tuple[Path, int, list[ArmResult]]:
+    """Directory of the adapter, prompts used, and what the arms did with them."""
+    from ppow_train.benchmark import run_benchmark
+    from ppow_train.data import read_prompts
+    from ppow_train.generation import load_tokenizer
+    from ppow_train.serving_eval import EngineOptions
+    from vllm_ppow.artifact import read_adapter, resolve_base_drafter, resolve_directory
+
+    texts = read_prompts(arguments["prompts"])[: arguments["limit"]]
+    directory, from_hub = resolve_directory(arguments["adapter"])
+    loaded = read_adapter(directory)
+    base = resolve_base_drafter(loaded, from_hub, arguments["drafter"])
+    target, _ = resolve_directory(arguments["target"] or loaded.config.target.name_or_path)
+    results = run_benchmark(
+        loaded,
+        base,
+        load_tokenizer(target)(texts)["input_ids"],
+        EngineOptions(
+            str(target),
+            arguments["max_model_len"],
+            arguments["concurrency"],
+            enforce_eager=not arguments["compiled"],
+        ),
+        num_speculative_tokens=arguments["num_speculative_tokens"] or loaded.config.num_speculative_tokens,
+        max_tokens=arguments["max_tokens"],
+        temperatures=arguments["temperatures"],
+        rounds=arguments["rounds"],
+        say=say,
+    )
+    return directory, len(texts), results

@@ -65,6 +65,10 @@ if TYPE_CHECKING:
     help="with --held-out: serve the adapter in vLLM at the end and fail unless it accepts what training simulates",
 )
 @click.option(
+    "--cost-profile", type=click.Path(path_type=Path),
+    help="file that `ppow profile` wrote, or adapter directory that has one: where draft_cost_ratio is taken from",
+)  # fmt: skip
+@click.option(
     "--estimate", is_flag=True, help="print the memory and time that the run will take, and train nothing"
 )
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
@@ -74,6 +78,7 @@ def train(
     ctx: click.Context,
     config_file: Path | None,
     checkpoints: Path | None,
+    cost_profile: Path | None,
     estimate: bool,
     as_json: bool,
     **arguments: Any,
@@ -97,6 +102,8 @@ def train(
     from ppow_train.config import check_keys, read_config_file
 
     values = {**(read_config_file(config_file) if config_file else {}), **given(arguments)}
+    if cost_profile is not None:
+        values["draft_cost_ratio"] = _measured_cost(ctx, cost_profile)
     check_keys(values, "the command line")
     output = arguments["output"]
     push = _take_push(values, output, arguments["parity"], held_out is not None or data is not None)
@@ -110,6 +117,17 @@ def train(
         _tell_estimate(request, as_json)
     else:
         _finish(request, push, as_json)
+
+
+def _measured_cost(ctx: click.Context, path: Path) -> float:
+    """draft_cost_ratio of one request, as measured; a flag, so that it overrides the config file."""
+    from vllm_ppow.cost_profile import COST_PROFILE_FILE, read_profile_file
+
+    if ctx.params["draft_cost_ratio"] is not None:
+        raise click.UsageError("give only one of --cost-profile and --draft-cost-ratio.")
+    ratio = read_profile_file(path / COST_PROFILE_FILE if path.is_dir() else path).draft_cost_ratio()
+    click.echo(f"draft_cost_ratio {ratio:.4f}, as measured in {path}", err=True)
+    return ratio
 
 
 def _tell_estimate(request: Request, as_json: bool) -> None:

@@ -1,0 +1,205 @@
+"""What the plugin itself costs: per engine step with a fixed window, and at start-up with an adapter to merge.
+
+Both arms serve the same drafter with the same drafts: vLLM's own `eagle3` without this plugin (VLLM_PLUGINS= ), and
+`ppow` with an adapter whose deltas are zero, merged all the same. Steps: two engines stay up and take turns over the
+same prompts (A B B A …); outputs and drafts must be equal in every pair, or the times would be of different work.
+Start-up: fresh processes in turns. Each figure is the median of the pairs' ratios, ± half their range. Left out: the
+adaptive window, which changes what is drafted (serve_sweep.py).
+
+    OMP_NUM_THREADS=1 python examples/benchmarks/overhead.py --output overhead.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from bench_adapters import TINY, make_adapter
+
+from ppow_train.generation import load_tokenizer
+from ppow_train.progress import make_progress
+from ppow_train.report import write_json
+from ppow_train.serving_eval import Engine, EngineOptions, Run, native_spec
+from vllm_ppow.artifact import Adapter
+
+BARE, OURS = "eagle3", "ppow"
+MAX_STEP_COST, MAX_START_COST = 0.01, 0.05  # the aims, over the bare drafter
+_NO_PLUGIN = {"VLLM_PLUGINS": ""}
+
+_START = """
+import json, sys, time
+began = time.perf_counter()
+from vllm import LLM
+imported = time.perf_counter()
+LLM(**json.loads(sys.argv[1]))
+print("RESULT", json.dumps({"import_s": imported - began, "engine_s": time.perf_counter() - imported}))
+"""
+
+
+def speculative_configs(adapter: Adapter, num_speculative_tokens: int) -> dict[str, dict[str, Any]]:
+    """Both arms' speculative configs."""
+    bare = native_spec(adapter, Path(adapter.config.base_drafter.name_or_path), num_speculative_tokens)
+    ours = {"method": "ppow", "model": str(adapter.directory), "ppow": {"window": "fixed"}}
+    return {BARE: bare, OURS: {**ours, "num_speculative_tokens": num_speculative_tokens}}
+
+
+def environment_of(arm: str) -> dict[str, str]:
+    """Variables of an arm's processes: the bare one is without this plugin."""
+    return _NO_PLUGIN if arm == BARE else {}
+
+
+def start_engine(arm: str, options: EngineOptions, spec: dict[str, Any]) -> Engine:
+    """An arm's engine, with its environment."""
+    before = dict(os.environ)
+    os.environ.update(environment_of(arm))
+    try:
+        return Engine(arm, options, spec)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def check_same_work(runs: dict[str, Run]) -> None:
+    """Both arms must have written and drafted the same.
+
+    Raises:
+        click.ClickException: they did not; their times compare nothing.
+    """
+    bare, ours = runs[BARE], runs[OURS]
+    if bare.tokens != ours.tokens or bare.counts != ours.counts:
+        raise click.ClickException(
+            f"Both arms must do the same work, but drafts were {bare.counts} and {ours.counts}, outputs "
+            f"{'equal' if bare.tokens == ours.tokens else 'different'}: please report it."
+        )
+
+
+def summarise(pairs: Sequence[tuple[float, float]], most: float) -> dict[str, Any]:
+    """Seconds (bare, ours) of pairs to what ours costs over bare: median, half range, and whether the aim is met."""
+    costs = [ours / bare - 1 for bare, ours in pairs]
+    return {
+        "cost_median": statistics.median(costs),
+        "cost_half_range": (max(costs) - min(costs)) / 2,
+        "aim": most,
+        "met": statistics.median(costs) <= most,
+        "pairs": [list(pair) for pair in pairs],
+    }
+
+
+def time_steps(
+    options: EngineOptions, specs: dict[str, Any], prompts: list[list[int]], max_tokens: int, rounds: int
+) -> dict[str, Any]:
+    """Passes over the prompts by both engines in turns; the first pair warms up and is not counted."""
+    engines = {arm: start_engine(arm, options, spec) for arm, spec in specs.items()}
+    try:
+        for engine in engines.values():
+            engine.wait_until_ready()
+        pairs, drafts = [], 0
+        with make_progress() as progress:
+            task = progress.add_task("steps", total=rounds + 1, note="")
+            for index in range(rounds + 1):
+                order = (BARE, OURS) if index % 2 else (OURS, BARE)
+                runs = {
+                    arm: engines[arm].run(prompts, max_tokens=max_tokens, temperature=0.0) for arm in order
+                }
+                check_same_work(runs)
+                if index:
+                    pairs.append((runs[BARE].seconds, runs[OURS].seconds))
+                    drafts = runs[BARE].counts.num_drafts if runs[BARE].counts else 0
+                progress.update(task, advance=1, note=f"{runs[OURS].seconds / runs[BARE].seconds - 1:+.1%}")
+    finally:
+        for engine in engines.values():
+            engine.close()
+    return {**summarise(pairs, MAX_STEP_COST), "drafts_per_pass": drafts}
+
+
+def time_start(arm: str, options: dict[str, Any]) -> dict[str, float]:
+    """Seconds that one fresh process takes to import vLLM, to have an engine, and in all."""
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", _START, json.dumps(options)],
+        env={**environment, **os.environ, **environment_of(arm)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not found:
+        raise click.ClickException(f"The engine of arm {arm} did not start: {done.stderr.strip()[-500:]}")
+    return {**json.loads(found[0].removeprefix("RESULT ")), "whole_s": time.perf_counter() - began}
+
+
+def time_starts(options: EngineOptions, specs: dict[str, Any], starts: int) -> dict[str, Any]:
+    """Fresh engines in turns; the first pair fills the page cache and is not counted."""
+    found: dict[str, list[tuple[float, float]]] = {"engine_s": [], "whole_s": []}
+    with make_progress() as progress:
+        task = progress.add_task("starts", total=starts + 1, note="")
+        for index in range(starts + 1):
+            order = (BARE, OURS) if index % 2 else (OURS, BARE)
+            base = {"model": options.target, "max_model_len": options.max_model_len, "enforce_eager": True}
+            timed = {
+                arm: time_start(arm, {**base, "seed": 0, "speculative_config": specs[arm]}) for arm in order
+            }
+            if index:
+                for name, pairs in found.items():
+                    pairs.append((timed[BARE][name], timed[OURS][name]))
+            progress.update(task, advance=1)
+    return {name: summarise(pairs, MAX_START_COST) for name, pairs in found.items()}
+
+
+def show(name: str, result: dict[str, Any]) -> str:
+    """One line of the result."""
+    verdict = "met" if result["met"] else "MISSED"
+    return (
+        f"{name}: {result['cost_median']:+.2%} ±{result['cost_half_range']:.2%} over the bare drafter "
+        f"({len(result['pairs'])} pairs), at most {result['aim']:.0%}: {verdict}"
+    )
+
+
+@click.command()
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="JSON of every pair")
+@click.option("--rounds", default=10, show_default=True, help="pairs of passes over the prompts; 0: none")
+@click.option("--starts", default=5, show_default=True, help="pairs of engine starts; 0: none")
+@click.option("--num-prompts", default=32, show_default=True)
+@click.option("--max-tokens", default=128, show_default=True)
+@click.option("--concurrency", default=8, show_default=True)
+@click.option("--num-speculative-tokens", default=5, show_default=True)
+@click.option("--check", is_flag=True, help="exit with 1 if an aim is missed")
+def main(
+    output: Path, rounds: int, starts: int, num_prompts: int, max_tokens: int, concurrency: int,
+    num_speculative_tokens: int, check: bool,
+) -> None:  # fmt: skip
+    """Measure what the plugin costs per step and at start-up, on the tiny pair."""
+    target = str(TINY / "target")
+    lines = (TINY / "prompts" / "tests_held_out.jsonl").read_text().splitlines()[:num_prompts]
+    prompts = load_tokenizer(target)([json.loads(line)["prompt"] for line in lines])["input_ids"]
+    options = EngineOptions(target, max_model_len=512, max_num_seqs=concurrency)
+    with tempfile.TemporaryDirectory() as scratch:
+        specs = speculative_configs(make_adapter(Path(scratch) / "zero", 0.0), num_speculative_tokens)
+        results: dict[str, Any] = {}
+        if rounds:
+            results["step"] = time_steps(options, specs, prompts, max_tokens, rounds)
+        if starts:
+            results |= {f"start_{name}": r for name, r in time_starts(options, specs, starts).items()}
+    write_json(output, results)
+    for name, result in results.items():
+        click.echo(show(name, result))
+    if check and not all(result["met"] for result in results.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Results of a load sweep: read back, compared within blocks, judged by the aims, drawn. Left out: measuring.
+
+A block is one concurrency in one round with every server of one group, each loaded in turn: arms are only ever compared
+inside a block, where they are neighbours in time. Ratios over blocks are given as median ± half the range.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+NONE, ADAPTIVE = "none", "adaptive"
+MIN_OF_BEST, MIN_OF_NONE = 0.98, 0.97  # the aims: ours over the best fixed K, and over no speculation
+
+Block = tuple[float, tuple[str, ...], int, int]  # temperature, arms of the group, round, concurrency
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Ratios of some blocks: their median, half of their range, the smallest of them, and how many they are."""
+
+    median: float
+    half_range: float
+    smallest: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ±{self.half_range:.2f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Ours at one concurrency, against the fixed K that is best there, no speculation, and every fixed K."""
+
+    concurrency: int
+    best_fixed: str
+    over_best: Spread
+    over_none: Spread
+    over_every_fixed: dict[str, Spread]
+
+    @property
+    def is_strictly_better(self) -> bool:
+        """Above every fixed K in every block, of which there are at least two: more than one lucky run."""
+        return all(spread.smallest > 1 and spread.count > 1 for spread in self.over_every_fixed.values())
+
+
+def fixed(num_speculative_tokens: int) -> str:
+    """Name of the arm with a fixed window."""
+    return f"K={num_speculative_tokens}"
+
+
+def is_fixed(arm: str) -> bool:
+    """Whether an arm has a fixed window."""
+    return arm.startswith("K=")
+
+
+# ---------------------------------------------------------------- the file
+
+
+def block_of(line: dict[str, Any]) -> Block:
+    """The block that a line of results belongs to."""
+    return (line["temperature"], tuple(line["group"]), line["round"], line["concurrency"])
+
+
+def read_results(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Lines of the complete blocks that are on disk; the file is begun if there is none.
+
+    Raises:
+        click.UsageError: the file is of another sweep; ratios of both together would mean nothing.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"facts": facts}) + "\n")
+        return []
+    text = path.read_text()
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    if not text.endswith("\n"):  # killed while it wrote: what follows must not be glued to the torn line
+        path.write_text(text[: text.rfind("\n") + 1])
+    if not lines or lines[0].get("facts") != facts:
+        known = lines[0].get("facts", {}) if lines else {}
+        differing = sorted(key for key in {*facts, *known} if facts.get(key) != known.get(key))
+        raise click.UsageError(
+            f"{path} holds a sweep with other {', '.join(differing)}: give another --output, or the same options."
+        )
+    return complete_blocks(lines[1:])
+
+
+def complete_blocks(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of the blocks in which no arm is missing."""
+    blocks: dict[Block, dict[str, dict[str, Any]]] = {}
+    for line in lines:
+        blocks.setdefault(block_of(line), {})[line["arm"]] = line
+    return [line for block, arms in blocks.items() if set(block[1]) == set(arms) for line in arms.values()]
+
+
+def append_block(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Write a block at once, so that a kill leaves whole blocks behind, or a torn line that is not read."""
+    with path.open("a") as stream:
+        stream.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def ratios(
+    lines: Sequence[dict[str, Any]], arm: str, reference: str, temperature: float, concurrency: int
+) -> Spread | None:
+    """Output tokens per second of an arm over a reference's, in the blocks that have both; None without any."""
+    speed = {
+        (block_of(line), line["arm"]): line["output_tokens_per_second"]
+        for line in lines
+        if line["temperature"] == temperature and line["concurrency"] == concurrency
+    }
+    found = [
+        value / speed[block, reference]
+        for (block, name), value in speed.items()
+        if name == arm and (block, reference) in speed
+    ]
+    if not found:
+        return None
+    return Spread(statistics.median(found), (max(found) - min(found)) / 2, min(found), len(found))
+
+
+def judge(lines: Sequence[dict[str, Any]], temperature: float) -> list[Verdict]:
+    """A verdict for every concurrency at which ours, no speculation and a fixed K were measured.
+
+    The best fixed K is chosen by the same figures that it is then judged by, which flatters it: the comparison errs
+    against ours.
+    """
+    verdicts = []
+    for concurrency in sorted({line["concurrency"] for line in lines if line["temperature"] == temperature}):
+        arms = {line["arm"] for line in lines if line["concurrency"] == concurrency}
+
+        def over(arm: str, reference: str, concurrency: int = concurrency) -> Spread | None:
+            return ratios(lines, arm, reference, temperature, concurrency)
+
+        gains = {arm: gain for arm in arms if is_fixed(arm) and (gain := over(arm, NONE))}
+        over_none = over(ADAPTIVE, NONE)
+        if not gains or over_none is None:
+            continue
+        best = max(gains, key=lambda arm: gains[arm].median)
+        every = {arm: spread for arm in gains if (spread := over(ADAPTIVE, arm))}
+        if best in every:
+            verdicts.append(Verdict(concurrency, best, every[best], over_none, every))
+    return verdicts
+
+
+def aims(verdicts: Sequence[Verdict]) -> list[tuple[bool, str]]:
+    """The three aims, each with whether it was met and by what."""
+    if not verdicts:
+        return [(False, "Ours was not measured against no speculation and a fixed K.")]
+    of_best = min(verdicts, key=lambda v: v.over_best.median)
+    of_none = min(verdicts, key=lambda v: v.over_none.median)
+    better = [str(v.concurrency) for v in verdicts if v.is_strictly_better]
+    return [
+        (
+            of_best.over_best.median >= MIN_OF_BEST,
+            f"at every concurrency at least {MIN_OF_BEST:.0%} of the best fixed K: least is {of_best.over_best} at "
+            f"concurrency {of_best.concurrency} (best there {of_best.best_fixed})",
+        ),
+        (
+            of_none.over_none.median >= MIN_OF_NONE,
+            f"never below {MIN_OF_NONE:.0%} of no speculation: least is {of_none.over_none} at concurrency "
+            f"{of_none.concurrency}",
+        ),
+        (
+            bool(better),
+            "strictly better than every fixed K, in every block of two or more: "
+            + (f"at concurrency {', '.join(better)}" if better else "nowhere"),
+        ),
+    ]
+
+
+# ---------------------------------------------------------------- showing
+
+
+def order_arms(arms: Iterable[str]) -> list[str]:
+    """No speculation, fixed K by length, ours."""
+    return sorted(arms, key=lambda arm: (arm == ADAPTIVE, int(arm[2:]) if is_fixed(arm) else 0, arm))
+
+
+def make_table(lines: Sequence[dict[str, Any]], temperature: float) -> str:
+    """Markdown: output tokens/s over no speculation by arm and concurrency, and what ours is over the best fixed K."""
+    lines = [line for line in lines if line["temperature"] == temperature]
+    arms = [arm for arm in order_arms({line["arm"] for line in lines}) if arm != NONE]
+    verdicts = {verdict.concurrency: verdict for verdict in judge(lines, temperature)}
+    head = [
+        "concurrency",
+        "none, tok/s",
+        *(f"{arm} ÷ none" for arm in arms),
+        "best fixed",
+        "ours ÷ best",
+        "blocks",
+    ]
+    rows = [head, ["---"] * len(head)]
+    for concurrency in sorted({line["concurrency"] for line in lines}):
+        speeds = [
+            line["output_tokens_per_second"]
+            for line in lines
+            if line["arm"] == NONE and line["concurrency"] == concurrency
+        ]
+        row = [str(concurrency), f"{statistics.median(speeds):.0f}" if speeds else "–"]
+        row += [str(ratios(lines, arm, NONE, temperature, concurrency) or "–") for arm in arms]
+        verdict = verdicts.get(concurrency)
+        row += (
+            [verdict.best_fixed, str(verdict.over_best), str(verdict.over_best.count)]
+            if verdict
+            else ["–"] * 3
+        )
+        rows.append(row)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def write_plot(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Output tokens/s over no speculation by concurrency, one panel per temperature; the kind follows the suffix."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    temperatures = sorted({line["temperature"] for line in lines})
+    figure, panels = plt.subplots(1, len(temperatures), figsize=(6.5 * len(temperatures), 4.6), squeeze=False)
+    for axes, temperature in zip(panels[0], temperatures, strict=True):
+        _plot_temperature(axes, [line for line in lines if line["temperature"] == temperature], temperature)
+    figure.tight_layout()
+    temporary = path.with_name(f".{path.name}.part")
+    figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix("."))
+    temporary.replace(path)
+    plt.close(figure)
+
+
+def _plot_temperature(axes: Any, lines: Sequence[dict[str, Any]], temperature: float) -> None:
+    from matplotlib import colormaps
+
+    arms = [arm for arm in order_arms({line["arm"] for line in lines}) if arm != NONE]
+    for index, arm in enumerate(arms):
+        found = [
+            (c, ratios(lines, arm, NONE, temperature, c)) for c in sorted({x["concurrency"] for x in lines})
+        ]
+        points = [(c, spread) for c, spread in found if spread is not None]
+        ours = arm == ADAPTIVE
+        axes.errorbar(
+            [c for c, _ in points],
+            [spread.median for _, spread in points],
+            yerr=[spread.half_range for _, spread in points],
+            color="#d1495b" if ours else colormaps["viridis"](index / max(1, len(arms) - 1)),
+            linewidth=2.5 if ours else 1.2,
+            marker="o",
+            markersize=5 if ours else 3,
+            capsize=2,
+            label="ours, adaptive" if ours else arm,
+        )
+    axes.axhline(1.0, color="black", linewidth=0.8, label="no speculation")
+    axes.set_xscale("log", base=2)
+    axes.set(
+        xlabel="concurrency", ylabel="output tokens/s ÷ no speculation", title=f"temperature {temperature:g}"
+    )
+    axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,62 @@
+"""The benchmark of the plugin's own cost: equal work or an error, costs of pairs, adapters that change nothing."""
+
+from __future__ import annotations
+
+import bench_adapters
+import click
+import overhead
+import pytest
+from overhead import BARE, OURS
+
+from ppow_train.serving_eval import Run
+from vllm_ppow.merge import Merger
+from vllm_ppow.metrics import SpecDecodeCounts
+
+
+def run(tokens=((1, 2),), accepted=3):
+    return Run([list(t) for t in tokens], 1.0, SpecDecodeCounts(2, 10, accepted, (2, 1, 0, 0, 0)))
+
+
+def test_unequal_work_is_an_error():
+    overhead.check_same_work({BARE: run(), OURS: run()})
+    for other in (run(tokens=((1, 3),)), run(accepted=4)):
+        with pytest.raises(click.ClickException, match="the same work"):
+            overhead.check_same_work({BARE: run(), OURS: other})
+
+
+def test_costs_are_of_pairs():
+    result = overhead.summarise([(1.0, 1.01), (2.0, 2.0), (10.0, 10.3)], 0.01)
+    assert result["cost_median"] == pytest.approx(0.01)
+    assert result["cost_half_range"] == pytest.approx(0.015)
+    assert result["met"] == (result["cost_median"] <= 0.01)
+    assert not overhead.summarise([(1.0, 1.2)], 0.05)["met"]
+    assert "MISSED" in overhead.show("step", overhead.summarise([(1.0, 1.2)], 0.05))
+
+
+def test_the_bare_arm_is_without_the_plugin(tmp_path):
+    assert overhead.environment_of(BARE) == {"VLLM_PLUGINS": ""}
+    assert overhead.environment_of(OURS) == {}
+    adapter = bench_adapters.make_adapter(tmp_path / "zero", 0.0)
+    specs = overhead.speculative_configs(adapter, 5)
+    assert specs[BARE]["method"] == "eagle3"
+    assert specs[BARE]["draft_sample_method"] == "greedy"
+    assert specs[OURS]["ppow"] == {"window": "fixed"}
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.2])
+def test_a_made_up_adapter_is_merged_whole_and_changes_what_it_should(tmp_path, scale):
+    import torch
+    from safetensors.torch import load_file
+
+    adapter = bench_adapters.make_adapter(tmp_path / "adapter", scale)
+    merger = Merger(adapter)
+    drafter = bench_adapters.TINY / "eagle3"
+    merger.check_base(drafter)
+    base = load_file(drafter / "model.safetensors")
+    merged = dict(merger.wrap(iter(base.items())))
+    changed = [name for name, tensor in merged.items() if not torch.equal(tensor, base[name])]
+    assert len(changed) == (0 if scale == 0 else 8)
+    if scale:
+        name = "layers.0.mlp.up_proj.weight"
+        share = (merged[name].float() - base[name].float()).std() / base[name].float().std()
+        assert share == pytest.approx(scale, rel=0.1)

@@ -1,0 +1,99 @@
+"""The report of the window's counts: written whole, seldom, by one user; read back or not at all; never an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_ppow.window_report import FORMAT, INTERVAL_S, ReportWriter, read_report, report_path
+
+
+@dataclasses.dataclass
+class Counts:
+    chosen: list[int]
+    speedup: float = 0.0
+
+
+def config(instance="ab12c", index=0, api_servers=1):
+    parallel = SimpleNamespace(data_parallel_index=index, _api_process_count=api_servers)
+    return SimpleNamespace(instance_id=instance, parallel_config=parallel)
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(tmp_path))
+    return tmp_path
+
+
+def test_what_is_written_is_read(base):
+    writer = ReportWriter(config())
+    writer.write(Counts([1, 2], 3.5))
+    assert read_report(report_path(config(), 0)) == {"format": FORMAT, "chosen": [1, 2], "speedup": 3.5}
+    assert [entry.name for entry in base.iterdir()] == [writer.path.name], "no temporary file stays"
+    assert writer.path.stat().st_mode & 0o077 == 0, "of this user alone"
+    writer.close()
+    writer.close()
+    assert read_report(writer.path) is None
+
+
+def test_the_server_finds_every_engines_file(base):
+    assert ReportWriter(config(index=3)).path == report_path(config(), 3) != report_path(config(), 0)
+    assert ReportWriter(config("ab12c_dp3", 3)).path == report_path(config(), 3), (
+        "Ray adds the number to the id"
+    )
+    assert report_path(config("other"), 0) != report_path(config(), 0)
+
+
+def test_several_api_servers_find_the_file_by_the_directory_they_share(base, monkeypatch):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(base / "shared"))
+    engine = ReportWriter(config("engine", api_servers=2))
+    assert engine.path == report_path(config("server", api_servers=2), 0)
+    assert engine.path.parent == base / "shared"
+    assert report_path(config(), 0).parent == base, (
+        "one API server: what the user set there may be shared by others"
+    )
+
+
+def test_at_most_one_file_a_second(base):
+    now = [0.0]
+    writer = ReportWriter(config(), clock=lambda: now[0])
+    for step in range(100):
+        now[0] = step * INTERVAL_S / 50
+        writer.write(Counts([step]))
+    assert read_report(writer.path)["chosen"] == [50]
+    writer.write(Counts([99]), at_once=True)
+    assert read_report(writer.path)["chosen"] == [99]
+
+
+def test_a_directory_that_is_not_there_is_said_once(base, caplog):
+    writer = ReportWriter(config(), clock=iter(range(0, 1000, 10)).__next__)
+    writer.path = base / "missing" / "report.json"
+    with caplog.at_level(logging.WARNING, "vllm.ppow.metrics"):
+        writer.write(Counts([1]))
+        writer.write(Counts([2]))
+    assert [record.getMessage()[:60] for record in caplog.records] == [
+        "The draft window's counts cannot reach /metrics; serving goe"
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', "\xff"])
+def test_what_is_no_report_is_none(base, text):
+    path = base / "report.json"
+    path.write_text(text, encoding="latin-1")
+    assert read_report(path) is None
+
+
+def test_links_pipes_and_large_files_are_not_read(base):
+    good = base / "good.json"
+    good.write_text(json.dumps({"format": FORMAT}))
+    assert read_report(good) is not None
+    link, pipe, large = base / "link", base / "pipe", base / "large"
+    link.symlink_to(good)
+    os.mkfifo(pipe)
+    large.write_text(json.dumps({"format": FORMAT, "x": "y" * (2 << 20)}))
+    assert [read_report(path) for path in (link, pipe, large)] == [None, None, None]
