@@ -112,7 +112,7 @@ def structured_cases() -> dict[str, list[Request]]:
 def lora_cases() -> dict[str, list[Request]]:
     """Name -> requests for engines with LoRA on the target.
 
-    All of a batch use it: on a CPU vLLM 0.32 gives it to the others too, with and without speculation (tests/contracts).
+    All of a batch use it: on a CPU vLLM 0.32 gives it to the others too, also without speculation (tests/contracts).
     """
     texts = prompts(3)
     return {

@@ -271,7 +271,7 @@ def test_layers_wrapped_for_lora_are_unwrapped():
 
 
 def test_on_a_cpu_requests_without_lora_get_that_of_their_neighbours():
-    """A fault of vLLM with and without speculation (README, Works with). When this fails, it is gone: mix them there."""
+    """A fault of vLLM with and without speculation (README, Works with). When this fails, mix the cases."""
     from vllm.lora.ops.torch_ops import bgmv_expand
 
     output = torch.zeros(1, 2)
