@@ -11,8 +11,9 @@ import inspect
 from typing import get_args
 
 import pytest
+import torch
 
-from vllm_ppow.compat import engine_args, seams, worker
+from vllm_ppow.compat import draft_loading, draft_lora, draft_room, engine_args, seams, worker
 
 
 def original(module, owner, method):
@@ -122,3 +123,97 @@ def test_metric_objects():
 
     assert [field.name for field in dataclasses.fields(Counter)] == ["name", "labels", "value"]
     assert [field.name for field in dataclasses.fields(Vector)] == ["name", "labels", "values"]
+
+
+# ---------------------------------------------------------------- compat/draft_room.py
+
+
+def test_the_v1_runner_asks_once_per_step_whether_drafts_fit():
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    function = original(*draft_room._RUNNER)
+    assert parameters(function) == ["self", "common_attn_metadata"]
+    source = inspect.getsource(function)
+    assert "common_attn_metadata.max_seq_len" in source
+    assert "self.effective_drafter_max_model_len" in source
+    assert inspect.getsource(GPUModelRunner.sample_tokens).count("self._input_fits_in_drafter(") == 1
+
+
+def test_draft_steps_past_the_maximum_length_are_clamped():
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():  # as a worker does at its start
+        current_platform.register_triton_kernel_overrides()
+    device = torch.device("cpu" if current_platform.is_cpu() else "cuda")
+    assert draft_room.clamps(device)
+
+
+def test_unclamped_draft_steps_are_found_out(monkeypatch):
+    from vllm.v1.spec_decode import utils
+
+    def unclamped(
+        positions_1d,
+        block_table_tensor,
+        seq_lens,
+        block_size,
+        max_model_len,
+        out_clamped_positions,
+        out_slot_mapping,
+        input_batch_size=None,
+    ):
+        out_clamped_positions.copy_(positions_1d + 1)
+        out_slot_mapping.copy_(torch.tensor([8, 20]))
+        seq_lens += 1
+
+    monkeypatch.setattr(utils, "eagle_step_update_slot_mapping_and_metadata", unclamped)
+    assert not draft_room.clamps.__wrapped__(torch.device("cpu"))
+
+
+def test_the_scheduler_cuts_drafts_to_the_room_of_each_request():
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    source = inspect.getsource(Scheduler.schedule)
+    assert "self.max_model_len\n                - request.num_computed_tokens" in source
+
+
+# ---------------------------------------------------------------- compat/draft_lora.py
+
+
+def test_v1_drafters_share_layers_of_the_target_while_they_load():
+    function = original(*draft_lora.PROPOSER)
+    assert parameters(function) == ["self", "target_model"]
+    assert "self._maybe_share_embeddings(" in inspect.getsource(function)
+
+
+def test_layers_wrapped_for_lora_are_unwrapped():
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    wrapped = BaseLayerWithLoRA()
+    wrapped.base_layer = torch.nn.Linear(1, 1)
+    drafter = torch.nn.Sequential(torch.nn.Sequential(wrapped, torch.nn.ReLU()))
+    assert draft_lora.unwrap(drafter) == 1
+    assert drafter[0][0] is wrapped.base_layer
+    assert draft_lora.unwrap(drafter) == 0
+
+
+def test_on_a_cpu_requests_without_lora_get_that_of_their_neighbours():
+    """A fault of vLLM with and without speculation (README, Works with). When this fails, mix the cases."""
+    from vllm.lora.ops.torch_ops import bgmv_expand
+
+    output = torch.zeros(1, 2)
+    no_lora = torch.tensor([-1])
+    bgmv_expand(torch.ones(1, 1), torch.ones(1, 1, 2, 1), output, no_lora, add_inputs=True)
+    assert output.tolist() != [[0.0, 0.0]]
+
+
+# ---------------------------------------------------------------- options that speculation refuses (README, Works with)
+
+
+def test_custom_logits_processors_are_refused_at_start_up():
+    from types import SimpleNamespace
+
+    from vllm.v1.sample.logits_processor import build_logitsprocs
+
+    config = SimpleNamespace(speculative_config=object())
+    with pytest.raises(ValueError, match="speculative decoding"):
+        build_logitsprocs(config, torch.device("cpu"), False, False, ["some.Processor"])

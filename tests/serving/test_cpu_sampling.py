@@ -48,3 +48,22 @@ def test_install_leaves_a_sound_sampler(monkeypatch):
     assert cpu_sampling.install()
     assert not cpu_sampling.is_lossy(sampler.expand_batch_to_tokens)
     assert not cpu_sampling.install()
+
+
+def test_top_k_alone_survives_a_step_without_drafts(monkeypatch):
+    sampler = pytest.importorskip("vllm.v1.sample.rejection_sampler", reason="needs vLLM")
+    from vllm.platforms import current_platform
+
+    def stopping(logits, k, p):
+        k.max()
+        return logits.masked_fill(logits < 0, float("-inf"))
+
+    assert cpu_sampling.stops_without_drafts(stopping)
+    if not current_platform.is_cpu():
+        pytest.skip("the fault is of CPU builds")
+    monkeypatch.setattr(sampler, "apply_top_k_top_p", stopping)
+    assert cpu_sampling.install()
+    assert not cpu_sampling.stops_without_drafts(sampler.apply_top_k_top_p)
+    logits, k = torch.tensor([[1.0, -1.0]]), torch.tensor([1], dtype=torch.int32)
+    assert sampler.apply_top_k_top_p(logits, k, None).tolist() == [[1.0, float("-inf")]]
+    assert not cpu_sampling.install()
