@@ -13,7 +13,7 @@ from typing import get_args
 import pytest
 import torch
 
-from vllm_ppow.compat import draft_loading, draft_lora, draft_room, engine_args, seams, worker
+from vllm_ppow.compat import draft_lora, draft_room, engine_args, seams, worker
 
 
 def original(module, owner, method):
