@@ -6,7 +6,7 @@ import pytest
 import torch
 from serving_engine import engine
 from serving_pair import random_lora, save_adapter
-from test_window import KINDS, MAX_TOKENS, OPTIONS, TINY, K, generate, prompts, scheduler_of
+from test_adaptive_window import KINDS, MAX_TOKENS, OPTIONS, TINY, K, generate, prompts, scheduler_of
 
 pytestmark = pytest.mark.engine
 
