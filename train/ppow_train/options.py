@@ -22,8 +22,8 @@ class PPOWOptions:
 
     # Nothing in the README's tables ("Which objective") is significantly above it.
     objective: str = _option(
-        "cst:tv",
-        "what is minimised: ppow, exact, overlap, drafts, cst:LOSS (cst:tv, cst:kl, …), or a weighted sum of these "
+        "cst:jsd",
+        "what is minimised: ppow, exact, overlap, drafts, cst:LOSS (cst:jsd, cst:tv, …), or a weighted sum of these "
         "without ppow, in quotes: 'overlap + 4 * cst:tv'",
     )
     num_speculative_tokens: int = _option(8, "K, tokens per window (>= 1)")
@@ -97,7 +97,7 @@ class PPOWOptions:
         "cst only: weights of positions in the window, fixed (decay) or, by D-PACE, from the drafter's confidence in "
         "each window (dpace; cst:ce and cst:tv)",
     )
-    position_decay: float = _option(0.7, "cst only: weight of position i is decay^i (0..1]")
+    position_decay: float = _option(0.9, "cst only: weight of position i is decay^i (0..1]")
     dpace_alpha: float = _option(0.5, "position_weights dpace: smoothing α of the confidence (0..1]")
     target_cache: Literal["auto", "none", "memory", "disk"] = _option(
         "auto",
