@@ -120,7 +120,7 @@ def test_what_was_not_measured_or_failed(tmp_path):
         ({"objective": "exact", "serving_temperature": 0.0, "greedy_target": "hard"}, ["Π_(l≤i) q_τ(y_l)"]),
         ({"objective": "drafts", "survival_smoothing": 0.25}, ["1 / (1 + Σ_i", "a_l = Σ_v min(p, q)_l", "s = 0.25"]),
         ({"objective": "drafts", "draft_sample_method": "greedy"}, ["a_l = Σ_v (p q_τ)_l"]),
-        ({"objective": "cst:tv"}, ["tv(p, q)_i", "w_i ∝ 0.7^i"]),
+        ({"objective": "cst:tv", "position_decay": 0.7}, ["tv(p, q)_i", "w_i ∝ 0.7^i"]),
         ({"objective": "cst:ce", "position_weights": "dpace"}, ["c = q(argmax p)", "2605.18810"]),
         ({"objective": "overlap + 4 * cst:tv"}, ["Π_(l≤i) Σ_v min(p, q)_l", "; 4 times Σ_i w_i · tv(p, q)_i"]),
     ],
