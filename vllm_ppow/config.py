@@ -63,14 +63,14 @@ class PPOWOptions:
         window: "adaptive" drafts as many tokens per step as pay, at most num_speculative_tokens; "fixed" always
             drafts num_speculative_tokens.
         min_tokens: tokens that an adaptive window drafts at least, 0 to num_speculative_tokens.
-        per_request: let an adaptive window trim drafts request by request where this vLLM's runner can.
+        per_request: let an adaptive window trim drafts request by request where this vLLM's runner can; an experiment.
     """
 
     base_drafter: str | None = None
     allow_target_mismatch: bool = False
     window: str = "adaptive"
     min_tokens: int = 0
-    per_request: bool = True
+    per_request: bool = False
     hot_swap: bool = False
     hot_swap_directory: str | None = None
 

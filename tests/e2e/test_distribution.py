@@ -28,7 +28,10 @@ ENGINE = {"dtype": "float32", "max_model_len": 32, "max_num_seqs": 256, "max_num
 
 
 # Without a minimum an adaptive window would draft nothing: on this pair no draft pays at 256 requests.
-WINDOWS = {"fixed": {"window": "fixed"}, "adaptive": {"window": "adaptive", "min_tokens": 2}}
+WINDOWS = {
+    "fixed": {"window": "fixed"},
+    "adaptive": {"window": "adaptive", "min_tokens": 2, "per_request": True},
+}
 
 
 @dataclasses.dataclass(frozen=True)

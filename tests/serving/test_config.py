@@ -87,7 +87,7 @@ def test_rewrite_gives_native_fields(pair, adapter):
             "model_loader_extra_config": {
                 "ppow_adapter": str(adapter.directory),
                 "ppow_fingerprint": adapter.config.adapter_fingerprint,
-                "ppow_window": {"min_tokens": 0, "per_request": True},
+                "ppow_window": {"min_tokens": 0, "per_request": False},
             },
         },
     }

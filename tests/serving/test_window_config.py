@@ -175,7 +175,7 @@ def test_min_tokens_is_at_most_the_maximum(built):
 def test_options_reach_the_policy(built):
     policy = window.build_window(built({"min_tokens": 1, "per_request": False}))
     assert (policy.lengths, policy.counts.layers) == ((1, 2, 3), ("step",))
-    policy = window.build_window(built({"min_tokens": 1}))
+    policy = window.build_window(built({"min_tokens": 1, "per_request": True}))
     assert (policy.lengths, policy.counts.layers) == ((1, 3), ("step", "request"))
 
 
@@ -195,7 +195,7 @@ def test_the_config_travels_to_the_engine_core(built):
     assert is_adaptive(config)
     assert config.scheduler_config.get_scheduler_cls().__name__ == "PPOWScheduler"
     assert (
-        json.dumps(window.options_of(config.speculative_config)) == '{"min_tokens": 0, "per_request": true}'
+        json.dumps(window.options_of(config.speculative_config)) == '{"min_tokens": 0, "per_request": false}'
     )
 
 
@@ -203,9 +203,9 @@ def test_the_config_travels_to_the_engine_core(built):
 
 
 def test_drafts_are_trimmed_by_request_on_the_synchronous_v1_runner(built):
-    config = built()
+    config = built({"per_request": True})
     assert window.options_of(config.speculative_config) == {"min_tokens": 0, "per_request": True}
-    assert window.options_of(built({"per_request": False}).speculative_config)["per_request"] is False
+    assert window.options_of(built().speculative_config)["per_request"] is False
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_drafts_are_trimmed_by_request_on_the_synchronous_v1_runner(built):
     ],
 )
 def test_where_drafts_are_not_trimmed_by_request(built, log, section, field, value, reason):
-    config = built()
+    config = built({"per_request": True})
     setattr(getattr(config, section), field, value)
     window.attach(config)
     assert window.options_of(config.speculative_config)["per_request"] is False
@@ -234,7 +234,7 @@ def test_a_runner_without_the_drafting_hook_is_served_step_by_step(built, log, m
         """What a future vLLM may have there."""
 
     monkeypatch.setattr(SpecDecodeBaseProposer, method, renamed)
-    config = built()
+    config = built({"per_request": True})
     assert is_adaptive(config)
     assert window.options_of(config.speculative_config)["per_request"] is False
     assert f"SpecDecodeBaseProposer.{method} as method ppow needs it" in log.text
