@@ -33,7 +33,11 @@ def served(request, tmp_path_factory, without_speculation):
         num_speculative_tokens=K,
         draft_sample_method="probabilistic",
     )
-    with engine(TINY / "target", {"method": "ppow", "model": str(adapter.directory), "ppow": {"per_request": True}}, **OPTIONS) as llm:
+    with engine(
+        TINY / "target",
+        {"method": "ppow", "model": str(adapter.directory), "ppow": {"per_request": True}},
+        **OPTIONS,
+    ) as llm:
         yield llm
 
 
