@@ -242,7 +242,7 @@ def test_vllm_serve(pair, adapters, tmp_path, form):
         assert drafted == 2 * drafts > 0
         assert accepted > 0.9 * drafts
     else:  # flags have no place for our options: the window is adaptive
-        assert 0 < drafts <= drafted < 2 * drafts
+        assert 0 < drafts <= drafted <= 2 * drafts
         assert accepted > 0.9 * drafted
     assert len(MERGED.findall((tmp_path / "log").read_text())) == 1
 
@@ -320,7 +320,8 @@ def test_ppow_serve_swaps_adapters_under_traffic(pair, tmp_path):
             assert (shown["adapter"], shown["previous"]) == (str(allowed / "again"), str(allowed / "bad"))
             code, shown, _ = ppow_swap(url, "--undo")
             assert (code, shown["adapter"]) == (0, str(allowed / "bad"))
-    log = (tmp_path / "log").read_text()
+        # Before the server is told to end: vLLM may then log an engine that went first.
+        log = (tmp_path / "log").read_text()
     assert f"Swapped back to adapter {allowed / 'again'}: accepted tokens per draft" in log
     assert "Traceback" not in log
 
