@@ -28,11 +28,11 @@ def script() -> Any:
 
 @pytest.mark.parametrize("kind", ["causal_lm", "eagle3"])
 def test_both_paths_draft_and_differentiate_alike(kind, script, directories, trajectories):
+    torch.manual_seed(0)  # PEFT draws A of LoRA from it: without, the models would depend on which tests ran before
     benchmark = script.Benchmark(load(directories, kind), trajectories, 3, 2, K, seed=0)
     timed = [benchmark.round(12, packed_first=first) for first in (True, False)]
     summary = script.summarise(timed, 12)
-    # Not all: a draw at the edge between two tokens falls either way by rounding (1 of 12 in one whole run, 0 alone).
-    assert summary["same_rollouts"] >= 0.75
+    assert summary["same_rollouts"] == 1.0
     assert summary["largest_gradient_difference"] < 1e-3
     for clock in script.CLOCKS:
         for name in ("packed", "unpacked", "ratio"):
