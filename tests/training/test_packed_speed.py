@@ -28,7 +28,9 @@ def script() -> Any:
 
 @pytest.mark.parametrize("kind", ["causal_lm", "eagle3"])
 def test_both_paths_draft_and_differentiate_alike(kind, script, directories, trajectories):
-    torch.manual_seed(0)  # PEFT draws A of LoRA from it: without, the models would depend on which tests ran before
+    torch.manual_seed(
+        0
+    )  # PEFT draws A of LoRA from it: without, the models would depend on which tests ran before
     benchmark = script.Benchmark(load(directories, kind), trajectories, 3, 2, K, seed=0)
     timed = [benchmark.round(12, packed_first=first) for first in (True, False)]
     summary = script.summarise(timed, 12)
