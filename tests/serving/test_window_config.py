@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from types import SimpleNamespace
 
 import pytest
 from serving_pair import K, random_adapter
+from serving_profile import PROFILE
 
 from vllm_ppow import plugin
+from vllm_ppow.acceptance import MILD_PRIOR
 from vllm_ppow.artifact import ArtifactError
-from vllm_ppow.compat import draft_window, seams, window
+from vllm_ppow.compat import draft_window, profiling, seams, window
 from vllm_ppow.compat.window import TABLE
 from vllm_ppow.config import PPOWOptions, parse_options
+from vllm_ppow.cost_profile import COST_PROFILE_FILE, write_cost_profile
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +181,56 @@ def test_options_reach_the_policy(built):
     assert (policy.lengths, policy.counts.layers) == ((1, 2, 3), ("step",))
     policy = window.build_window(built({"min_tokens": 1, "per_request": True}))
     assert (policy.lengths, policy.counts.layers) == ((1, 3), ("step", "request"))
+
+
+@pytest.fixture
+def profiled(built, adapter):
+    """A function from changes to the policy, built beside a cost profile that holds here but for them."""
+    file = adapter.directory / COST_PROFILE_FILE
+
+    def build(**changes):
+        config = built()
+        here = {**profiling.machine(config), "adapter_fingerprint": adapter.config.adapter_fingerprint}
+        write_cost_profile(adapter.directory, dataclasses.replace(PROFILE, **{**here, **changes}))
+        return window.build_window(config)
+
+    yield build
+    file.unlink(missing_ok=True)
+
+
+def test_costs_and_acceptance_start_from_the_profile(profiled, log):
+    policy = profiled()
+    assert policy.cost.step_seconds(4, 2, 256) == pytest.approx(PROFILE.step_seconds(4, 2, 64))
+    assert policy.acceptance.survival()[:3] == pytest.approx([0.8, 0.6, 0.4])
+    assert "cost profile, corrected while serving" in log.text
+    assert not warnings(log)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"device": "another"}, "device"),
+        ({"vllm_version": "0.1"}, "vllm_version"),
+        ({"adapter_fingerprint": "sha256:" + "0" * 64}, "adapter_fingerprint"),
+    ],
+)
+def test_a_profile_of_another_set_up_is_not_used(profiled, log, changes, said):
+    policy = profiled(**changes)
+    assert policy.acceptance.survival()[0] == pytest.approx(MILD_PRIOR)
+    assert "learned while serving" in log.text
+    assert "is of another set-up" in log.text
+    assert f"{said} " in log.text
+
+
+def test_a_broken_profile_is_said_and_not_used(built, adapter, log):
+    file = adapter.directory / COST_PROFILE_FILE
+    file.write_text("{")
+    try:
+        policy = window.build_window(built())
+    finally:
+        file.unlink()
+    assert policy.acceptance.survival()[0] == pytest.approx(MILD_PRIOR)
+    assert "The draft window learns costs while serving: " in log.text
 
 
 def test_with_captured_graphs_only_declared_lengths_are_drafted(built):

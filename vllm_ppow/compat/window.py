@@ -13,8 +13,9 @@ import importlib
 from typing import Any
 
 from vllm_ppow.acceptance import AcceptanceEstimate, TrimmedAcceptance
-from vllm_ppow.compat import draft_window, seams
-from vllm_ppow.config import ADAPTER_KEY, WINDOW_KEY
+from vllm_ppow.compat import draft_window, profiling, seams
+from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, WINDOW_KEY
+from vllm_ppow.cost_profile import CostProfile, CostProfileError, read_cost_profile
 from vllm_ppow.step_cost import StepCost
 from vllm_ppow.window import DraftWindow
 
@@ -210,7 +211,7 @@ def build_window(vllm_config: Any) -> DraftWindow:
     verifies = bool(getattr(speculative, VERIFICATION, False))
     if options["per_request"] or verifies:
         ladder = sorted({ladder[0], maximum})  # what lies between is left to the requests
-    profile = _profile(speculative.draft_load_config.model_loader_extra_config[ADAPTER_KEY])
+    profile = _profile(vllm_config)
     prior = profile.acceptance_per_position if profile is not None else ()
     estimate = AcceptanceEstimate(maximum, prior)
     trimmed = TrimmedAcceptance(estimate) if options["per_request"] or verifies else None
@@ -226,14 +227,22 @@ def build_window(vllm_config: Any) -> DraftWindow:
     return window
 
 
-def _profile(adapter: str) -> Any:
-    """The cost profile beside an adapter's files, or None; a broken one is reported and not used."""
+def _profile(vllm_config: Any) -> CostProfile | None:
+    """The cost profile beside an adapter's files, or None; of one that is broken or does not hold here, the log says so."""
+    extra = vllm_config.speculative_config.draft_load_config.model_loader_extra_config
     try:
-        module = importlib.import_module("vllm_ppow.cost_profile")
-    except ModuleNotFoundError:
-        return None
-    try:
-        return module.read_cost_profile(adapter)
-    except module.CostProfileError as error:
+        profile = read_cost_profile(extra[ADAPTER_KEY])
+    except CostProfileError as error:
         seams.logger.warning("The draft window learns costs while serving: %s", error)
         return None
+    if profile is None:
+        return None
+    here = {**profiling.machine(vllm_config), "adapter_fingerprint": extra[FINGERPRINT_KEY]}
+    if differences := profile.differences(**here):
+        seams.logger.warning(
+            "The draft window learns costs while serving: the adapter's cost profile is of another set-up (%s); "
+            "measure again with ppow profile.",
+            "; ".join(differences),
+        )
+        return None
+    return profile
