@@ -91,6 +91,7 @@ RULES = (
             for name in (
                 "speedup",
                 "artifact",
+                "resolve",
                 "merge",
                 "metrics",
                 "cost_profile",

@@ -21,10 +21,9 @@ from vllm_ppow.artifact import (
     fingerprint_model,
     read_adapter,
     read_model_config,
-    resolve_base_drafter,
-    resolve_directory,
 )
 from vllm_ppow.merge import Merger
+from vllm_ppow.resolve import resolve_base_drafter, resolve_directory
 
 METHOD = "ppow"
 LOAD_FORMAT = "ppow"

@@ -29,9 +29,9 @@ from vllm_ppow.artifact import (
     Adapter,
     ArtifactError,
     read_adapter,
-    resolve_directory,
 )
 from vllm_ppow.metrics import SpecDecodeCounts
+from vllm_ppow.resolve import resolve_directory
 
 logger = logging.getLogger("vllm.ppow.hot_swap")
 

@@ -18,9 +18,9 @@ from vllm_ppow.artifact import (
     parse_config,
     read_adapter,
     read_model_config,
-    resolve_directory,
     write_adapter,
 )
+from vllm_ppow.resolve import resolve_directory
 
 CONFIG = AdapterConfig(
     drafter_type="eagle3",

@@ -8,8 +8,9 @@ import pytest
 from serving_hub import add_to_cache
 from serving_pair import load_drafter, random_lora, save_adapter
 
-from vllm_ppow.artifact import ArtifactError, resolve_directory
+from vllm_ppow.artifact import ArtifactError
 from vllm_ppow.config import ADAPTER_KEY, rewrite
+from vllm_ppow.resolve import resolve_directory
 
 
 @pytest.fixture

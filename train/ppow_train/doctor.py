@@ -21,15 +21,13 @@ from vllm_ppow.artifact import (
     Adapter,
     ArtifactError,
     fingerprint_model,
-    is_offline,
     model_weight_files,
     read_adapter,
     read_model_config,
-    resolve_base_drafter,
-    resolve_directory,
     safetensors_ranges,
 )
 from vllm_ppow.compat.capabilities import installed_distribution, probe
+from vllm_ppow.resolve import is_offline, resolve_base_drafter, resolve_directory
 
 Status = Literal["ok", "warn", "fail"]
 _LOW_DISK = 2**30

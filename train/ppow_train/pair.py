@@ -11,7 +11,8 @@ from ppow_train.drafters import Drafter, load_drafter
 from ppow_train.errors import UserError
 from ppow_train.progress import quiet_libraries
 from ppow_train.target import Target
-from vllm_ppow.artifact import ModelRef, fingerprint_model, resolve_directory
+from vllm_ppow.artifact import ModelRef, fingerprint_model
+from vllm_ppow.resolve import resolve_directory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -228,7 +228,7 @@ def build_window(vllm_config: Any) -> DraftWindow:
 
 
 def _profile(vllm_config: Any) -> CostProfile | None:
-    """The cost profile beside an adapter's files, or None; of one that is broken or does not hold here, the log says so."""
+    """The cost profile beside an adapter's files, or None; the log tells of one that cannot be used."""
     extra = vllm_config.speculative_config.draft_load_config.model_loader_extra_config
     try:
         profile = read_cost_profile(extra[ADAPTER_KEY])

@@ -76,7 +76,8 @@ def _measure(arguments: dict[str, Any], say: Callable[[str], None]) -> tuple[Pat
     from ppow_train.data import read_prompts
     from ppow_train.generation import load_tokenizer
     from ppow_train.serving_eval import EngineOptions
-    from vllm_ppow.artifact import read_adapter, resolve_base_drafter, resolve_directory
+    from vllm_ppow.artifact import read_adapter
+    from vllm_ppow.resolve import resolve_base_drafter, resolve_directory
 
     texts = read_prompts(arguments["prompts"])[: arguments["limit"]]
     directory, from_hub = resolve_directory(arguments["adapter"])

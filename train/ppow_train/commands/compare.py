@@ -175,7 +175,7 @@ def _serve(
     """Counters of one drafter at every temperature."""
     from ppow_train.generation import load_tokenizer
     from ppow_train.serving_eval import Engine, native_spec, ppow_spec
-    from vllm_ppow.artifact import resolve_directory
+    from vllm_ppow.resolve import resolve_directory
 
     base = resolve_directory(trainer.drafter)[0]
     make_spec = native_spec if name == BASE else ppow_spec

@@ -185,7 +185,8 @@ def _run(request: _Request, prompts: Iterator[Prompt]) -> Manifest:
     from ppow_train.progress import make_progress
     from ppow_train.prompts import tokenize
     from ppow_train.trajectory_store import fill, open_store
-    from vllm_ppow.artifact import fingerprint_model, resolve_directory
+    from vllm_ppow.artifact import fingerprint_model
+    from vllm_ppow.resolve import resolve_directory
 
     directory, _ = resolve_directory(request.target)
     fingerprint = fingerprint_model(directory)

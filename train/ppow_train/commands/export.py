@@ -28,8 +28,9 @@ def export(adapter: str, revision: str | None, output: Path, drafter: str | None
     drafter's. Prints the speculative config.
     """
     from ppow_train.export import export_drafter
-    from vllm_ppow.artifact import read_adapter, resolve_base_drafter, resolve_directory
+    from vllm_ppow.artifact import read_adapter
     from vllm_ppow.config import check_draft_model_path
+    from vllm_ppow.resolve import resolve_base_drafter, resolve_directory
 
     directory, from_hub = resolve_directory(adapter, revision)
     loaded = read_adapter(directory)

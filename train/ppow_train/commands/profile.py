@@ -70,8 +70,9 @@ def profile(output: Path | None, as_json: bool, **arguments: Any) -> None:
     from ppow_train.errors import UserError
     from ppow_train.profile_table import as_json as to_json
     from ppow_train.profile_table import print_table
-    from vllm_ppow.artifact import read_adapter, resolve_directory
+    from vllm_ppow.artifact import read_adapter
     from vllm_ppow.cost_profile import COST_PROFILE_FILE, write_profile_file
+    from vllm_ppow.resolve import resolve_directory
 
     directory, from_hub = resolve_directory(arguments["adapter"])
     loaded = read_adapter(directory)
@@ -98,7 +99,7 @@ def _measure(adapter: Adapter, from_hub: bool, arguments: dict[str, Any], say: A
     from ppow_train.generation import load_tokenizer
     from ppow_train.profile_engine import ProfileEngine, measured_spec
     from ppow_train.serving_eval import EngineOptions
-    from vllm_ppow.artifact import resolve_base_drafter, resolve_directory
+    from vllm_ppow.resolve import resolve_base_drafter, resolve_directory
 
     texts = read_prompts(arguments["prompts"])[: arguments["limit"]]
     base = resolve_base_drafter(adapter, from_hub, arguments["drafter"])

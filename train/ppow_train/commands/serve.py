@@ -140,7 +140,8 @@ def _joined(more: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 def _check_adapter(adapter: str, revision: str | None) -> None:
     """Say what is wrong with an adapter now, not after half a minute of imports."""
-    from vllm_ppow.artifact import read_adapter, resolve_directory
+    from vllm_ppow.artifact import read_adapter
+    from vllm_ppow.resolve import resolve_directory
 
     read_adapter(resolve_directory(adapter, revision)[0])
 

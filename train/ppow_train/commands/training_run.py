@@ -116,7 +116,7 @@ def check_parity(
         )
         return None
     from ppow_train import parity
-    from vllm_ppow.artifact import resolve_directory
+    from vllm_ppow.resolve import resolve_directory
 
     return parity.check_parity(
         pair,
