@@ -16,7 +16,7 @@ from vllm_ppow.acceptance import MILD_PRIOR
 from vllm_ppow.artifact import ArtifactError
 from vllm_ppow.compat import draft_window, profiling, seams, window
 from vllm_ppow.compat.window import TABLE
-from vllm_ppow.config import PPOWOptions, parse_options
+from vllm_ppow.config import PPOWOptions, PPOWServingError, parse_options
 from vllm_ppow.cost_profile import COST_PROFILE_FILE, write_cost_profile
 
 
@@ -231,6 +231,11 @@ def test_a_broken_profile_is_said_and_not_used(built, adapter, log):
         file.unlink()
     assert policy.acceptance.survival()[0] == pytest.approx(MILD_PRIOR)
     assert "The draft window learns costs while serving: " in log.text
+
+
+def test_the_scheduler_alone_is_refused(built):
+    with pytest.raises(PPOWServingError, match="leave scheduler_cls out"):
+        window.build_window(built({"window": "fixed"}))
 
 
 def test_with_captured_graphs_only_declared_lengths_are_drafted(built):

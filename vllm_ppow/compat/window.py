@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_ppow.acceptance import AcceptanceEstimate, TrimmedAcceptance
 from vllm_ppow.compat import draft_window, profiling, seams
-from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, WINDOW_KEY
+from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, WINDOW_KEY, PPOWServingError
 from vllm_ppow.cost_profile import CostProfile, CostProfileError, read_cost_profile
 from vllm_ppow.step_cost import StepCost
 from vllm_ppow.window import DraftWindow
@@ -200,9 +200,18 @@ def options_of(speculative_config: Any) -> dict[str, Any] | None:
 
 
 def build_window(vllm_config: Any) -> DraftWindow:
-    """The policy of one engine, from the options in its config and the adapter's cost profile if it has one."""
+    """The policy of one engine, from the options in its config and the adapter's cost profile if it has one.
+
+    Raises:
+        PPOWServingError: the config is not one of method ppow with an adaptive window.
+    """
     speculative = vllm_config.speculative_config
-    options = options_of(speculative) or {"min_tokens": 0, "per_request": False}
+    options = options_of(speculative) if speculative is not None else None
+    if options is None:
+        raise PPOWServingError(
+            "The scheduler of vllm-ppow serves method ppow with an adaptive window, which sets it: leave "
+            "scheduler_cls out."
+        )
     maximum = speculative.num_speculative_tokens
     ladder = lengths(options["min_tokens"], maximum)
     if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
