@@ -170,13 +170,15 @@ def rewrite(
     window = _window_options(options, native["num_speculative_tokens"])
     native["draft_load_config"] = _load_config(adapter, native.get("draft_load_config"), window)
     if options.hot_swap:
-        root = options.hot_swap_directory
-        native["draft_load_config"]["model_loader_extra_config"][HOT_SWAP_KEY] = {
-            "directory": os.path.abspath(root) if root else None,
-            "repo": name if from_hub else None,
-        }
+        extra = native["draft_load_config"]["model_loader_extra_config"]
+        extra[HOT_SWAP_KEY] = _swappable(options.hot_swap_directory, name if from_hub else None)
     native.setdefault("draft_sample_method", adapter.config.draft_sample_method)
     return native
+
+
+def _swappable(directory: str | None, repo: str | None) -> dict[str, str | None]:
+    """Where adapters may be swapped from: a directory that the operator named, or the Hub repo of the first one."""
+    return {"directory": os.path.abspath(directory) if directory else None, "repo": repo}
 
 
 def _refuse_unknown(spec: dict[str, Any], known_fields: Collection[str] | None) -> None:

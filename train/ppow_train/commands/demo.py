@@ -63,13 +63,9 @@ def demo(
     """
     from rich.console import Console
 
-    from ppow_train.benchmark import run_benchmark
-    from ppow_train.data import read_prompts
     from ppow_train.errors import UserError
-    from ppow_train.generation import load_tokenizer
     from ppow_train.report import as_json as to_json
     from ppow_train.report import print_table, write_json, write_plot
-    from ppow_train.serving_eval import EngineOptions
 
     if not (tiny / drafter).is_dir():
         raise UserError(
@@ -83,18 +79,7 @@ def demo(
         highlight=False,
     )
     adapter = _train(tiny, output, drafter, objective, steps, seed, console)
-    prompts = read_prompts(tiny / "prompts" / "tests_held_out.jsonl")[:num_prompts]
-    results = run_benchmark(
-        adapter,
-        tiny / drafter,
-        load_tokenizer(tiny / "target")(prompts)["input_ids"],
-        EngineOptions(str(tiny / "target")),
-        num_speculative_tokens=adapter.config.num_speculative_tokens,
-        max_tokens=max_tokens,
-        temperatures=(0.0, 1.0),
-        rounds=rounds,
-        say=lambda text: console.print(f"  {text}", style="dim", highlight=False),
-    )
+    results = _serve(adapter, tiny, drafter, num_prompts, max_tokens, rounds, console)
     value = to_json(
         results, {"demo": drafter, "training": adapter.config.training, "versions": adapter.config.versions}
     )
@@ -144,6 +129,34 @@ def _train(
             progress=progress,
         )
         return train_adapter(pair, trajectories, config, output / "adapter", progress=progress).adapter
+
+
+def _serve(
+    adapter: Adapter,
+    tiny: Path,
+    drafter: str,
+    num_prompts: int,
+    max_tokens: int,
+    rounds: int,
+    console: Console,
+) -> list[ArmResult]:
+    from ppow_train.benchmark import run_benchmark
+    from ppow_train.data import read_prompts
+    from ppow_train.generation import load_tokenizer
+    from ppow_train.serving_eval import EngineOptions
+
+    prompts = read_prompts(tiny / "prompts" / "tests_held_out.jsonl")[:num_prompts]
+    return run_benchmark(
+        adapter,
+        tiny / drafter,
+        load_tokenizer(tiny / "target")(prompts)["input_ids"],
+        EngineOptions(str(tiny / "target")),
+        num_speculative_tokens=adapter.config.num_speculative_tokens,
+        max_tokens=max_tokens,
+        temperatures=(0.0, 1.0),
+        rounds=rounds,
+        say=lambda text: console.print(f"  {text}", style="dim", highlight=False),
+    )
 
 
 def _meaning(value: dict, objective: str) -> str:
