@@ -21,8 +21,17 @@ from collections.abc import Sequence
 
 from vllm_ppow.calibration import Calibration
 from vllm_ppow.step_cost import IDENTIFIED, StepCost
+from vllm_ppow.verify_price import VerifyPrice
 
-_EXPLORE_EVERY = 16
+# At worst, drafts that bring nothing at all, a few passes and tokens in so many steps cost about one percent.
+_EXPLORE_EVERY = 32
+# While the price of a token is not known, all drafts of a step are of one of these lengths in turn, so that it shows.
+_LEARNING_LENGTHS = (3, 1)
+# And again at every so many drafts, whatever their price, more often at first: slow first uses give a wrong one, and
+# drafts that it ends, or never shortens, show no better.
+_RELEARN_EVERY, _RELEARN_AT_FIRST, _FIRST_DRAFTS = 256, 8, 128
+# Explored drafts go so deep in turn: mostly shallow, what is learned of one position is shared with all.
+_EXPLORE_DEPTHS = (1, 2, 1, 4)
 # Steps of memory of the rate of tokens at a batch size.
 _RATE_MEMORY = 50
 # Steps at a batch size before its rate is used.
@@ -45,12 +54,17 @@ class RequestWindow:
             Calibration(maximum),
         )  # of greedy requests, of sampled ones
         self.pass_cost = StepCost()  # seconds of one drafter pass by batch size
-        self.verify_cost = StepCost()  # seconds of everything else in a step by tokens verified
+        self.verify_price = VerifyPrice()  # seconds of a token in everything else that a step does
         self._rates: dict[int, tuple[float, float, int]] = {}  # batch octave -> tokens, seconds, steps
         self._next = [
             (0.0, 0.0)
         ] * _BINS  # by acceptance: sum and number of the acceptances one position later
-        self._drafts = 0
+        self._drafts = self._explorations = 0
+        self._paused = False
+
+    def pause(self) -> None:
+        """The scheduler asked for no draft in this step."""
+        self._paused = True
 
     def begin(self, limit: int, sampled: Sequence[bool], active: Sequence[bool]) -> None:
         """A draft of at most `limit` tokens for each request of a batch begins.
@@ -66,13 +80,12 @@ class RequestWindow:
         self._last = [1.0] * batch
         self._open = list(active)
         self._lengths = [0] * batch
-        self._drafts += 1
-        explored, due = divmod(self._drafts, _EXPLORE_EVERY)
-        self._explored = explored % batch if batch and due == 0 else -1
-        self._rate = self._rate_at(batch)
-        self._token_price = self._rate * self.verify_cost.marginal_seconds(batch) if self._rate else 0.0
-        known = self._rate and self.pass_cost.observations >= IDENTIFIED
-        self._pass_price = self._rate * self.pass_cost.step_seconds(batch, 0) if known else 0.0
+        self._choose_explored(batch)
+        rate, token_seconds = self._rate_at(batch), self.verify_price.seconds_per_token(batch)
+        known = token_seconds is not None and self.pass_cost.observations >= IDENTIFIED
+        self._learning_length = self._next_learning_length(limit, token_seconds is None)
+        self._token_price = rate * token_seconds if token_seconds is not None else 0.0
+        self._pass_price = rate * self.pass_cost.step_seconds(batch, 0) if known else 0.0
 
     def add(self, confidences: Sequence[float]) -> bool:
         """Take the drafter's top-1 probabilities at the next position; whether to draft the position after it.
@@ -96,8 +109,10 @@ class RequestWindow:
                 gain += max(0.0, self._survival[row] * self._expect_next(chance) - self._token_price)
             else:
                 self._open[row] = False
-        if position + 1 < self.minimum:
+        if position + 1 < self.minimum or (self._explored >= 0 and position + 1 < self._explored_depth):
             return True
+        if self._learning_length is not None:
+            return position + 1 < self._learning_length
         return any(self._open) and gain >= self._pass_price
 
     def lengths(self) -> list[int]:
@@ -124,9 +139,29 @@ class RequestWindow:
         total, spent, steps = self._rates.get(batch.bit_length(), (0.0, 0.0, 0))
         return batch * total / spent if steps >= _RATE_KNOWN and spent > 0 else 0.0
 
+    def _choose_explored(self, batch: int) -> None:
+        """The request of this draft that is left untrimmed, -1 for none, and up to which position."""
+        self._drafts += 1
+        due = self._paused or self._drafts % _EXPLORE_EVERY == 0
+        self._paused = False
+        self._explored = self._explorations % batch if due and batch else -1
+        self._explored_depth = _EXPLORE_DEPTHS[self._explorations % len(_EXPLORE_DEPTHS)]
+        self._explorations += due
+
+    def _next_learning_length(self, limit: int, unknown: bool) -> int | None:
+        """What all drafts are cut to, to learn the price of a token; None: they are of what they are worth."""
+        every = _RELEARN_AT_FIRST if self._drafts <= _FIRST_DRAFTS else _RELEARN_EVERY
+        turn, rest = divmod(self._drafts, 1 if unknown else every)
+        if rest:
+            return None
+        length = _LEARNING_LENGTHS[turn % len(_LEARNING_LENGTHS)]
+        return length if limit > 1 else length // 2
+
     def _keeps(self, row: int, position: int) -> bool:
-        if position < self.minimum or row == self._explored:
+        if position < self.minimum or (row == self._explored and position < self._explored_depth):
             return True
+        if self._learning_length is not None:
+            return position < self._learning_length
         return self._survival[row] >= self._token_price
 
     def _learn_next(self, before: float, chance: float) -> None:

@@ -138,14 +138,6 @@ class StepCost:
         """Steps taken in so far."""
         return self._now
 
-    def marginal_seconds(self, batch: int, num_draft_tokens: int = 0) -> float:
-        """What one more request adds to a step, by the base alone; 0 while batch sizes seen are too alike to tell."""
-        seen = [cell.batch for cell in self._cells.values()]
-        if self._profile is None and (not seen or max(seen) < 1.3 * min(seen)):
-            return 0.0
-        more = self._base(2 * batch, num_draft_tokens, 0) - self._base(batch, num_draft_tokens, 0)
-        return max(0.0, more / batch)
-
     def table(self, batch: int, lengths: Sequence[int], context: int | None = None) -> list[float]:
         """`step_seconds` at ascending draft lengths, made non-decreasing by pooling neighbours that violate it."""
         pools: list[tuple[float, int]] = []

@@ -35,8 +35,14 @@ _DRAFTS = "ppow:spec_decode_drafts_total{num_draft_tokens="  # ours, by length o
 _PERCENTILES = ("50", "99")
 
 
-def make_arms(fixed_windows: Sequence[int], adapter: Path) -> dict[str, dict[str, Any] | None]:
-    """Arm -> speculative config; ours may draft as many tokens as the longest fixed window."""
+def make_arms(
+    fixed_windows: Sequence[int], adapter: Path, per_request: bool = False
+) -> dict[str, dict[str, Any] | None]:
+    """Arm -> speculative config; ours may draft as many tokens as the longest fixed window.
+
+    Args:
+        per_request: ours also trims drafts request by request.
+    """
 
     def spec(num_speculative_tokens: int, window: str) -> dict[str, Any]:
         return {
@@ -48,7 +54,9 @@ def make_arms(fixed_windows: Sequence[int], adapter: Path) -> dict[str, dict[str
 
     arms: dict[str, dict[str, Any] | None] = {NONE: None}
     arms |= {fixed(k): spec(k, "fixed") for k in sorted(set(fixed_windows))}
-    return {**arms, ADAPTIVE: spec(max(fixed_windows), "adaptive")}
+    ours = spec(max(fixed_windows), "adaptive")
+    ours["ppow"]["per_request"] = per_request
+    return {**arms, ADAPTIVE: ours}
 
 
 def make_groups(arms: Sequence[str], max_servers: int) -> list[tuple[str, ...]]:
@@ -265,6 +273,7 @@ def _numbers(kind: type) -> Any:
     "--levels", default="1,2,4,8,16,32", show_default=True, callback=_numbers(int), help="concurrencies"
 )
 @click.option("--windows", default="1,2,3,5,8,10", show_default=True, callback=_numbers(int), help="fixed K")
+@click.option("--per-request", is_flag=True, help="ours also trims drafts request by request")
 @click.option("--temperatures", default="0", show_default=True, callback=_numbers(float))
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--output-len", default=64, show_default=True, help="output tokens of every request")
@@ -297,10 +306,12 @@ def main(
     settings = {**given, "adapter": str(adapter or f"trained, {training_steps} steps")}
     facts = {**{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, **machine_facts()}
     rounds = facts.pop("rounds")  # more rounds of the same sweep may follow later
+    if not facts["per_request"]:
+        del facts["per_request"]  # sweeps from before there was a choice go on
     lines = sweep_table.read_results(output / "results.jsonl", facts)
     if not report_only:
         adapter = adapter or train_adapter(output / "adapter", training_steps)
-        arms = make_arms(settings["windows"], adapter)
+        arms = make_arms(settings["windows"], adapter, settings["per_request"])
         groups = make_groups(list(arms), affordable_servers(max_servers, gib_per_server, lines))
         total = rounds * len(settings["temperatures"]) * len(settings["levels"]) * sum(map(len, groups))
         done = {sweep_table.block_of(line) for line in lines}

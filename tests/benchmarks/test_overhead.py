@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import bench_adapters
 import click
 import overhead
@@ -27,10 +30,24 @@ def test_unequal_work_is_an_error():
 def test_costs_are_of_pairs():
     result = overhead.summarise([(1.0, 1.01), (2.0, 2.0), (10.0, 10.3)], 0.01)
     assert result["cost_median"] == pytest.approx(0.01)
-    assert result["cost_half_range"] == pytest.approx(0.015)
+    assert result["cost_interval"] is None, "three pairs are too few for one"
     assert result["met"] == (result["cost_median"] <= 0.01)
     assert not overhead.summarise([(1.0, 1.2)], 0.05)["met"]
     assert "MISSED" in overhead.show("step", overhead.summarise([(1.0, 1.2)], 0.05))
+
+
+def test_the_interval_holds_the_median_of_what_is_drawn_from():
+    """Exact ranks from tables of the sign test, and coverage on a skewed law with outliers."""
+    assert overhead.median_interval(range(5)) is None
+    assert overhead.median_interval(range(6)) == (0, 5)
+    assert overhead.median_interval(range(16)) == (3, 12)
+    assert overhead.median_interval(range(100)) == (39, 60)
+    draw = random.Random(0)
+    intervals = [
+        overhead.median_interval([draw.expovariate(1.0) ** 3 for _ in range(16)]) for _ in range(2000)
+    ]
+    covered = sum(low <= math.log(2) ** 3 <= high for low, high in intervals)
+    assert 0.95 <= covered / 2000 <= 0.985
 
 
 def test_the_bare_arm_is_without_the_plugin(tmp_path):

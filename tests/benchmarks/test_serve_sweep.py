@@ -48,7 +48,12 @@ def test_arms_are_genuine_servers_of_one_adapter(tmp_path):
         "method": "ppow", "model": str(tmp_path), "num_speculative_tokens": 5, "ppow": {"window": "fixed"},
     }  # fmt: skip
     assert arms[ADAPTIVE]["num_speculative_tokens"] == 10
-    assert arms[ADAPTIVE]["ppow"] == {"window": "adaptive"}
+    assert arms[ADAPTIVE]["ppow"] == {"window": "adaptive", "per_request": False}
+    trimmed = serve_sweep.make_arms(FIXED, tmp_path, per_request=True)
+    assert trimmed[ADAPTIVE]["ppow"] == {"window": "adaptive", "per_request": True}
+    assert {arm: trimmed[arm] for arm in trimmed if arm != ADAPTIVE} == {
+        arm: arms[arm] for arm in arms if arm != ADAPTIVE
+    }
 
 
 @pytest.mark.parametrize(("servers", "groups"), [(3, 6), (4, 3), (5, 2), (8, 1), (20, 1)])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import random
+from collections.abc import Callable
 
 import pytest
 
 from vllm_ppow.request_window import RequestWindow
+from vllm_ppow.step_cost import IDENTIFIED
 
 K = 8
 
@@ -35,10 +37,12 @@ class Requests:
 PASS, FIXED, TOKEN = 1.0e-3, 5e-3, 1.0e-3  # seconds of a drafter pass, of a step, of a verified token
 
 
-def adaptive(requests: Requests, steps: int, window: RequestWindow) -> tuple[float, list[list[int]]]:
-    """Tokens per second, and the lengths of each step."""
+def adaptive(
+    requests: Requests, steps: int, window: RequestWindow, slowdown: Callable[[int], float] = lambda step: 1.0
+) -> tuple[float, list[list[int]]]:
+    """Tokens per second, and the lengths of each step; `slowdown` is what a step's clock is multiplied by."""
     tokens, seconds, chosen = 0, 0.0, []
-    for _ in range(steps):
+    for step in range(steps):
         chances = requests.chances()
         window.begin(K, [False] * requests.batch, [True] * requests.batch)
         passes = 1
@@ -49,9 +53,9 @@ def adaptive(requests: Requests, steps: int, window: RequestWindow) -> tuple[flo
         accepted = [requests.accepted(row, n) for row, n in zip(chances, lengths, strict=True)]
         for row, n, count in zip(window.confidences, lengths, accepted, strict=True):
             window.observe(False, row[:n], count)
-        verifying = FIXED + TOKEN * (requests.batch + sum(lengths))
+        verifying = slowdown(step) * (FIXED + TOKEN * (requests.batch + sum(lengths)))
         spent = verifying + PASS * passes
-        window.verify_cost.observe(verifying, requests.batch + sum(lengths), 0)
+        window.verify_price.observe(requests.batch, requests.batch + sum(lengths), verifying)
         window.observe_step(requests.batch, sum(accepted) + requests.batch, spent)
         tokens += sum(accepted) + requests.batch
         seconds += spent
@@ -73,9 +77,8 @@ def test_better_than_every_fixed_length(batch, easy):
     """Where requests differ, one length for all wastes on some or leaves something with others."""
     best = max(fixed(Requests(batch, easy, k), 1500, k) for k in range(K + 1))
     window = RequestWindow(K)
-    window.verify_cost.observe(
-        FIXED + TOKEN * batch, batch, 0
-    )  # the scheduler begins with steps that draft nothing
+    for _ in range(IDENTIFIED):  # the scheduler begins with steps that draft nothing
+        window.verify_price.observe(batch, batch, FIXED + TOKEN * batch)
     adaptive(Requests(batch, easy), 300, window)
     rate, chosen = adaptive(Requests(batch, easy, 1), 1000, window)
     assert rate > 1.05 * best
@@ -83,17 +86,65 @@ def test_better_than_every_fixed_length(batch, easy):
         assert any(len(set(lengths)) > 1 for lengths in chosen)
 
 
-def test_nothing_is_priced_before_costs_are_known():
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_slow_first_steps_do_not_end_drafting(batch):
+    """First uses make the first drafts look ten times as dear; it is found out that they are not."""
+    best = max(fixed(Requests(batch, 0.5, k), 1500, k) for k in range(K + 1))
     window = RequestWindow(K)
-    window.begin(K, [False], [True])
-    assert all(window.add([0.01]) for _ in range(K - 1))
-    window.add([0.01])
-    assert window.lengths() == [K]
+    adaptive(Requests(batch, 0.5), 200, window, lambda step: 10.0 if step < 4 else 1.0)
+    rate, _ = adaptive(Requests(batch, 0.5, 1), 1000, window)
+    assert rate > best
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_noisy_clock_costs_little(batch):
+    best = max(fixed(Requests(batch, 0.5, k), 1500, k) for k in range(K + 1))
+    noise, window = random.Random(7), RequestWindow(K)
+    adaptive(Requests(batch, 0.5), 400, window, lambda step: noise.lognormvariate(0.0, 0.15))
+    rate, _ = adaptive(Requests(batch, 0.5, 1), 1000, window, lambda step: noise.lognormvariate(-0.011, 0.15))
+    assert rate > 0.98 * best
+
+
+def test_drafts_are_found_to_pay_again():
+    """A stretch in which nothing is accepted leaves explorations only, and they cost about one percent."""
+    window = RequestWindow(K)
+    adaptive(Requests(1, 0.5), 300, window)
+    hopeless, _ = adaptive(Requests(1, 0.0), 3000, window)
+    assert hopeless > 0.97 * max(fixed(Requests(1, 0.0, k), 3000, k) for k in range(K + 1))
+    adaptive(Requests(1, 0.9), 2000, window)
+    rate, _ = adaptive(Requests(1, 0.9, 1), 1000, window)
+    assert rate > 0.97 * max(fixed(Requests(1, 0.9, k), 1500, k) for k in range(K + 1))
+
+
+def test_the_first_draft_after_a_pause_explores():
+    window = RequestWindow(K)
+    adaptive(Requests(1, 0.0), 300, window)
+    for paused in (False, True):
+        window._drafts = 300  # none is due
+        if paused:
+            window.pause()
+        window.begin(K, [False], [True])
+        window.add([0.001])
+        assert window.lengths() == [int(paused)]
+
+
+@pytest.mark.parametrize(("limit", "lengths"), [(K, {1, 3}), (2, {1, 2}), (1, {0, 1})])
+def test_lengths_take_turns_until_a_token_has_a_price(limit, lengths):
+    """Whatever the drafter says of its tokens: a price shows only where the number of tokens changes."""
+    window, found = RequestWindow(K), set()
+    for _ in range(8):
+        window.begin(limit, [False], [True])
+        passes = 1
+        while window.add([0.01]) and passes < limit:
+            passes += 1
+        found |= set(window.lengths())
+    assert found == lengths
 
 
 def test_the_minimum_is_kept_and_unused_requests_decide_nothing():
     requests, window = Requests(4, 0.0), RequestWindow(K, minimum=2)
-    window.verify_cost.observe(FIXED + TOKEN * 4, 4, 0)
+    for _ in range(IDENTIFIED):
+        window.verify_price.observe(4, 4, FIXED + TOKEN * 4)
     _, chosen = adaptive(requests, 300, window)
     assert min(map(min, chosen)) == 2
     window.begin(K, [False] * 2, [False, False])

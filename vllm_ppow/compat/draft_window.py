@@ -99,6 +99,7 @@ class RequestDraftWindow:
         self._ppow_began = self._ppow_passed = now
         self._ppow_pending = {}
         if num_speculative_tokens == 0:
+            self.ppow_window.pause()
             draft = super().propose(num_speculative_tokens, *args, **kwargs)  # type: ignore[misc]
             self._ppow_ended = time.perf_counter()
             return draft
@@ -156,7 +157,7 @@ class RequestDraftWindow:
             if pending is not None and verified and self._ppow_produced[row]:
                 window.observe(pending[0], pending[1][:verified], self._ppow_produced[row] - 1)
         if self._ppow_ended and num_tokens == batch + sum(self._ppow_verified):
-            window.verify_cost.observe(now - self._ppow_ended, num_tokens, 0)
+            window.verify_price.observe(batch, num_tokens, now - self._ppow_ended)
             window.observe_step(batch, sum(self._ppow_produced), now - self._ppow_began)
 
 

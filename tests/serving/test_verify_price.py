@@ -1,0 +1,65 @@
+"""The price of a token in verification, against step times of a known law."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from vllm_ppow.step_cost import IDENTIFIED
+from vllm_ppow.verify_price import VerifyPrice
+
+OVERHEAD, PRICE = 20e-3, 1.5e-3
+
+
+def seconds(num_tokens: int) -> float:
+    return OVERHEAD + PRICE * num_tokens
+
+
+def test_nothing_is_known_before_two_lengths_were_seen_a_few_times():
+    price = VerifyPrice()
+    for _ in range(10):
+        price.observe(4, 4, seconds(4))
+    for _ in range(IDENTIFIED - 1):
+        price.observe(4, 20, seconds(20))
+    assert price.seconds_per_token(4) is None
+    price.observe(4, 20, seconds(20))
+    assert price.seconds_per_token(4) == pytest.approx(PRICE)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 24])
+def test_slope_under_noise(batch):
+    draw, price = random.Random(batch), VerifyPrice()
+    for _ in range(600):
+        tokens = batch + draw.randint(0, 8 * batch)
+        price.observe(batch, tokens, seconds(tokens) * draw.lognormvariate(0.0, 0.1))
+    assert price.seconds_per_token(batch) == pytest.approx(PRICE, rel=0.15)
+
+
+def test_one_slow_step_of_a_length_does_not_count():
+    price = VerifyPrice()
+    for tokens in (1, 5):
+        for _ in range(5):
+            price.observe(1, tokens, seconds(tokens))
+    price.observe(1, 9, 3.0)
+    assert price.seconds_per_token(1) == pytest.approx(PRICE)
+
+
+@pytest.mark.parametrize(("longer", "expected"), [(19e-3, 0.0), (200e-3, (20e-3 + 200e-3) / (1 + 2))])
+def test_between_nothing_and_the_average(longer, expected):
+    """A step that is faster with more tokens is noise, and so is one whose overhead would be negative."""
+    price = VerifyPrice()
+    for _ in range(IDENTIFIED):
+        price.observe(1, 1, 20e-3)
+        price.observe(1, 2, longer)
+    assert price.seconds_per_token(1) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_nearest_octave_known_stands_in():
+    price = VerifyPrice()
+    for batch, slope in ((1, 1e-3), (16, 3e-3)):
+        for tokens in (batch, 3 * batch):
+            for _ in range(IDENTIFIED):
+                price.observe(batch, tokens, OVERHEAD + slope * tokens)
+    assert price.seconds_per_token(2) == pytest.approx(1e-3)
+    assert price.seconds_per_token(64) == pytest.approx(3e-3)

@@ -1,0 +1,78 @@
+"""What one more token adds to the seconds of a target step, by batch size: learned from the clock while serving.
+
+A step of n tokens takes about overhead + n · price. The price is the slope of a line through medians of step times, of
+cells of similar n within one octave of batch sizes; a cell counts once it has been seen a few times, since a single
+slow step (a first use, a pause) beside many of another length would tilt the line, and a price too high ends the very
+drafts that could correct it. It is at most a step's time over its tokens, as overhead is not negative. Left out: the
+drafter's passes, and what a token is worth (request_window.py). Pure Python, microseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from statistics import median
+
+from vllm_ppow.step_cost import CELL_MEMORY, HALF_LIFE, IDENTIFIED
+
+
+class _Cell:
+    """Step times at similar numbers of tokens, and when the last of them was seen."""
+
+    def __init__(self) -> None:
+        self.steps: deque[tuple[int, float]] = deque(maxlen=CELL_MEMORY)
+        self.seen_at = 0
+
+    def tokens(self) -> float:
+        return sum(tokens for tokens, _ in self.steps) / len(self.steps)
+
+    def seconds(self) -> float:
+        return median(seconds for _, seconds in self.steps)
+
+
+class VerifyPrice:
+    """Marginal seconds of a token in verification."""
+
+    def __init__(self) -> None:
+        self._octaves: dict[int, dict[int, _Cell]] = {}
+        self._prices: dict[int, float] = {}
+        self.observations = 0
+
+    def observe(self, batch: int, num_tokens: int, seconds: float) -> None:
+        """A step of `batch` requests verified that many tokens, bonus tokens included, drafting aside."""
+        self.observations += 1
+        octave = batch.bit_length()
+        cell = self._octaves.setdefault(octave, {}).setdefault(_bucket(num_tokens), _Cell())
+        cell.steps.append((num_tokens, seconds))
+        cell.seen_at = self.observations
+        price = self._slope(octave)
+        if price is not None:
+            self._prices[octave] = price
+
+    def seconds_per_token(self, batch: int) -> float | None:
+        """Seconds that one more token adds at a batch size, from the nearest octave known; None while none is."""
+        octave = batch.bit_length()
+        if not self._prices:
+            return None
+        return self._prices[min(self._prices, key=lambda known: (abs(known - octave), known))]
+
+    def _slope(self, octave: int) -> float | None:
+        """Weighted least squares through the medians of the cells that are known; None with fewer than two."""
+        cells = [cell for cell in self._octaves[octave].values() if len(cell.steps) >= IDENTIFIED]
+        if len(cells) < 2:
+            return None
+        weights = [len(c.steps) * 0.5 ** ((self.observations - c.seen_at) / HALF_LIFE) for c in cells]
+        tokens, seconds = [c.tokens() for c in cells], [c.seconds() for c in cells]
+        total = sum(weights)
+        mean = sum(w * n for w, n in zip(weights, tokens, strict=True)) / total
+        middle = sum(w * s for w, s in zip(weights, seconds, strict=True)) / total
+        spread = sum(w * (n - mean) ** 2 for w, n in zip(weights, tokens, strict=True))
+        if spread <= 0:
+            return None
+        tilt = sum(w * (n - mean) * (s - middle) for w, n, s in zip(weights, tokens, seconds, strict=True))
+        return min(max(0.0, tilt / spread), middle / mean)
+
+
+def _bucket(num_tokens: int) -> int:
+    """Numbers of tokens that share a cell: each its own up to 16, then eight to the octave."""
+    return num_tokens if num_tokens <= 16 else 16 + round(8 * math.log2(num_tokens / 16))
