@@ -30,7 +30,12 @@ def train_adapter(output: Path, steps: int) -> Path:
 
 
 def make_adapter(
-    output: Path, scale: float, rank: int = 32, seed: int = 0, num_speculative_tokens: int = 8
+    output: Path,
+    scale: float,
+    rank: int = 32,
+    seed: int = 0,
+    num_speculative_tokens: int = 8,
+    draft_sample_method: str = "greedy",
 ) -> Adapter:
     """An adapter whose deltas are noise.
 
@@ -41,6 +46,7 @@ def make_adapter(
         rank: of the deltas.
         seed: of the noise.
         num_speculative_tokens: as recorded.
+        draft_sample_method: as recorded; an engine swaps only among adapters that draft as it does.
     """
     import torch
     from peft import LoraConfig
@@ -68,7 +74,7 @@ def make_adapter(
         target=ModelRef(str(target), fingerprint_model(target)),
         num_speculative_tokens=num_speculative_tokens,
         draft_cost_ratio=0.12,
-        draft_sample_method="greedy",
-        temperature=0.0,
+        draft_sample_method=draft_sample_method,
+        temperature=0.0 if draft_sample_method == "greedy" else 1.0,
     )
     return write_adapter(output, config, write_peft)

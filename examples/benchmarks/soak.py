@@ -29,6 +29,7 @@ from bench_server import MODEL_NAME, TINY, Server, ServerOptions
 from soak_report import Demands, Findings, as_json
 
 from ppow_train.progress import make_progress
+from vllm_ppow.artifact import read_adapter
 
 ABORTED_SHARE, SAMPLED_SHARE = 0.25, 0.25  # of requests; some are both
 MEMORY_EVERY_S = 2.0
@@ -36,6 +37,10 @@ SWAP_PATH = "/v1/ppow/adapter"
 _BLOCK_TOKENS = 32  # of the KV cache; the smallest that vLLM's CPU kernels take
 _REQUEST_S = 300  # the longest that any request may take
 _ERROR_LINE = re.compile(r"^.*\bERROR \d\d-\d\d .*$", re.MULTILINE)  # as vLLM's loggers write it
+
+
+class SwapRefusedError(Exception):
+    """The server did not swap."""
 
 
 class Client:
@@ -67,9 +72,15 @@ class Client:
         return True
 
     async def swap(self, adapter: Path) -> None:
-        """Hot-swap the adapter through the plugin's endpoint; it is kept, whatever its acceptance."""
-        async with self._post(SWAP_PATH, {"adapter": str(adapter), "watch": False}) as answer:
-            await answer.read()
+        """Hot-swap the adapter through the plugin's endpoint; it is kept, whatever its acceptance.
+
+        Raises:
+            SwapRefusedError: with the server's own words.
+        """
+        body, timeout = {"adapter": str(adapter), "watch": False}, aiohttp.ClientTimeout(total=_REQUEST_S)
+        async with self.session.post(self.server.url + SWAP_PATH, json=body, timeout=timeout) as answer:
+            if answer.status != 200:
+                raise SwapRefusedError(f"{answer.status}: {await answer.text()}")
 
     def _body(self, prompt: str, temperature: float) -> dict[str, Any]:
         limits = {"max_tokens": self.max_tokens, "ignore_eos": True, "temperature": temperature}
@@ -152,7 +163,7 @@ class Soak:
             try:
                 await swap()
                 self.found.swaps += 1
-            except (TimeoutError, aiohttp.ClientError) as error:
+            except (TimeoutError, aiohttp.ClientError, SwapRefusedError) as error:
                 self.found.errors.append(f"hot swap after {self.elapsed:.0f} s: {error}")
 
     async def _watch_memory(self) -> None:
@@ -202,7 +213,9 @@ def gather_adapters(given: Sequence[Path], output: Path) -> list[Path]:
     directory = output.resolve() / "adapters"
     shutil.rmtree(directory, ignore_errors=True)
     if not given:
-        given = [train_adapter(output / "trained", 100), make_adapter(output / "noise", 0.1).directory]
+        trained = train_adapter(output / "trained", 100)
+        drafts = read_adapter(trained).config.draft_sample_method
+        given = [trained, make_adapter(output / "noise", 0.1, draft_sample_method=drafts).directory]
     return [Path(shutil.copytree(path, directory / f"{index}")) for index, path in enumerate(given)]
 
 

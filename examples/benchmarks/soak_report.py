@@ -11,6 +11,7 @@ from typing import Any
 WARM_UP_SHARE = 0.25  # of a soak's time; until then caches and allocators fill
 MIN_COMPARED_SHARE = 0.5  # of the prompts, that the target itself continues alike alone and in company
 _MOST_SHOWN = 5
+_MOST_SAMPLES = 60  # of a process in the report
 
 
 @dataclasses.dataclass
@@ -119,7 +120,7 @@ def violations(found: Findings, demands: Demands) -> list[str]:
 
 
 def as_json(found: Findings, demands: Demands, settings: dict[str, Any]) -> dict[str, Any]:
-    """The whole report; memory as first, largest and last MiB, and its growth."""
+    """The whole report; memory as first, largest and last MiB, its growth, and a thinned [seconds, MiB] series."""
     memory = {
         process: {
             "samples": len(samples),
@@ -127,6 +128,10 @@ def as_json(found: Findings, demands: Demands, settings: dict[str, Any]) -> dict
             "largest_mib": max(mib for _, mib in samples),
             "last_mib": samples[-1][1],
             "growth_after_warm_up_mib": growth_mib(samples),
+            "series": [
+                [round(second), round(mib, 1)]
+                for second, mib in samples[:: -(-len(samples) // _MOST_SAMPLES)]
+            ],
         }
         for process, samples in found.memory.items()
         if samples

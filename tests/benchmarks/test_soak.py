@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import math
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import aiohttp
+import aiohttp.web
 import pytest
 import soak
 import soak_report
+from aiohttp.test_utils import TestServer
 from bench_adapters import make_adapter
 from soak_report import Demands, Findings
 
@@ -85,6 +91,27 @@ def test_error_lines_of_a_log():
     assert len(soak._ERROR_LINE.findall(log)) == 2
 
 
+def test_a_refused_swap_is_an_error_in_the_servers_words(tmp_path):
+    """Without a swap the soak would test less than it says."""
+
+    async def refuse(request):
+        return aiohttp.web.json_response({"error": "It was trained for another drafter."}, status=409)
+
+    async def swap_once():
+        app = aiohttp.web.Application()
+        app.router.add_post(soak.SWAP_PATH, refuse)
+        async with TestServer(app) as fake, aiohttp.ClientSession() as session:
+            client = soak.Client(session, SimpleNamespace(url=str(fake.make_url("")).rstrip("/")), 8)
+            load = soak.Soak(client, ["a"], [[1]], Findings(), seed=0)
+            load.deadline = time.monotonic() + 0.3
+            await load._swap(lambda: client.swap(tmp_path), every=0.2)
+            return load.found
+
+    found = asyncio.run(swap_once())
+    assert found.swaps == 0
+    assert "It was trained for another drafter." in found.errors[0]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_one_minute_on_real_servers(tmp_path):
@@ -103,7 +130,7 @@ def test_one_minute_on_real_servers(tmp_path):
         "--max-tokens",
         "32",
         "--swap-every",
-        "0",
+        "15",
         "--kv-blocks",
         "48",
         "--max-growth-mib",
@@ -117,4 +144,5 @@ def test_one_minute_on_real_servers(tmp_path):
     assert report["passed"]
     assert report["compared"] > 0
     assert report["preemptions"] > 0
+    assert report["swaps"] == 3
     assert len(report["memory"]) >= 2, "API server and engine are watched both"

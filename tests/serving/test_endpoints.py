@@ -138,7 +138,8 @@ def test_off(root, counts, allowed, args):
     assert engine.adapters == ["start"]
 
 
-def test_refusals_are_sentences(root, counts):
+def test_refusals_are_sentences_and_in_the_log(root, counts, caplog, monkeypatch):
+    monkeypatch.setattr(endpoints.logger, "propagate", True)  # vLLM's loggers keep to themselves
     engine = Engine({"directory": str(root), "repo": None})
     with client(engine) as http:
         outside = http.post(PATH, json={"adapter": str(root.parent)})
@@ -147,6 +148,7 @@ def test_refusals_are_sentences(root, counts):
         assert http.post(PATH, json={"undo": True}).json() == {"error": "none"}
         for body in (b"{", b"[]", b'{"adapter": 1}', b"\xff"):
             assert http.post(PATH, content=body).status_code == 400
+    assert sum("The adapter was not swapped: " in record.getMessage() for record in caplog.records) == 3
     assert engine.adapters == ["start"]
 
 

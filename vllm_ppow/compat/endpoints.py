@@ -185,6 +185,7 @@ async def _respond(request: Request, asked: dict[str, Any] | None) -> JSONRespon
     try:
         return JSONResponse(await (service.describe() if asked is None else service.change(asked)))
     except ArtifactError as error:
+        logger.warning("The adapter was not swapped: %s", error)
         return JSONResponse({"error": str(error)}, 409)
 
 
