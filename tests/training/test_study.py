@@ -91,6 +91,10 @@ def test_names_in_a_plan_must_fit(tmp_path):
         plan(cells=(cell(tuned_like="nowhere"),))
     with pytest.raises(UserError, match="names the arm 'third', known are one, other"):
         plan(reference="third")
+    with pytest.raises(UserError, match="other may not set serving_temperature, seed: cells give"):
+        plan(arms={"one": {}, "other": {"seed": 1, "serving_temperature": 0.0}})
+    with pytest.raises(UserError, match="options may not set max_steps"):
+        plan(options={"max_steps": 3})
 
 
 # ---------------------------------------------------------------- schedule

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from collections import namedtuple
 
 import pytest
@@ -131,12 +133,20 @@ def test_what_was_half_written_is_not_taken(target, trajectories, tmp_path, monk
         with pytest.raises(ZeroDivisionError):
             DiskCache(target, trajectories, tmp_path, "sha256:0")
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".target-0123456789abcdef.kill9").mkdir()  # what a kill leaves
+    young, old, foreign = (
+        tmp_path / name
+        for name in (".target-0123456789abcdef.kill9", ".target-0123456789abcdef.yesterday", ".cache.old")
+    )
+    for left in (young, old, foreign):  # what a kill leaves, and what is not ours
+        left.mkdir()
+    for left in (old, foreign):
+        os.utime(left, (time.time() - 90_000,) * 2)
     cache = DiskCache(target, trajectories, tmp_path, "sha256:0")
     assert [path.name for path in sorted(cache.directory.iterdir())] == [
         f"states-{index:05}.safetensors" for index in range(3)
     ]
     assert_alike(MemoryCache(target, trajectories), cache, trajectories)
+    assert (young.exists(), old.exists(), foreign.exists()) == (True, False, True)
 
 
 def test_the_estimate_is_what_is_written(target, trajectories, tmp_path):

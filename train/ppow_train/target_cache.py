@@ -8,11 +8,13 @@ need the target's keys and values as well, which are never kept. Left out: what 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
@@ -31,6 +33,7 @@ AUTO_BYTES = 2 * 2**30
 _BATCH = 16  # trajectories per forward; part of the numbers (batches of other sizes round differently)
 _SHARD = 256  # trajectories per file
 _FORMAT = 1
+_ABANDONED_S = 24 * 3600
 
 
 class TargetCache(Protocol):
@@ -214,10 +217,19 @@ def _check_room(directory: Path, needed: int) -> None:
         )
 
 
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what processes that were killed while they wrote have left: unfinished, and not written to for a day."""
+    for unfinished in cache.glob(".target-*.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - unfinished.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def _write_shards(directory: Path, states: Iterator[torch.Tensor]) -> None:
     """Whole or not at all."""
     from safetensors.torch import save_file
 
+    _remove_abandoned(directory.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         shard: dict[str, torch.Tensor] = {}

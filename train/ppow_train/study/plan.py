@@ -34,6 +34,19 @@ class Cell:
     tuned_like: str | None = None
 
 
+# Training options that the cell, the seed, the schedule or the study itself decides: an arm that set one would run as
+# something else than the table says.
+DECIDED_ELSEWHERE = (
+    "serving_temperature",
+    "seed",
+    "max_steps",
+    "learning_rate",
+    "output_dir",
+    "use_cpu",
+    "save_strategy",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A whole study.
@@ -77,6 +90,12 @@ class Plan:
         for cell in self.cells:
             if cell.tuned_like is not None and cell.tuned_like not in names:
                 raise UserError(f"Cell {cell.name} is tuned like {cell.tuned_like!r}, which is no cell.")
+        for place, options in {"options": self.options, **self.arms}.items():
+            if decided := [name for name in DECIDED_ELSEWHERE if name in options]:
+                raise UserError(
+                    f"The plan's {place} may not set {', '.join(decided)}: cells give temperatures, seeds, steps and "
+                    "learning_rates the rest."
+                )
         for arm in (self.reference, *(self.long_arms or ())):
             if arm not in self.arms:
                 raise UserError(f"The plan names the arm {arm!r}, known are {', '.join(self.arms)}.")
