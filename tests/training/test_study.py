@@ -114,6 +114,20 @@ def test_rates_are_chosen_where_they_were_tuned():
     assert {key.learning_rate for key in reported if key.arm == "one"} == {0.2}
 
 
+def test_a_cell_may_have_rates_of_its_own():
+    """Where the drafter is at home already, what suits a new domain undoes what it knows."""
+    study = plan(cells=(cell(), cell("home", learning_rates=(0.01, 0.02)), cell("near", tuned_like="home")))
+    assert [study.rates_of("one", each) for each in study.cells] == [(0.1, 0.2), (0.01, 0.02), (0.01, 0.02)]
+    assert [study.rates_of("other", each) for each in study.cells] == [(0.1,), (0.01, 0.02), (0.01, 0.02)]
+    tuned = [
+        (key.cell, key.arm, key.learning_rate) for key in runs(study, {}, {}) if key and key.phase == "tune"
+    ]
+    assert tuned == [
+        *(("here", "one", rate) for rate in (0.1, 0.2)), ("here", "other", 0.1),
+        *(("home", arm, rate) for arm in ("one", "other") for rate in (0.01, 0.02)),
+    ]  # fmt: skip
+
+
 def test_an_expensive_arm_runs_once_more_for_what_the_reference_affords():
     costs = {"d": {"other": [2.4, 2.5, 9.0], "one": [1.04, 0.97, 1.01]}}
     assert equal_time_steps(costs, "d", "other", 5) == 2
@@ -193,7 +207,7 @@ def test_the_table_says_what_is_clear_of_zero():
     study = plan(cells=(cell(),), seeds=(0, 1, 2))
     done = {start_key("report", study.cells[0]): measured([5.0, 6.0])}
     for arm, value in (("one", 6.0), ("other", 7.0)):
-        for rate in study.rates_of(arm):
+        for rate in study.rates_of(arm, study.cells[0]):
             done[RunKey("tune", "here", arm, 100, 5, rate)] = measured([1.0 - rate])
         for seed in study.seeds:
             done[RunKey("report", "here", arm, seed, 5, 0.1)] = measured([value, value + 1])

@@ -24,6 +24,7 @@ class Cell:
         held_out: JSONL file of the prompts that are reported.
         temperature: of serving, and what is trained for.
         tuned_like: name of the cell whose learning rates are taken; its own where it is not given.
+        learning_rates: tried for every arm where this cell is tuned; the arms' own where they are not given.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Cell:
     held_out: str
     temperature: float
     tuned_like: str | None = None
+    learning_rates: tuple[float, ...] | None = None
 
 
 # Training options that the cell, the seed, the schedule or the study itself decides: an arm that set one would run as
@@ -104,9 +106,10 @@ class Plan:
         """Names of the arms that run for so many updates."""
         return list(self.arms) if steps == self.steps[0] else list(self.long_arms or self.arms)
 
-    def rates_of(self, arm: str) -> tuple[float, ...]:
-        """Learning rates that are tried for an arm."""
-        return tuple(self.arms[arm].get("learning_rates", self.learning_rates))
+    def rates_of(self, arm: str, cell: Cell) -> tuple[float, ...]:
+        """Learning rates that are tried for an arm where a cell is tuned."""
+        own = self.tuning_cell(cell).learning_rates or self.arms[arm].get("learning_rates")
+        return tuple(own or self.learning_rates)
 
     def options_of(self, arm: str) -> dict[str, Any]:
         """Training options of an arm."""
@@ -128,11 +131,15 @@ def read_plan(path: Path) -> Plan:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        cells = tuple(Cell(**cell) for cell in values.pop("cells"))
-        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return Plan(cells=cells, **{**values, **lists})
+        cells = tuple(Cell(**_tuples(cell)) for cell in values.pop("cells"))
+        return Plan(cells=cells, **_tuples(values))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{path} is not a plan of a study ({reason}): see examples/benchmarks/study.yaml."
         ) from error
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists made tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
