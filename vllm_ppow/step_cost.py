@@ -1,10 +1,11 @@
 """How long one engine step takes, by batch size and draft length: from a cost profile, and always from the clock.
 
-Observations are the wall times between decode-only steps. They are kept in cells of equal draft length and similar
-batch, as medians of the last few, so that pauses, compilation and stray prefill do no harm and a change of the machine
-is followed. Between and beyond cells stands a base: the cost profile where there is one, else a ridge regression on
-[1, B, K, K·B, context] with no negative coefficient (so it grows in each). A cell shifts the base by what it saw. Left
-out: acceptance (acceptance.py) and the choice (window.py). Pure Python, microseconds per call except for the fit.
+Observations are the wall times between decode-only steps, brought to one pace of the machine (pace.py). They are kept
+in cells of equal draft length and similar batch, as the lower quartile of the last few: pauses and stray prefill, which
+only ever add, do no harm, and a length that was timed two or three times has the benefit of the doubt. Between and
+beyond cells stands a base: the cost profile where there is one, else a ridge regression on [1, B, K, K·B, context] with
+no negative coefficient (so it grows in each). A cell shifts the base by what it saw. Left out: acceptance
+(acceptance.py) and the choice (window.py). Pure Python, microseconds per call except for the fit.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
 from typing import Protocol
 
-# Step times of a cell that are remembered; their median is the cell's.
+from vllm_ppow.pace import Pace
+
+# Step times of a cell that are remembered.
 CELL_MEMORY = 41
-# How far the base is taken to be from the truth (log scale, one standard deviation): what a cell's own median, whose
+# How far the base is taken to be from the truth (log scale, one standard deviation): what a cell saw itself, whose
 # noise is measured, is weighed against.
 BASE_ERROR = 0.05
 # Observations of a draft length in one octave of batch sizes that identify its cost.
 IDENTIFIED = 3
+# The first steps of a cell are not counted.
+FIRST_USES = 2
 # An observation is worth half after that many further ones: cells long unseen yield to the base.
 HALF_LIFE = 4000
+# Observations of a cell that tell how the machine's pace has changed since.
+PACED = 10
 _RIDGE = 1e-3
 _REFIT_EVERY = 32
 
@@ -40,7 +46,7 @@ class _Cell:
 
     def __init__(self) -> None:
         self.seconds: deque[float] = deque(maxlen=CELL_MEMORY)
-        self.batch = self.context = self.median = self.shift = 0.0
+        self.batch = self.context = self.median = self.typical = self.shift = 0.0
         self.seen_at = 0
 
     def add(self, seconds: float, batch: int, context: float, now: int) -> None:
@@ -48,7 +54,9 @@ class _Cell:
         rate = 1.0 / len(self.seconds)
         self.batch += rate * (batch - self.batch)
         self.context += rate * (context - self.context)
-        self.median = median(self.seconds)
+        ascending = sorted(self.seconds)
+        self.median = ascending[len(ascending) // 2]
+        self.typical = ascending[(len(ascending) - 1) // 4]
         self.seen_at = now
 
     def weight(self, now: int) -> float:
@@ -67,14 +75,11 @@ class StepCost:
         self._profile = profile
         self._cells: dict[tuple[int, int], _Cell] = {}
         self._octaves: dict[tuple[int, int], int] = {}
-        self._coefficients = [
-            1.0,
-            0.0,
-            0.1,
-            0.0,
-            0.0,
-        ]  # of [1, B, K, K·B, context / 1024]; any unit does unlearned
+        # Of [1, B, K, K·B, context / 1024]; any unit does while nothing is learned.
+        self._coefficients = [1.0, 0.0, 0.1, 0.0, 0.0]
         self._level = 0.0  # log of clock over profile
+        self._pace = Pace()
+        self._uses: dict[tuple[int, int], int] = {}  # steps seen by cell
         self._noise = 0.1  # of one observation around its cell's median, log scale
         self._now = 0
         self._fitted_at = -_REFIT_EVERY
@@ -89,15 +94,12 @@ class StepCost:
             num_draft_tokens: K, drafted in the step before and in this one.
             context: tokens of all its requests together that attention reads.
         """
-        if seconds <= 0 or batch < 1:
+        if seconds <= 0 or batch < 1 or self._is_first_use((_bucket(batch), num_draft_tokens)):
             return
         self._now += 1
         self._context = context / batch
         cell = self._cells.setdefault((_bucket(batch), num_draft_tokens), _Cell())
-        if (
-            len(cell.seconds) >= IDENTIFIED
-        ):  # mean absolute deviation · 1.25 = standard deviation; outliers are clipped
-            self._noise += 0.02 * (1.25 * min(abs(math.log(seconds / cell.median)), 0.5) - self._noise)
+        seconds = self._at_constant_pace(seconds, cell, batch)
         cell.add(seconds, batch, context, self._now)
         octave = (batch.bit_length(), num_draft_tokens)
         self._octaves[octave] = self._octaves.get(octave, 0) + 1
@@ -105,6 +107,23 @@ class StepCost:
             self._fit()
         else:
             self._update_shift(cell, num_draft_tokens)
+
+    def _at_constant_pace(self, seconds: float, cell: _Cell, batch: int) -> float:
+        """What a step would have taken when what its cell remembers was seen."""
+        octave = batch.bit_length()
+        self._pace.advance(octave)
+        if len(cell.seconds) >= IDENTIFIED:
+            deviation = math.log(seconds / cell.median) - self._pace.of(octave)
+            # mean absolute deviation · 1.25 = standard deviation; outliers are clipped
+            self._noise += 0.02 * (1.25 * min(abs(deviation), 0.5) - self._noise)
+            if len(cell.seconds) >= PACED:
+                self._pace.correct(octave, deviation, self._noise)
+        return seconds * math.exp(-self._pace.of(octave))
+
+    def _is_first_use(self, cell: tuple[int, int]) -> bool:
+        """Whether a step is among the first of a cell: kernels are chosen and buffers made in them."""
+        uses = self._uses[cell] = self._uses.get(cell, 0) + 1
+        return uses <= FIRST_USES
 
     def wanted(self, batch: int, lengths: Sequence[int]) -> list[int]:
         """Draft lengths to try so that costs near this batch size are identified; none with a profile.
@@ -130,8 +149,8 @@ class StepCost:
             num_draft_tokens: K >= 0.
             context: tokens of all requests together; None for what was seen last.
         """
-        shift = self._shift(_bucket(batch), num_draft_tokens)
-        return self._base(batch, num_draft_tokens, context) * math.exp(shift)
+        log = self._shift(_bucket(batch), num_draft_tokens) + self._pace.of(batch.bit_length())
+        return self._base(batch, num_draft_tokens, context) * math.exp(log)
 
     @property
     def observations(self) -> int:
@@ -175,23 +194,23 @@ class StepCost:
         return below[1] + share * (above[1] - below[1])
 
     def _update_shift(self, cell: _Cell, length: int) -> None:
-        """Weigh what a cell saw against the base by their variances: π/2 · noise² / n is that of a median."""
-        seen = math.log(cell.median / self._base(cell.batch, length, cell.context))
+        """Weigh what a cell saw against the base by their variances: about π/2 · noise² / n is a quantile's."""
+        seen = math.log(cell.typical / self._base(cell.batch, length, cell.context))
         variance = 0.5 * math.pi * self._noise**2 / cell.weight(self._now)
         cell.shift = seen * BASE_ERROR**2 / (BASE_ERROR**2 + variance)
 
     def _fit(self) -> None:
-        """Fit the base to the cells' medians, in relative terms, and what the cells say beyond it."""
+        """Fit the base to what the cells saw, in relative terms, and what the cells say beyond it."""
         self._fitted_at = self._now
         cells = [(length, cell, cell.weight(self._now)) for (_, length), cell in self._cells.items()]
         if self._profile is None:
-            rows = [(_features(c.batch, length, c.context), c.median, w) for length, c, w in cells]
+            rows = [(_features(c.batch, length, c.context), c.typical, w) for length, c, w in cells]
             self._coefficients = _non_negative_ridge(rows)
         else:
             total = sum(weight for _, _, weight in cells)
             self._level = 0.0
             self._level = (
-                sum(w * math.log(c.median / self._base(c.batch, n, c.context)) for n, c, w in cells) / total
+                sum(w * math.log(c.typical / self._base(c.batch, n, c.context)) for n, c, w in cells) / total
             )
         for length, cell, _ in cells:
             self._update_shift(cell, length)

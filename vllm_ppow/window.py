@@ -228,7 +228,7 @@ class DraftWindow:
         return probe
 
     def _neighbours(self, best: int) -> list[int]:
-        """Lengths around the best in the order they are probed: next longer, next shorter, longer, far longer."""
+        """Lengths around the best in the order they are probed: next longer, next shorter, longer, half, far longer."""
         at, last = self.lengths.index(best), len(self.lengths) - 1
-        turns = (at + 1, at - 1, at + 1, at + 2, at + 1, at - 1, at + 1, at + 4)
-        return [self.lengths[turn] for turn in turns if 0 <= turn <= last]
+        turns = (at + 1, at - 1, at + 1, at + 2, at // 2, at + 1, at - 1, at + 4)
+        return [self.lengths[turn] for turn in turns if 0 <= turn <= last and turn != at]

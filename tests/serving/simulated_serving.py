@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 
 from vllm_ppow.acceptance import AcceptanceEstimate
 from vllm_ppow.step_cost import StepCost
@@ -56,10 +58,29 @@ def new_window(maximum: int = 8, minimum: int = 0, **options: object) -> DraftWi
     )
 
 
+def drifting(seed: int, size: float = 0.15, steps: int = 200) -> Iterator[float]:
+    """Pace of a shared machine, wandering around one: log-normal of that size, forgotten within so many steps."""
+    rng, pace, keep = random.Random(seed), 0.0, 1 - 1 / steps
+    while True:
+        pace = keep * pace + size * (1 - keep**2) ** 0.5 * rng.gauss(0, 1)
+        yield math.exp(pace)
+
+
 def serve(
-    window: DraftWindow, cost: Cost, acceptance: Sequence[float], batch: int, steps: int, seed: int = 0
+    window: DraftWindow,
+    cost: Cost,
+    acceptance: Sequence[float],
+    batch: int,
+    steps: int,
+    seed: int = 0,
+    pace: Iterator[float] | None = None,
+    first_uses: int = 0,
 ) -> tuple[float, list[int]]:
     """Serve that many steps.
+
+    Args:
+        pace: what each step's clock is multiplied by; the rate that is returned is without it.
+        first_uses: so many steps of each draft length are half as long again, on the clock only.
 
     Returns:
         Expected tokens per second by the known acceptance (sampling noise of the tokens themselves left out, of what
@@ -67,7 +88,9 @@ def serve(
     """
     rng = random.Random(seed)
     verified, tokens, seconds, chosen = 0, 0.0, 0.0, []
+    uses: Counter[int] = Counter()
     for _ in range(steps):
+        now = 1.0 if pace is None else next(pace)
         drafted = window.choose(batch, batch * CONTEXT)
         spent = cost(batch, verified, drafted)
         seconds += spent
@@ -82,7 +105,9 @@ def serve(
                 accepted += 1
             window.observe_draft(verified, accepted)
         if drafted == verified and chosen:
-            clock = spent * rng.lognormvariate(0, NOISE) * (5 if rng.random() < OUTLIERS else 1)
+            clock = spent * rng.lognormvariate(0, NOISE) * (5 if rng.random() < OUTLIERS else 1) * now
+            uses[drafted] += 1
+            clock *= 1.5 if uses[drafted] <= first_uses else 1.0
             window.observe_step(clock, batch, drafted, batch * CONTEXT)
         verified = drafted
         chosen.append(drafted)
