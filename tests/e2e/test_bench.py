@@ -1,4 +1,4 @@
-"""`ppow bench` as a user runs it: three engines, one small run, its JSON. Marked slow."""
+"""`ppow bench` as a user runs it: four engines, one small run, its JSON. Marked slow."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_bench_counts_and_compares(tmp_path):
     assert (tmp_path / "out" / "benchmark.png").stat().st_size > 1000
     assert (value["max_tokens"], value["concurrency"]) == (16, 2)
     arms = {row["arm"]: row for row in value["arms"]}
-    assert set(arms) == {"no speculation", "base drafter", "adapter"}
+    assert set(arms) == {"no speculation", "base drafter", "adapter", "adapter, adaptive"}
     for row in arms.values():
         assert row["greedy_output_identical"] is True
         assert row["output_tokens"] == arms["no speculation"]["output_tokens"] > 0

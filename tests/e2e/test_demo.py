@@ -45,10 +45,13 @@ def test_the_loop_trains_serves_and_compares(tmp_path, drafter):
     assert value == json.loads((tmp_path / "demo.json").read_text())
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     rows = {(row["arm"], row["temperature"]): row for row in value["arms"]}
-    assert set(rows) == {
-        (arm, t) for arm in ("no speculation", "base drafter", "adapter") for t in (0.0, 1.0)
-    }
-    for arm in ("base drafter", "adapter"):
+    arms = ("no speculation", "base drafter", "adapter", "adapter, adaptive")
+    assert set(rows) == {(arm, t) for arm in arms for t in (0.0, 1.0)}
+    costlier = {row["arm"]: row for row in value["costlier_target"]["arms"]}
+    assert set(costlier) == set(arms)
+    assert (tmp_path / "demo-costlier.png").read_bytes().startswith(b"\x89PNG")
+    for arm in arms[1:]:
+        assert costlier[arm]["greedy_output_identical"] is True
         assert rows[arm, 0.0]["greedy_output_identical"] is True
         assert rows[arm, 0.0]["output_tokens"] == rows["no speculation", 0.0]["output_tokens"]
     # 20 updates for the new domain: sampled acceptance must rise, else the adapter is not what is served.

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import types
+
 import click
 import pytest
+from rich.console import Console
 
-from ppow_train.benchmark import ArmResult, run_benchmark, sum_counts
+from ppow_train.benchmark import ArmResult, Work, run_benchmark, sum_counts
 from ppow_train.commands.demo import _judge
-from ppow_train.report import as_json, write_json, write_plot
-from ppow_train.serving_eval import ADAPTER, BASE, NONE, Engine, EngineOptions, Run
+from ppow_train.identity import Comparison
+from ppow_train.report import as_json, print_table, write_json, write_plot
+from ppow_train.serving_eval import ADAPTER, ADAPTIVE, BASE, NONE, Engine, EngineOptions, Run, gpu_share
 from vllm_ppow.metrics import SpecDecodeCounts
 
 COUNTS = SpecDecodeCounts(10, 40, 20, (9, 6, 4, 1))
+ERRORS = Comparison(4, 3, 0, ("prompt 0 parts at token 2, decided by 9.000 nats",))
 
 
 def arm(
@@ -24,7 +30,7 @@ def arm(
         100,
         [1.5, 1.0, 2.0],
         [1.1, 1.0, 1.2],
-        identical if temperature == 0 else None,
+        Comparison(4, 4, 0, ()) if identical and temperature == 0 else ERRORS if temperature == 0 else None,
     )
 
 
@@ -69,55 +75,101 @@ def test_files_are_written_whole(tmp_path):
 
 
 class FakeEngine:
-    """Answers like an engine; the adapter's arm changes a token if told to."""
+    """Answers like an engine; the adapter's arms change a token if told to. Counts how many are up."""
 
     different = False
+    tie = False
+    up = 0
+    most_up = 0
 
     def __init__(self, name, options, spec):
-        self.name, self.spec = name, spec
+        self.name, self.spec, self.options = name, spec, options
 
     def __enter__(self):
+        FakeEngine.up += 1
+        FakeEngine.most_up = max(FakeEngine.up, FakeEngine.most_up)
+        assert FakeEngine.up <= self.options.neighbours + 1
         return self
 
     def __exit__(self, *exc_info):
-        return None
+        FakeEngine.up -= 1
 
     def wait_until_ready(self):
         return None
 
-    def run(self, prompts, *, max_tokens, temperature):
-        token = 7 if self.different and self.name == ADAPTER else 3
+    def run(self, prompts, *, max_tokens, temperature, with_gaps=False):
+        token = 7 if self.different and self.name in (ADAPTER, ADAPTIVE) else 3
         return Run(
-            [[token] * max_tokens for _ in prompts], 2.0 if self.spec is None else 1.0, self.spec and COUNTS
+            [[token] * max_tokens for _ in prompts],
+            2.0 if self.spec is None else 1.0,
+            self.spec and COUNTS,
+            [[0.001 if self.tie else 5.0] * max_tokens for _ in prompts] if with_gaps else None,
         )
 
 
-@pytest.mark.parametrize("different", [False, True])
-def test_identity_and_ratios_are_against_no_speculation(monkeypatch, different):
-    import types
-
+def benchmark(monkeypatch, *, side_by_side=True, prompts=1, different=False, tie=False):
+    """Results of stand-in engines by arm."""
     monkeypatch.setattr("ppow_train.benchmark.Engine", FakeEngine)
-    monkeypatch.setattr(FakeEngine, "different", different)
+    for name, value in {"different": different, "tie": tie, "up": 0, "most_up": 0}.items():
+        monkeypatch.setattr(FakeEngine, name, value)
     config = types.SimpleNamespace(drafter_type="eagle3", draft_sample_method="probabilistic")
     adapter = types.SimpleNamespace(config=config, directory="a")
     results = run_benchmark(
         adapter,
         "base",
-        [[1, 2]],
         EngineOptions("t"),
+        Work([[1, 2]] * prompts, max_tokens=5, temperatures=[0.0], rounds=3),
         num_speculative_tokens=4,
-        max_tokens=5,
-        temperatures=[0.0],
-        rounds=3,
+        side_by_side=side_by_side,
     )
-    by_arm = {result.arm: result for result in results}
+    return {result.arm: result for result in results}
+
+
+@pytest.mark.parametrize("side_by_side", [True, False])
+@pytest.mark.parametrize("different", [False, True])
+def test_identity_and_ratios_are_against_no_speculation(monkeypatch, different, side_by_side):
+    by_arm = benchmark(monkeypatch, different=different, side_by_side=side_by_side)
     assert by_arm[NONE].speed_ratios == [1.0] * 3
     assert by_arm[BASE].speed_ratios == [2.0] * 3
     assert by_arm[NONE].speed_over_base == [0.5] * 3
     assert by_arm[ADAPTER].speed_over_base == [1.0] * 3
     assert by_arm[BASE].counts.num_drafts == 30
-    assert by_arm[BASE].identical is True
-    assert by_arm[ADAPTER].identical is not different
+    assert not by_arm[BASE].changes_output
+    for arm_name in (ADAPTER, ADAPTIVE):
+        assert by_arm[arm_name].changes_output is different
+        assert by_arm[arm_name].as_json()["greedy_output_identical"] is not different
+    assert FakeEngine.most_up == (4 if side_by_side else 1)
+
+
+def test_a_tie_of_the_target_is_no_change_and_is_told(monkeypatch, capsys):
+    """Only where it is an exception: a drafter whose every text differs is refused, ties or not."""
+    by_arm = benchmark(monkeypatch, different=True, tie=True)
+    assert by_arm[ADAPTER].changes_output  # one prompt of one
+    rare = ArmResult(ADAPTER, 0.0, COUNTS, 100, [1.0], [1.0], Comparison(8, 7, 1, ()))
+    assert not rare.changes_output
+    assert rare.as_json()["greedy_output_identical"] is False
+    print_table([rare], "title", Console(width=130))
+    assert "1 ties" in capsys.readouterr().out
+
+
+def test_an_arm_that_drafted_nothing_is_shown_and_its_json_is_json(capsys):
+    idle = ArmResult(ADAPTIVE, 1.0, SpecDecodeCounts(0, 0, 0, ()), 100, [1.0], [1.0], None)
+    row = json.loads(json.dumps(idle.as_json(), allow_nan=False))
+    assert row["num_drafts"] == 0
+    assert "accepted_per_draft" not in row
+    print_table([idle], "title", Console(width=130))
+    assert ADAPTIVE in capsys.readouterr().out
+
+
+def test_engines_on_a_gpu_claim_what_is_free_and_leave_room_for_their_neighbours(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu_share(1, 0) is None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    free = {0: 76, 1: 40}
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda gpu: (free[gpu], 80))
+    assert gpu_share(1, 0) == pytest.approx(0.9)
+    assert gpu_share(2, 0) == pytest.approx(0.95 * 40 / 80)
+    assert gpu_share(1, 3) == pytest.approx(0.9 / 4)
 
 
 def test_an_engine_that_cannot_start_says_why():

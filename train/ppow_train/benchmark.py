@@ -1,6 +1,8 @@
 """The comparison that the user cares about: no speculation, base drafter, adapter, on the same prompts in vLLM.
 
-Left out: engines (serving_eval.py), how it is shown (report.py).
+Base drafter and adapter draft K tokens at every step, so that acceptance compares like with like; the last arm is the
+adapter as it is served by default, its draft length chosen at every step. Left out: engines (serving_eval.py), what
+counts as the same output (identity.py), how it is shown (report.py).
 """
 
 from __future__ import annotations
@@ -8,13 +10,43 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppow_train.serving_eval import ADAPTER, BASE, NONE, Engine, EngineOptions, Run, native_spec, ppow_spec
+from ppow_train.identity import Comparison, compare
+from ppow_train.serving_eval import (
+    ADAPTER,
+    ADAPTIVE,
+    BASE,
+    NONE,
+    Engine,
+    EngineOptions,
+    Run,
+    native_spec,
+    ppow_spec,
+)
 from vllm_ppow.artifact import Adapter
 from vllm_ppow.metrics import SpecDecodeCounts
+
+_Runs = dict[str, list[Run]]  # of every arm at one temperature, one run per round
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What every arm does.
+
+    Attributes:
+        prompts: token ids.
+        max_tokens: output tokens per prompt at most.
+        temperatures: of sampling, one after the other.
+        rounds: passes over the prompts at each temperature; a short warm-up precedes the first.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    max_tokens: int
+    temperatures: Sequence[float]
+    rounds: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +58,9 @@ class ArmResult:
         temperature: of sampling.
         counts: vLLM's counters, summed over the rounds; None without speculation.
         num_tokens: output tokens of one round.
-        speed_ratios: output tokens per second over those of the no-speculation run next to it, one per round.
+        speed_ratios: output tokens per second over those of the no-speculation run of the same round, one per round.
         speed_over_base: the same over those of the base drafter's run.
-        identical: greedy output equal to no speculation, token by token; None when sampling.
+        greedy: its greedy output of all rounds against no speculation; None when sampling.
     """
 
     arm: str
@@ -37,7 +69,12 @@ class ArmResult:
     num_tokens: int
     speed_ratios: list[float]
     speed_over_base: list[float]
-    identical: bool | None
+    greedy: Comparison | None
+
+    @property
+    def changes_output(self) -> bool:
+        """Whether greedy output differs from no speculation by more than the target's own ties."""
+        return self.greedy is not None and not self.greedy.holds
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, with the ratios that people read."""
@@ -47,17 +84,17 @@ class ArmResult:
             "output_tokens": self.num_tokens,
             "speed_ratio": _spread(self.speed_ratios),
             "speed_over_base": _spread(self.speed_over_base),
-            "greedy_output_identical": self.identical,
+            "greedy_output_identical": None if self.greedy is None else self.greedy.is_exact,
+            "greedy_output": None if self.greedy is None else dataclasses.asdict(self.greedy),
         }
-        if self.counts is not None:
+        if self.counts is not None and self.counts.num_drafts:  # an adaptive window may have drafted nothing
             row |= {
                 "acceptance_length": self.counts.acceptance_length,
                 "accepted_per_draft": self.counts.mean_accepted,
                 "acceptance_rate": self.counts.acceptance_rate,
                 "acceptance_per_position": list(self.counts.acceptance_per_position),
-                **dataclasses.asdict(self.counts),
             }
-        return row
+        return row | (dataclasses.asdict(self.counts) if self.counts is not None else {})
 
 
 def _spread(ratios: Sequence[float]) -> dict[str, float]:
@@ -67,74 +104,93 @@ def _spread(ratios: Sequence[float]) -> dict[str, float]:
 def run_benchmark(
     adapter: Adapter,
     base_drafter: Path,
-    prompts: Sequence[Sequence[int]],
     options: EngineOptions,
+    work: Work,
     *,
     num_speculative_tokens: int,
-    max_tokens: int,
-    temperatures: Sequence[float],
-    rounds: int,
+    side_by_side: bool,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[ArmResult]:
-    """Run every arm on every prompt, in turn, `rounds` times per temperature.
+    """Run every arm on every prompt, `rounds` times per temperature.
 
     Args:
-        prompts: token ids.
-        rounds: passes over the prompts; the first pass of each arm at each temperature is preceded by a short warm-up.
+        num_speculative_tokens: K; where the window is adaptive the longest.
+        side_by_side: all engines are up and take turns, so that runs that are compared are neighbours in time; else
+            one after the other, so that memory for one is enough.
         say: told what is happening.
     """
     specs = {
         NONE: None,
         BASE: native_spec(adapter, base_drafter, num_speculative_tokens),
         ADAPTER: ppow_spec(adapter, base_drafter, num_speculative_tokens),
+        ADAPTIVE: ppow_spec(adapter, base_drafter, num_speculative_tokens, "adaptive"),
     }
+    groups = [specs] if side_by_side else [{arm: spec} for arm, spec in specs.items()]
+    runs: dict[float, _Runs] = {temperature: {} for temperature in work.temperatures}
+    reference = None
+    for group in groups:
+        with _started(group, options, say) as engines:
+            if NONE in engines and 0 in work.temperatures:
+                say("greedy output without speculation, and how clear each choice was")
+                reference = engines[NONE].run(
+                    work.prompts, max_tokens=work.max_tokens, temperature=0.0, with_gaps=True
+                )
+            for temperature in work.temperatures:
+                runs[temperature] |= _take_turns(engines, work, temperature, say)
+    return [_summarise(arm, t, runs[t], reference if t == 0 else None) for t in runs for arm in specs]
+
+
+@contextlib.contextmanager
+def _started(
+    specs: Mapping[str, dict[str, Any] | None], options: EngineOptions, say: Callable[[str], None]
+) -> Any:
+    """Engines that are up at the same time, by arm."""
+    options = dataclasses.replace(options, neighbours=len(specs) - 1)
     with contextlib.ExitStack() as stack:
         engines = {}
         for arm, spec in specs.items():
             say(f"starting vLLM: {arm}")
             engines[arm] = stack.enter_context(Engine(arm, options, spec))
             engines[arm].wait_until_ready()
-        results = []
-        for temperature in temperatures:
-            runs = _take_turns(engines, prompts, max_tokens, temperature, rounds, say)
-            results += [_summarise(arm, temperature, runs) for arm in specs]
-    return results
+        yield engines
 
 
 def _take_turns(
-    engines: dict[str, Engine],
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    temperature: float,
-    rounds: int,
-    say: Callable[[str], None],
-) -> dict[str, list[Run]]:
+    engines: Mapping[str, Engine], work: Work, temperature: float, say: Callable[[str], None]
+) -> _Runs:
     for engine in engines.values():
-        engine.run(prompts[:4], max_tokens=16, temperature=temperature)
-    runs: dict[str, list[Run]] = {arm: [] for arm in engines}
-    for round_number in range(rounds):
+        engine.run(work.prompts[:4], max_tokens=min(16, work.max_tokens), temperature=temperature)
+    runs: _Runs = {arm: [] for arm in engines}
+    for round_number in range(work.rounds):
         for arm, engine in engines.items():
-            say(f"temperature {temperature:g}, round {round_number + 1} of {rounds}: {arm}")
-            runs[arm].append(engine.run(prompts, max_tokens=max_tokens, temperature=temperature))
+            say(f"temperature {temperature:g}, round {round_number + 1} of {work.rounds}: {arm}")
+            runs[arm].append(engine.run(work.prompts, max_tokens=work.max_tokens, temperature=temperature))
     return runs
 
 
-def _summarise(arm: str, temperature: float, runs: dict[str, list[Run]]) -> ArmResult:
-    own, plain = runs[arm], runs[NONE]
+def _summarise(arm: str, temperature: float, runs: _Runs, reference: Run | None) -> ArmResult:
+    own = runs[arm]
     counted = [run.counts for run in own if run.counts is not None]
     return ArmResult(
         arm=arm,
         temperature=temperature,
         counts=sum_counts(counted) if counted else None,
         num_tokens=own[0].num_tokens,
-        speed_ratios=_ratios(own, plain),
+        speed_ratios=_ratios(own, runs[NONE]),
         speed_over_base=_ratios(own, runs[BASE]),
-        identical=all(run.tokens == plain[0].tokens for run in own) if temperature == 0 else None,
+        greedy=None if reference is None else _compare_all(reference, own),
     )
 
 
+def _compare_all(reference: Run, own: Sequence[Run]) -> Comparison:
+    """Every round's output against the reference's, as one comparison."""
+    assert reference.gaps is not None
+    tokens = [ids for run in own for ids in run.tokens]
+    return compare(reference.tokens * len(own), reference.gaps * len(own), tokens)
+
+
 def _ratios(own: Sequence[Run], other: Sequence[Run]) -> list[float]:
-    """Speed of each run over its neighbour's in the same round."""
+    """Speed of each run over that of the other arm in the same round."""
     return [a.tokens_per_second / b.tokens_per_second for a, b in zip(own, other, strict=True)]
 
 

@@ -22,7 +22,7 @@ from ppow_train.types import Trajectories
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from ppow_train.serving_eval import Engine
+    from ppow_train.serving_eval import Engine, EngineOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,17 +169,14 @@ def open_hugging_face(
 
 
 @contextlib.contextmanager
-def open_vllm(
-    target: Path, sampling: Sampling, *, max_model_len: int, concurrency: int, enforce_eager: bool, dtype: str
-) -> Iterator[VllmBackend]:
+def open_vllm(options: EngineOptions, sampling: Sampling) -> Iterator[VllmBackend]:
     """Start an engine for `VllmBackend`, and stop it at the end.
 
     Raises:
         UserError: it did not start.
     """
-    from ppow_train.serving_eval import Engine, EngineOptions
+    from ppow_train.serving_eval import Engine
 
-    options = EngineOptions(str(target), max_model_len, concurrency, enforce_eager=enforce_eager, dtype=dtype)
     with Engine("data", options, None) as engine:
         engine.wait_until_ready()
         yield VllmBackend(engine, sampling)

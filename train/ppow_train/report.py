@@ -13,20 +13,30 @@ from rich.console import Console
 from rich.table import Table
 
 from ppow_train.benchmark import ArmResult
+from ppow_train.identity import Comparison
+from ppow_train.serving_eval import ADAPTER, ADAPTIVE, BASE
 
 CURVE = "selection.png"  # beside the adapter
 
-_TABLE_WIDTH = 120  # characters; at 8 positions nothing wraps
+_TABLE_WIDTH = 125  # characters; at 8 positions nothing wraps
 _CAPTION = (
-    "T: temperature · length: tokens per target step, as vLLM counts them · accepted up to position: share of drafts · "
-    "drafted, accepted: tokens · ÷ none, ÷ base: output tokens/s over that arm's, median ± half the range · "
-    "same: greedy output token-identical to no speculation"
+    "T: temperature · length: tokens per target step that verified a draft, as vLLM counts them · accepted up to "
+    "position: share of drafts · drafted, accepted: tokens · ÷ none, ÷ base: output tokens/s over that arm's, median "
+    "± half the range · same: greedy output token-identical to no speculation (n ties: but for n texts, which part "
+    "where the target's two best tokens were within rounding) · adaptive: as served by default, K chosen at every step"
 )
+_COLOURS = {BASE: "#888888", ADAPTER: "#d1495b", ADAPTIVE: "#e8a0a9"}
 
 
-def print_table(results: Sequence[ArmResult], title: str, console: Console) -> None:
-    """One row per arm and temperature; wide enough for nobody to have to guess a column."""
-    table = Table(title=title, caption=_CAPTION, box=SIMPLE_HEAD, pad_edge=False)
+def print_table(
+    results: Sequence[ArmResult], title: str, console: Console, *, with_caption: bool = True
+) -> None:
+    """One row per arm and temperature; wide enough for nobody to have to guess a column.
+
+    Args:
+        with_caption: say what the columns are; once for tables that follow each other.
+    """
+    table = Table(title=title, caption=_CAPTION if with_caption else None, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("T", no_wrap=True)
     table.add_column("arm", no_wrap=True)
     columns = ("length", "accepted up to position 1, 2, …", "drafted", "accepted", "÷ none", "÷ base", "same")
@@ -46,18 +56,25 @@ def _cells(result: ArmResult) -> list[str]:
         for s in (row["speed_ratio"], row["speed_over_base"])
     ]
     shown = [f"{result.temperature:g}", result.arm]
-    if result.counts is None:
+    counts = result.counts
+    if counts is None or not counts.num_drafts:
         shown += ["–"] * 4
     else:
-        counts = result.counts
         shown += [
             f"{counts.acceptance_length:.3f}",
             " ".join(f"{share:.2f}".removeprefix("0") for share in counts.acceptance_per_position),
             f"{counts.num_draft_tokens:,}",
             f"{counts.num_accepted_tokens:,}",
         ]
-    identical = {None: "–", True: "yes", False: "NO"}[result.identical]
-    return [*shown, *speeds, identical]
+    return [*shown, *speeds, _sameness(result.greedy)]
+
+
+def _sameness(greedy: Comparison | None) -> str:
+    if greedy is None:
+        return "–"
+    if not greedy.holds:
+        return "NO"
+    return "yes" if greedy.is_exact else f"{greedy.ties} ties"
 
 
 def as_json(results: Sequence[ArmResult], facts: dict[str, Any]) -> dict[str, Any]:
@@ -93,16 +110,15 @@ def write_plot(path: Path, results: Sequence[ArmResult], title: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     temperatures = sorted({result.temperature for result in results})
     styles = dict(zip(temperatures, ("-", "--", ":"), strict=False))
-    colours = {"base drafter": "#888888", "adapter": "#d1495b"}
     for result in results:
-        if result.counts is None:
-            continue
+        if result.arm not in (BASE, ADAPTER) or result.counts is None:
+            continue  # drafts of several lengths have no one curve
         shares = result.counts.acceptance_per_position
         left.plot(
             range(1, len(shares) + 1),
             shares,
             styles.get(result.temperature, "-"),
-            color=colours.get(result.arm),
+            color=_COLOURS[result.arm],
             marker="o",
             markersize=4,
             label=f"{result.arm}, T = {result.temperature:g}",
@@ -153,16 +169,14 @@ def write_curve(path: Path, selection: dict[str, Any]) -> None:
 
 
 def _plot_speed(axes: Any, results: Sequence[ArmResult]) -> None:
-    labels = [f"{result.arm.replace(' ', chr(10))}\nT = {result.temperature:g}" for result in results]
+    labels = [f"{result.arm.replace(' ', chr(10), 1)}\nT = {result.temperature:g}" for result in results]
     rows = [result.as_json()["speed_ratio"] for result in results]
     medians = [row["median"] for row in rows]
     errors = [
         [m - row["min"] for m, row in zip(medians, rows, strict=True)],
         [row["max"] - m for m, row in zip(medians, rows, strict=True)],
     ]
-    colours = [
-        {"base drafter": "#888888", "adapter": "#d1495b"}.get(result.arm, "#cccccc") for result in results
-    ]
+    colours = [_COLOURS.get(result.arm, "#cccccc") for result in results]
     axes.bar(range(len(rows)), medians, yerr=errors, color=colours, capsize=3)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(rows)), labels, fontsize=8)

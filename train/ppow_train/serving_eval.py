@@ -22,7 +22,9 @@ from ppow_train.errors import UserError
 from vllm_ppow.artifact import NATIVE_METHOD, Adapter
 from vllm_ppow.metrics import SpecDecodeCounts
 
-NONE, BASE, ADAPTER = "no speculation", "base drafter", "adapter"
+NONE, BASE, ADAPTER, ADAPTIVE = "no speculation", "base drafter", "adapter", "adapter, adaptive"
+_MOST_OF_A_GPU = 0.9  # what engines claim together at most
+_OF_WHAT_IS_FREE = 0.95  # the rest: contexts that CUDA makes before vLLM looks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class EngineOptions:
         dtype: as in vLLM.
         seed: of the engine; the same calls in the same order sample the same tokens.
         tensor_parallel_size: of the target.
+        neighbours: other engines that are up at the same time on the same GPUs.
     """
 
     target: str
@@ -46,6 +49,7 @@ class EngineOptions:
     dtype: str = "auto"
     seed: int = 0
     tensor_parallel_size: int = 1
+    neighbours: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +60,13 @@ class Run:
         tokens: continuation ids, one list per prompt.
         seconds: wall time of the pass.
         counts: what vLLM counted in it; None without speculation.
+        gaps: per prompt and token, log probability of the best token minus that of the second; None if not asked for.
     """
 
     tokens: list[list[int]]
     seconds: float
     counts: SpecDecodeCounts | None
+    gaps: list[list[float]] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -83,13 +89,15 @@ def native_spec(adapter: Adapter, base_drafter: Path, num_speculative_tokens: in
     }
 
 
-def ppow_spec(adapter: Adapter, base_drafter: Path, num_speculative_tokens: int) -> dict[str, Any]:
-    """The speculative config that serves an adapter, drafting as many tokens per step as the bare drafter's arm."""
+def ppow_spec(
+    adapter: Adapter, base_drafter: Path, num_speculative_tokens: int, window: str = "fixed"
+) -> dict[str, Any]:
+    """The speculative config that serves an adapter; a fixed window drafts as much as the bare drafter's arm."""
     return {
         "method": "ppow",
         "model": str(adapter.directory),
         "num_speculative_tokens": num_speculative_tokens,
-        "ppow": {"base_drafter": str(base_drafter), "window": "fixed"},
+        "ppow": {"base_drafter": str(base_drafter), "window": window},
     }
 
 
@@ -144,12 +152,14 @@ class Engine:
         temperature: float,
         seeds: Sequence[int] | None = None,
         stop_token_ids: Sequence[int] = (),
+        with_gaps: bool = False,
     ) -> Run:
         """Continue prompts (token ids) and count.
 
         Args:
             seeds: one per prompt; without them the engine's own generator goes on.
             stop_token_ids: that end a continuation besides the target's own.
+            with_gaps: tell how clear every choice was; takes longer, so do not time it.
         """
         self._send(
             {
@@ -158,6 +168,7 @@ class Engine:
                 "temperature": temperature,
                 "seeds": None if seeds is None else list(seeds),
                 "stop_token_ids": list(stop_token_ids),
+                "with_gaps": with_gaps,
             }
         )
         answer = self._receive()
@@ -165,7 +176,10 @@ class Engine:
         if counts is not None:
             counts["num_accepted_tokens_per_pos"] = tuple(counts["num_accepted_tokens_per_pos"])
         return Run(
-            answer["tokens"], answer["seconds"], None if counts is None else SpecDecodeCounts(**counts)
+            answer["tokens"],
+            answer["seconds"],
+            None if counts is None else SpecDecodeCounts(**counts),
+            answer["gaps"],
         )
 
     def close(self) -> None:
@@ -225,13 +239,36 @@ def start_engine(options: dict[str, Any], speculative_config: dict[str, Any] | N
     from vllm import LLM
 
     options = dict(options)
+    share = gpu_share(options["tensor_parallel_size"], options.pop("neighbours"))
     return LLM(
         options.pop("target"),
         speculative_config=speculative_config,
         disable_log_stats=False,
         enable_prefix_caching=False,  # the same prompts come again and again; each run must do the same work
+        **({} if share is None else {"gpu_memory_utilization": share}),
         **options,
     )
+
+
+def gpu_share(num_gpus: int, neighbours: int) -> float | None:
+    """The share of every GPU that this engine may claim: vLLM refuses to start where less is free than it claims.
+
+    The models of a training run, or an engine of another arm, may be on the same GPU.
+
+    Args:
+        num_gpus: GPUs that the engine runs on, the first ones that this process sees.
+        neighbours: other engines that are, or will be, up at the same time.
+
+    Returns:
+        In (0, 1]; None without a GPU: vLLM's own default.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, total = zip(*(torch.cuda.mem_get_info(gpu) for gpu in range(num_gpus)), strict=True)
+    smallest = min(f / t for f, t in zip(free, total, strict=True))
+    return min(_MOST_OF_A_GPU / (1 + neighbours), _OF_WHAT_IS_FREE * smallest)
 
 
 def _run_once(llm: Any, request: dict[str, Any], speculating: bool) -> dict[str, Any]:
@@ -245,6 +282,7 @@ def _run_once(llm: Any, request: dict[str, Any], speculating: bool) -> dict[str,
             seed=seed,
             stop_token_ids=request["stop_token_ids"],
             detokenize=False,
+            logprobs=2 if request["with_gaps"] else None,
         )
         for seed in request["seeds"] or [None] * len(prompts)
     ]
@@ -255,7 +293,19 @@ def _run_once(llm: Any, request: dict[str, Any], speculating: bool) -> dict[str,
     counts = None
     if before is not None:
         counts = dataclasses.asdict(SpecDecodeCounts.from_metrics(llm.get_metrics()) - before)
-    return {"tokens": [list(o.outputs[0].token_ids) for o in outputs], "seconds": seconds, "counts": counts}
+    done = [output.outputs[0] for output in outputs]
+    return {
+        "tokens": [list(one.token_ids) for one in done],
+        "seconds": seconds,
+        "counts": counts,
+        "gaps": [[_gap(entry) for entry in one.logprobs] for one in done] if request["with_gaps"] else None,
+    }
+
+
+def _gap(entry: dict[int, Any]) -> float:
+    """Log probability of the best token minus that of the second."""
+    best, second = sorted((one.logprob for one in entry.values()), reverse=True)[:2]
+    return best - second
 
 
 def run_process(serve: Callable[[TextIO, TextIO], None]) -> None:

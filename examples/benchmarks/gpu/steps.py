@@ -20,7 +20,8 @@ from typing import Any
 
 import engines
 import random_pair
-from identity import compare
+
+from ppow_train.identity import compare
 
 ROOT = Path(__file__).parents[3]
 TINY_PAIR = ROOT / "examples" / "tiny"

@@ -72,6 +72,10 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--compile/--eager", "compiled", default=False, help="vllm: compile and capture graphs")
 @click.option(
+    "--tensor-parallel-size", type=click.IntRange(1), default=1, show_default=True,
+    help="vllm: GPUs that the target is spread over",
+)  # fmt: skip
+@click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
     help="of hf and vllm; auto is the target's own",
 )  # fmt: skip
@@ -96,6 +100,7 @@ _OWNERS = {
     "device": ("hf",),
     "dtype": ("hf", "vllm"),
     "compiled": ("vllm",),
+    "tensor_parallel_size": ("vllm",),
     "concurrency": ("vllm", "endpoint"),
     "api_key_env": ("endpoint",),
 }
@@ -149,6 +154,7 @@ class _Request:
     batch_size: int
     concurrency: int
     compiled: bool
+    tensor_parallel_size: int
     dtype: str
     device: str | None
 
@@ -256,18 +262,20 @@ def _facts(
 @contextlib.contextmanager
 def _backend(request: _Request, directory: Path, sampling: Sampling, longest: int) -> Iterator[Backend]:
     from ppow_train.generation import open_hugging_face, open_vllm
+    from ppow_train.serving_eval import EngineOptions
 
     if request.endpoint is not None:
         yield _endpoint(request, directory, sampling)
     elif request.engine == "vllm":
-        with open_vllm(
-            directory,
-            sampling,
-            max_model_len=longest,
-            concurrency=request.concurrency,
+        options = EngineOptions(
+            str(directory),
+            longest,
+            request.concurrency,
             enforce_eager=not request.compiled,
             dtype=request.dtype,
-        ) as engine:
+            tensor_parallel_size=request.tensor_parallel_size,
+        )
+        with open_vllm(options, sampling) as engine:
             yield engine
     else:
         with open_hugging_face(

@@ -1,16 +1,18 @@
 """`ppow demo`: train an adapter for a domain new to the drafter, serve it in vLLM, compare; on the tiny pair.
 
-Left out: training (training.py), measuring (benchmark.py).
+Two tables: what the tiny target accepts, and what that earns where a target step costs as much more than a draft step
+as it does for real targets. Left out: training (training.py), measuring (benchmark.py), the costlier target (tiny/).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,8 +21,11 @@ from ppow_train.options import PPOWOptions
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ppow_train.benchmark import ArmResult
+    from ppow_train.benchmark import ArmResult, Work
     from vllm_ppow.artifact import Adapter
+
+COSTLIER_LAYERS = 32  # of the second table's target: a draft step then takes about a tenth of a target step
+COSTLIER_PROMPTS = 8  # served one at a time, where speculation matters most
 
 
 @click.command()
@@ -57,7 +62,7 @@ def demo(
     seed: int,
     as_json: bool,
 ) -> None:
-    """The whole loop once, on a small real pair, on the CPU: train, serve, compare (2 to 5 minutes on 2 cores).
+    """The whole loop once, on a small real pair: train, serve, compare (3 to 6 minutes on 2 cores).
 
     Exits with 1 when greedy output differs from no speculation or the adapter was not applied.
     """
@@ -79,26 +84,37 @@ def demo(
         highlight=False,
     )
     adapter = _train(tiny, output, drafter, objective, steps, seed, console)
-    results = _serve(adapter, tiny, drafter, num_prompts, max_tokens, rounds, console)
+    work = _work(tiny, num_prompts, max_tokens, rounds)
+    results = _serve(adapter, tiny, drafter, work, console)
+    worth = _serve_costlier(adapter, tiny, drafter, work, console)
     value = to_json(
         results, {"demo": drafter, "training": adapter.config.training, "versions": adapter.config.versions}
     )
+    value |= {"costlier_target": {"layers": COSTLIER_LAYERS, "arms": [arm.as_json() for arm in worth]}}
     title = f"{drafter} drafter on a domain new to it: {num_prompts} held-out prompts × {max_tokens} tokens, in vLLM"
+    costlier_title = f"The same with a target of {COSTLIER_LAYERS} layers, one request at a time"
     write_json(output / "demo.json", value)
     write_plot(output / "demo.png", results, title)
-    print_table(results, title, console)
+    write_plot(output / "demo-costlier.png", worth, costlier_title)
+    print_table(results, title, console, with_caption=False)
+    print_table(worth, costlier_title, console)
     console.print(_meaning(value, objective), highlight=False, soft_wrap=True)
-    spec = json.dumps({"method": "ppow", "model": str(adapter.directory)})
     console.print(
-        f"Details: {output / 'demo.json'}, {output / 'demo.png'} ({time.monotonic() - started:.0f} s in all)"
+        f"Details: {output / 'demo.json'}, two plots beside it ({time.monotonic() - started:.0f} s in all)"
     )
+    _next_steps(adapter, tiny, console)
+    if as_json:
+        click.echo(json.dumps(value))
+    _judge(results)
+    _judge(worth)
+
+
+def _next_steps(adapter: Adapter, tiny: Path, console: Console) -> None:
+    spec = json.dumps({"method": "ppow", "model": str(adapter.directory)})
     console.print("Try next:", style="bold")
     console.print(
         f"  vllm serve {tiny / 'target'} --speculative-config '{spec}'", soft_wrap=True, highlight=False
     )
-    if as_json:
-        click.echo(json.dumps(value))
-    _judge(results)
 
 
 def _train(
@@ -131,36 +147,52 @@ def _train(
         return train_adapter(pair, trajectories, config, output / "adapter", progress=progress).adapter
 
 
-def _serve(
-    adapter: Adapter,
-    tiny: Path,
-    drafter: str,
-    num_prompts: int,
-    max_tokens: int,
-    rounds: int,
-    console: Console,
-) -> list[ArmResult]:
-    from ppow_train.benchmark import run_benchmark
+def _work(tiny: Path, num_prompts: int, max_tokens: int, rounds: int) -> Work:
+    from ppow_train.benchmark import Work
     from ppow_train.data import read_prompts
     from ppow_train.generation import load_tokenizer
+
+    texts = read_prompts(tiny / "prompts" / "tests_held_out.jsonl")[:num_prompts]
+    prompts = load_tokenizer(tiny / "target")(texts)["input_ids"]
+    return Work(prompts, max_tokens, (0.0, 1.0), rounds)
+
+
+def _serve(
+    adapter: Adapter, pair: Path, drafter: str, work: Work, console: Console, concurrency: int = 8
+) -> list[ArmResult]:
+    """Every arm on a pair whose drafter the adapter fits."""
+    from ppow_train.benchmark import run_benchmark
     from ppow_train.serving_eval import EngineOptions
 
-    prompts = read_prompts(tiny / "prompts" / "tests_held_out.jsonl")[:num_prompts]
     return run_benchmark(
         adapter,
-        tiny / drafter,
-        load_tokenizer(tiny / "target")(prompts)["input_ids"],
-        EngineOptions(str(tiny / "target")),
+        pair / drafter,
+        EngineOptions(str(pair / "target"), max_num_seqs=concurrency),
+        work,
         num_speculative_tokens=adapter.config.num_speculative_tokens,
-        max_tokens=max_tokens,
-        temperatures=(0.0, 1.0),
-        rounds=rounds,
+        side_by_side=True,  # the pair is tiny: engines fit beside each other even on a GPU
         say=lambda text: console.print(f"  {text}", style="dim", highlight=False),
     )
 
 
-def _meaning(value: dict, objective: str) -> str:
-    """The table in three sentences, whatever it says."""
+def _serve_costlier(
+    adapter: Adapter, tiny: Path, drafter: str, work: Work, console: Console
+) -> list[ArmResult]:
+    """Every arm with the target that writes the same and costs more; greedy, one request at a time."""
+    from ppow_train.tiny.costlier import carry_over, make_costlier
+    from vllm_ppow.artifact import read_adapter
+
+    neurons = json.loads((tiny / "target" / "config.json").read_text("utf-8"))["intermediate_size"]
+    few = dataclasses.replace(work, prompts=work.prompts[:COSTLIER_PROMPTS], temperatures=(0.0,))
+    with tempfile.TemporaryDirectory() as scratch:
+        pair = Path(scratch) / "pair"
+        make_costlier(tiny, pair, COSTLIER_LAYERS, neurons)
+        fitting = read_adapter(carry_over(adapter.directory, pair))
+        return _serve(fitting, pair, drafter, few, console, concurrency=1)
+
+
+def _meaning(value: dict[str, Any], objective: str) -> str:
+    """The tables in four sentences, whatever they say."""
     rows = {(row["arm"], row["temperature"]): row for row in value["arms"]}
     accepted, speed = [], []
     for temperature in (1.0, 0.0):
@@ -170,26 +202,35 @@ def _meaning(value: dict, objective: str) -> str:
         at = f"at temperature {temperature:g}"
         accepted.append(f"{base:.2f} -> {ours['accepted_per_draft']:.2f} ({gain:+.1f} %) {at}")
         speed.append(f"{ours['speed_over_base']['median']:.2f}× {at}")
-    sentences = [
-        f"Accepted tokens per draft with the adapter ({objective}): {', '.join(accepted)}.",
-        f"Output tokens per second over the base drafter's: {', '.join(speed)}.",
-    ]
-    if any(rows["adapter", temperature]["speed_ratio"]["median"] < 1 for temperature in (1.0, 0.0)):
-        sentences.append(
-            "No speculation is faster still on this pair: its target is so small that a draft step costs nearly as "
-            "much as a target step, which no target worth speculating for does."
-        )
-    return "\n".join(sentences)
+    costlier = value["costlier_target"]
+    tiny = _over_none(row for row in value["arms"] if row["temperature"] == 0)
+    return "\n".join(
+        [
+            f"Accepted tokens per draft with the adapter ({objective}): {', '.join(accepted)}.",
+            f"Output tokens per second over the base drafter's: {', '.join(speed)}.",
+            f"Over no speculation, greedy, on the tiny target, whose steps cost little more than a draft step: {tiny}.",
+            f"The same with {costlier['layers']} layers, one request at a time: {_over_none(costlier['arms'])}.",
+        ]
+    )
+
+
+def _over_none(rows: Iterable[dict[str, Any]]) -> str:
+    speeds = {row["arm"]: row["speed_ratio"]["median"] for row in rows}
+    return (
+        f"base drafter {speeds['base drafter']:.2f}×, adapter {speeds['adapter']:.2f}×, "
+        f"adapter with the adaptive window {speeds['adapter, adaptive']:.2f}×"
+    )
 
 
 def _judge(results: Sequence[ArmResult]) -> None:
     """Fail where a user must not go on."""
     from ppow_train.serving_eval import ADAPTER, BASE
 
-    if any(result.identical is False for result in results):
+    if any(result.changes_output for result in results):
         raise click.ClickException("greedy output differs from no speculation.")
     counts = {(result.arm, result.temperature): result.counts for result in results}
-    if all(counts[BASE, temperature] == counts[ADAPTER, temperature] for temperature in (0.0, 1.0)):
+    temperatures = {result.temperature for result in results}
+    if all(counts[BASE, temperature] == counts[ADAPTER, temperature] for temperature in temperatures):
         raise click.ClickException(
             "the adapter was not applied: vLLM counted exactly what it counts for the base drafter."
         )

@@ -1,9 +1,9 @@
-"""Greedy output of an adapter against the same target without it: identical, or different only where it may be.
+"""Greedy output with speculation against the same target without it: identical, or different only where it may be.
 
-At the same draft length an adapter and its bare drafter give the target batches of one shape, [requests · (K + 1)]
-tokens. Without speculation the target sees [requests · 1]: in bfloat16 kernels for that shape round differently, and
-where the two best tokens are closer than that rounding, either is right. `compare` tells such ties from errors by the
-target's own log probabilities. Left out: running engines (engines.py).
+With speculation the target sees batches of [requests · (K + 1)] tokens, without it of [requests · 1]. In bfloat16 a
+GPU's kernels for other shapes round differently, and where the two best tokens are closer than that rounding, either
+is right: no drafter and no plugin decides it. `compare` tells such ties from errors by the target's own log
+probabilities. Left out: running engines (serving_eval.py).
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ class Comparison:
     identical: int
     ties: int
     errors: tuple[str, ...]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every token is the same."""
+        return self.identical == self.prompts
 
     @property
     def holds(self) -> bool:
