@@ -207,6 +207,7 @@ def main(
         results: dict[str, Any] = {}
         if rounds:
             results["step"] = time_steps(options, specs, prompts, max_tokens, rounds)
+            write_json(output, results)  # starts take long, too
         if starts:
             results |= {f"start_{name}": r for name, r in time_starts(options, specs, starts).items()}
     write_json(output, results)

@@ -53,7 +53,9 @@ def train_into(
         "output_dir": str(directory / "state"),
     }
     config = PPOWConfig(**{**defaults, **options})
-    pair = load_pair(str(directories.target), str(directories.drafter[kind]))
+    pair = load_pair(
+        str(directories.target), str(directories.drafter[kind]), target_dtype=config.target_dtype
+    )
     progress = make_progress(Console(quiet=True))
     result = train_adapter(
         pair,

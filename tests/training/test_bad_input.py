@@ -122,9 +122,11 @@ def test_the_key_of_a_set_tells_sets_apart():
         (facts[0], "sha256:1", *facts[2:]),
         (*facts[:2], 9, 1.0, 0),
         (*facts[:4], 1),
+        (*facts, "bfloat16"),
     )
     keys = {trajectory_key(*f) for f in (facts, *others)}
-    assert len(keys) == 5
+    assert len(keys) == 6
+    assert trajectory_key(*facts) == trajectory_key(*facts, "float32")
     assert trajectory_key(*facts) in keys
 
 

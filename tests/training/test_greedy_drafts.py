@@ -11,11 +11,11 @@ from enumerated_windows import CASE_NAMES, CASES, over_target_paths, windows_on
 from enumeration import Tables, agreement_survival, greedy_draft, greedy_path, random_tables
 
 from ppow_train.objectives import (
+    GreedyDrafts,
+    GreedyTarget,
+    SampledDrafts,
     exact,
-    exact_greedy_drafts,
-    greedy_trajectory,
     make_objective,
-    overlap_greedy_drafts,
     overlap_window,
 )
 from ppow_train.options import PPOWOptions
@@ -47,7 +47,7 @@ def assert_same_gradient(ours: torch.Tensor, wanted: torch.Tensor, tables: Table
 
 
 def test_exact_is_the_expected_reward_where_drafts_come_from_the_sharpened_q(tables):
-    ours = over_target_paths(tables, lambda windows: exact_greedy_drafts(windows, SHARPENING, COST))
+    ours = over_target_paths(tables, lambda windows: exact(windows, COST, form=GreedyDrafts(SHARPENING)))
     enumerated = -worth(agreement_survival(sharpened(tables)))
     torch.testing.assert_close(ours, enumerated, atol=1e-12, rtol=0)
     assert_same_gradient(ours, enumerated, tables)
@@ -56,16 +56,18 @@ def test_exact_is_the_expected_reward_where_drafts_come_from_the_sharpened_q(tab
 def test_exact_becomes_what_greedy_drafts_earn(tables):
     """As τ -> 0, against the one greedy draft, accepted token by token with probability p."""
     p, _ = tables.chances(greedy_draft(tables))
-    ours = over_target_paths(tables, lambda windows: exact_greedy_drafts(windows, 1e4, COST))
+    ours = over_target_paths(tables, lambda windows: exact(windows, COST, form=GreedyDrafts(1e4)))
     torch.testing.assert_close(ours.detach(), -worth(p.cumprod(0)), atol=1e-9, rtol=0)
-    blunt = over_target_paths(tables, lambda windows: exact_greedy_drafts(windows, 1.0, COST))
+    blunt = over_target_paths(tables, lambda windows: exact(windows, COST, form=GreedyDrafts(1.0)))
     assert (blunt - ours).abs() > 1e-2
 
 
 @pytest.mark.parametrize("draftable", [None, (2, 0)])
 def test_the_product_is_exact_where_the_path_does_not_matter(draftable):
     tables = random_tables(3, 3, seed=4, by_path=False, draftable=draftable)
-    product = over_target_paths(tables, lambda windows: overlap_greedy_drafts(windows, SHARPENING, COST))
+    product = over_target_paths(
+        tables, lambda windows: overlap_window(windows, COST, form=GreedyDrafts(SHARPENING))
+    )
     enumerated = -worth(agreement_survival(sharpened(tables)))
     torch.testing.assert_close(product, enumerated, atol=1e-12, rtol=0)
 
@@ -77,7 +79,7 @@ def test_at_temperature_0_the_draft_must_be_the_greedy_trajectory(tables):
         _, q = sharpened(tables).chances(draft)
         matches = torch.tensor([one == other for one, other in zip(draft, path, strict=True)])
         wanted = wanted + q.prod() * matches.double().cumprod(0)
-    ours = greedy_trajectory(windows_on(tables, path), SHARPENING, COST)
+    ours = exact(windows_on(tables, path), COST, form=GreedyTarget(SHARPENING))
     torch.testing.assert_close(ours, -worth(wanted), atol=1e-12, rtol=0)
     (gradient,) = torch.autograd.grad(ours, tables.draft_logits[0])
     assert gradient.isfinite().all()
@@ -85,25 +87,23 @@ def test_at_temperature_0_the_draft_must_be_the_greedy_trajectory(tables):
 
 @pytest.mark.parametrize("draftable", [None, (2, 0)])
 @pytest.mark.parametrize(
-    ("options", "forms"),
+    ("options", "form"),
     [
-        ({}, (exact, overlap_window)),
-        ({"draft_sample_method": "greedy"}, (exact_greedy_drafts, overlap_greedy_drafts)),
-        ({"draft_sample_method": "greedy", "greedy_target": "hard"}, (exact_greedy_drafts, overlap_greedy_drafts)),
-        ({"serving_temperature": 0.0}, (exact, overlap_window)),
-        ({"serving_temperature": 0.0, "draft_sample_method": "greedy"}, (exact, overlap_window)),
-        ({"serving_temperature": 0.0, "greedy_target": "hard"}, (greedy_trajectory, greedy_trajectory)),
+        ({}, SampledDrafts()),
+        ({"draft_sample_method": "greedy"}, GreedyDrafts(1.0 / 0.4)),
+        ({"draft_sample_method": "greedy", "greedy_target": "hard"}, GreedyDrafts(1.0 / 0.4)),
+        ({"serving_temperature": 0.0}, SampledDrafts()),
+        ({"serving_temperature": 0.0, "draft_sample_method": "greedy"}, SampledDrafts()),
+        ({"serving_temperature": 0.0, "greedy_target": "hard"}, GreedyTarget(0.5 / 0.4)),
     ],
-)  # fmt: skip
-def test_the_form_follows_how_drafts_are_served(options, forms, draftable):
+)
+def test_the_form_follows_how_drafts_are_served(options, form, draftable):
     """q sharpened to 0.4 from the temperature of training, 1.0 or 0.5."""
     windows = windows_on(random_tables(3, 3, seed=1, draftable=draftable), (0, 2, 0))
-    trained_at = 0.5 if options.get("serving_temperature") == 0 else 1.0
-    for name, form in zip(("exact", "overlap"), forms, strict=True):
-        sharpening = () if form in (exact, overlap_window) else (trained_at / 0.4,)
+    for name, objective in (("exact", exact), ("overlap", overlap_window)):
         temperatures = {"greedy_sampling_temperature": 0.5, "greedy_sharpness_temperature": 0.4}
         ours = make_objective(PPOWOptions(objective=name, **temperatures, **options))(windows)
-        torch.testing.assert_close(ours, form(windows, *sharpening, COST))
+        torch.testing.assert_close(ours, objective(windows, COST, form=form))
 
 
 @pytest.mark.parametrize("name", ["exact", "overlap"])
@@ -126,8 +126,6 @@ def test_every_form_can_charge_for_all_drafted_tokens(name, options):
 
 def test_the_forms_are_different_numbers():
     windows = windows_on(random_tables(3, 3, seed=1), (0, 2, 0))
-    values = [exact(windows, COST), overlap_window(windows, COST)]
-    values += [
-        form(windows, 2.0, COST) for form in (exact_greedy_drafts, overlap_greedy_drafts, greedy_trajectory)
-    ]
-    assert len({round(value.item(), 4) for value in values}) == 5
+    forms = (SampledDrafts(), GreedyDrafts(2.0), GreedyTarget(2.0))
+    values = [objective(windows, COST, form=form) for objective in (exact, overlap_window) for form in forms]
+    assert len({round(value.item(), 4) for value in values}) == 5  # of a greedy target both are the same

@@ -81,8 +81,14 @@ def load_trajectories(directory: Path) -> Trajectories:
 
 
 def trajectory_key(
-    prompts: Sequence[str], target_fingerprint: str, max_new_tokens: int, temperature: float, seed: int
+    prompts: Sequence[str],
+    target_fingerprint: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    dtype: str = "float32",
 ) -> str:
     """Short name for a set of trajectories, the same whenever the same ones would be generated."""
-    facts = json.dumps([_GENERATION, list(prompts), target_fingerprint, max_new_tokens, temperature, seed])
+    asked = [_GENERATION, list(prompts), target_fingerprint, max_new_tokens, temperature, seed]
+    facts = json.dumps(asked if dtype == "float32" else [*asked, dtype])  # older sets were all float32
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

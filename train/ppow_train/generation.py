@@ -259,7 +259,8 @@ def load_or_generate(
     Args:
         cache: directory of trajectory sets, one sub-directory per key.
     """
-    directory = cache / trajectory_key(prompts, target_fingerprint, max_new_tokens, temperature, seed)
+    dtype = str(model.dtype).removeprefix("torch.")
+    directory = cache / trajectory_key(prompts, target_fingerprint, max_new_tokens, temperature, seed, dtype)
     if not directory.is_dir():
         prompt_ids, completion_ids = generate(
             model,
@@ -275,6 +276,7 @@ def load_or_generate(
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "seed": seed,
+            "dtype": dtype,
             "prompts": len(prompts),
         }
         save_trajectories(directory, prompt_ids, completion_ids, facts)

@@ -140,7 +140,11 @@ class PPOWOptions:
     )
     save_total_limit: int | None = _option(2, "newest training states to keep (>= 2)")
     report_to: str | list[str] | None = _option("none", "where to log: none, tensorboard, wandb, …")
-    bf16: bool | None = _option(False, "autocast to bf16")
+    bf16: bool | None = _option(False, "autocast of the drafter to bf16; its weights stay float32")
+    target_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto",
+        "numbers of the frozen target: auto is the checkpoint's own on a GPU, as vLLM serves it, float32 on a CPU",
+    )
 
     @property
     def training_temperature(self) -> float:

@@ -25,11 +25,12 @@ class Pair:
     drafter_ref: ModelRef
 
 
-def load_pair(target: str, drafter: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pair:
+def load_pair(target: str, drafter: str, device: str = "cpu", target_dtype: str = "auto") -> Pair:
     """Load target and drafter and check that they fit.
 
     Args:
         target, drafter: directory or Hub repo id each.
+        target_dtype: as the option of that name (options.py). The drafter, which is trained, is in float32.
 
     Raises:
         UserError, ArtifactError: cannot be found, or do not belong together.
@@ -38,8 +39,10 @@ def load_pair(target: str, drafter: str, device: str = "cpu", dtype: torch.dtype
     target_dir, _ = resolve_directory(target)
     drafter_dir, _ = resolve_directory(drafter)
     refs = [_reference(name, directory) for name, directory in ((target, target_dir), (drafter, drafter_dir))]
-    loaded = load_drafter(drafter_dir, device, dtype, target_dir)
-    pair = Pair(Target(target_dir, loaded.tap_layers, device, dtype), loaded, *refs)
+    loaded = load_drafter(drafter_dir, device, target=target_dir)
+    if target_dtype == "auto" and torch.device(device).type == "cpu":
+        target_dtype = "float32"  # many CPUs are slower with less
+    pair = Pair(Target(target_dir, loaded.tap_layers, device, target_dtype), loaded, *refs)
     if pair.target.vocab_size != loaded.vocab_size:
         raise UserError(
             f"Drafter {drafter} reads {loaded.vocab_size} tokens, target {target} has {pair.target.vocab_size}: "

@@ -21,7 +21,7 @@ class Target:
     Args:
         directory: its Hugging Face directory.
         tap_layers: residual streams that the drafter reads (EAGLE-3), or none.
-        device, dtype: where and how it runs.
+        device, dtype: where and how it runs; "auto" is the checkpoint's own dtype. Logits are float32 all the same.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Target:
         directory: Path,
         tap_layers: tuple[int, ...] = (),
         device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: str = "float32",
     ) -> None:
         from transformers import AutoModelForCausalLM
 

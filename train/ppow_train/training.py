@@ -124,6 +124,7 @@ def train_adapter(
             best.restore(peft_model)
         after = reporting() if reporting else None
         training = training_facts(config, trajectories, trainer.state.global_step) | (facts or {})
+        training["target_dtype"] = str(pair.target.model.dtype).removeprefix("torch.")
         training["peak_memory_bytes"] = peak_bytes(pair.target.model.device)  # of this process
         recorded = adapter_config(pair, config, training | held_out_facts(before, after, best))
         log = trainer.window_log.path

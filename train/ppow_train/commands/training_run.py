@@ -56,7 +56,7 @@ def run(request: Request) -> tuple[TrainingResult | None, Parity | None]:
     require_held_out(config, request.data is not None or request.held_out is not None)
     is_main = config.process_index == 0
     with make_progress(is_shown=is_main) as progress:
-        pair = load_pair(request.target, request.drafter, str(config.device))
+        pair = load_pair(request.target, request.drafter, str(config.device), config.target_dtype)
         # One process generates, the others find what it put into the cache.
         with config.main_process_first(local=False):
             trajectories, held_out = _splits(request, pair, config, progress)
@@ -89,7 +89,7 @@ def estimate(request: Request) -> RunEstimate | None:
         config = _config(request, Path(scratch))
         is_main = config.process_index == 0
         with make_progress(is_shown=is_main) as progress:
-            pair = load_pair(request.target, request.drafter, str(config.device))
+            pair = load_pair(request.target, request.drafter, str(config.device), config.target_dtype)
             with config.main_process_first(local=False):
                 trajectories, _ = _splits(request, pair, config, progress)
             estimated = estimate_run(pair, trajectories, config, Path(scratch))

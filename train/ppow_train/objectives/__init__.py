@@ -5,7 +5,7 @@ objective here is a mean over windows and needs no sampling: y is the target's t
 draft distributions along it. Where a head drafts from a reduced vocabulary, what is about acceptance (exact, overlap,
 drafts, tv, nla) takes p as it is, what is about likeness (ce, kl_div, rkl, jsd) p renormalised on the draft vocabulary,
 and lk_hybrid each of its parts in its own form; vocabulary.py tells why. This file chooses; the formulas are in
-window.py and supervised.py, as text for the model card in formulas.py, the names in names.py.
+window.py, forms.py and supervised.py, as text for the model card in formulas.py, the names in names.py.
 """
 
 from __future__ import annotations
@@ -15,33 +15,27 @@ from functools import partial
 
 import torch
 
+from ppow_train.objectives.forms import AcceptanceForm, GreedyDrafts, GreedyTarget, SampledDrafts, make_form
 from ppow_train.objectives.names import CST_LOSSES, check_dpace, parse_objective, parts_of
 from ppow_train.objectives.path_windows import PathWindows
 from ppow_train.objectives.supervised import continued_supervised, dpace_supervised
-from ppow_train.objectives.window import (
-    drafts_per_token,
-    exact,
-    exact_greedy_drafts,
-    greedy_trajectory,
-    overlap_greedy_drafts,
-    overlap_window,
-)
+from ppow_train.objectives.window import drafts_per_token, exact, overlap_window
 from ppow_train.options import PPOWOptions
-from ppow_train.verification import agreement, overlap, token_logps
 
 __all__ = [
     "CST_LOSSES",
+    "AcceptanceForm",
+    "GreedyDrafts",
+    "GreedyTarget",
     "Objective",
     "PathWindows",
+    "SampledDrafts",
     "check_dpace",
     "continued_supervised",
     "dpace_supervised",
     "drafts_per_token",
     "exact",
-    "exact_greedy_drafts",
-    "greedy_trajectory",
     "make_objective",
-    "overlap_greedy_drafts",
     "overlap_window",
     "parse_objective",
 ]
@@ -65,35 +59,21 @@ def make_objective(options: PPOWOptions) -> Objective:
 
 def _part(name: str, options: PPOWOptions) -> Objective:
     if name.startswith("cst:"):
-        loss = name.removeprefix("cst:")
-        if options.position_weights == "dpace":
-            return partial(dpace_supervised, loss_name=loss, alpha=options.dpace_alpha)
-        return partial(continued_supervised, loss_name=loss, position_decay=options.position_decay)
-    if name in ("exact", "overlap"):
-        return _window_objective(name, options)
+        return _supervised(name.removeprefix("cst:"), options)
+    form = make_form(options)
     if name == "drafts":
-        return lambda windows: drafts_per_token(_acceptance(windows, options), options.survival_smoothing)
-    raise ValueError(f"{name} is not an objective on target paths")
+        return lambda windows: drafts_per_token(form.acceptance(windows), options.survival_smoothing)
+    if name not in ("exact", "overlap"):
+        raise ValueError(f"{name} is not an objective on target paths")
+    return partial(
+        exact if name == "exact" else overlap_window,
+        draft_cost_ratio=options.draft_cost_ratio,
+        num_charged_tokens=options.num_charged_tokens,
+        form=form,
+    )
 
 
-def _acceptance(windows: PathWindows, options: PPOWOptions) -> torch.Tensor:
-    """Chance that a draft token is accepted once it is reached, in the form that fits how drafts are served: [N, K]."""
-    sharp = windows.draft_logits * (options.training_temperature / options.greedy_sharpness_temperature)
-    if options.acceptance_form == "trajectory":
-        return token_logps(sharp, windows.tokens).exp()
-    if options.acceptance_form == "greedy":
-        return agreement(windows.target_logits, sharp)
-    return overlap(windows.target_logits, windows.draft_logits)
-
-
-def _window_objective(name: str, options: PPOWOptions) -> Objective:
-    """`exact` or `overlap` in the form that fits how drafts are served."""
-    cost = (options.draft_cost_ratio, options.num_charged_tokens)
-    sharpening = options.training_temperature / options.greedy_sharpness_temperature
-    if options.acceptance_form == "trajectory":
-        return lambda windows: greedy_trajectory(windows, sharpening, *cost)
-    if options.acceptance_form == "greedy":
-        greedy = exact_greedy_drafts if name == "exact" else overlap_greedy_drafts
-        return lambda windows: greedy(windows, sharpening, *cost)
-    sampled = exact if name == "exact" else overlap_window
-    return lambda windows: sampled(windows, *cost)
+def _supervised(loss: str, options: PPOWOptions) -> Objective:
+    if options.position_weights == "dpace":
+        return partial(dpace_supervised, loss_name=loss, alpha=options.dpace_alpha)
+    return partial(continued_supervised, loss_name=loss, position_decay=options.position_decay)

@@ -49,7 +49,8 @@ class CellBench:
 
     def __init__(self, plan: Plan, cell: Cell, cache: Path, device: str = "cpu") -> None:
         self.plan, self.cell, self.cache = plan, cell, cache
-        self.pair: Pair = load_pair(plan.target, cell.drafter, device)
+        dtype = str(plan.options.get("target_dtype", PPOWConfig.target_dtype))
+        self.pair: Pair = load_pair(plan.target, cell.drafter, device, dtype)
         self.tokenizer = load_tokenizer(self.pair.target.directory)
         self.length = int(plan.options.get("num_speculative_tokens", PPOWConfig.num_speculative_tokens))
         self.training = functools.lru_cache(maxsize=1)(self._training)
@@ -180,16 +181,14 @@ class Study:
             timings = list(self._timings(costs))
             if not timings and all(key in done for key in wanted):
                 return self.results
-            one_done = any(
-                self._run(key, len(wanted)) for key in wanted if key is not None and key not in done
-            )
+            one_done = any(self._run(key, wanted) for key in wanted if key is not None and key not in done)
             # Last, so that it delays nothing that a table can show.
             if not one_done and not any(self._time(*timing) for timing in timings):
                 time.sleep(
                     _POLL_S
                 )  # what is left is being done elsewhere, or waits for learning rates that are
 
-    def _run(self, key: RunKey, wanted: int) -> bool:
+    def _run(self, key: RunKey, wanted: Collection[RunKey | None]) -> bool:
         """Do a run unless another process does; whether it was done here."""
         with self.results.claim(key) as mine:
             done = self.results.read()  # another process may have finished it just now
@@ -197,7 +196,7 @@ class Study:
                 return False
             measured = self.bench(key.cell).measure(key)
             self.results.add(key, measured)
-        self.say(_line(key, measured, f"{len(done) + 1} of {wanted}"))
+        self.say(_line(key, measured, f"{1 + sum(one in done for one in wanted)} of {len(wanted)}"))
         return True
 
     def _timings(self, costs: Costs) -> Iterator[tuple[Cell, str]]:
