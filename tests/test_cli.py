@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from torch import OutOfMemoryError
 
 from ppow_train import cli
 from ppow_train.errors import UserError
@@ -123,6 +124,11 @@ def raising(monkeypatch):
             "device (out/x): free some room",
         ),
         (ModuleNotFoundError("No module named 'vllm'", name="vllm"), 1, "pip install 'vllm-ppow[cpu]'"),
+        (
+            OutOfMemoryError("CUDA out of memory."),
+            1,
+            "Error: the GPU ran out of memory: stop what else uses it",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
@@ -149,6 +155,7 @@ def test_success_is_zero(raising):
     "bug",
     [
         ValueError("a bug"),
+        RuntimeError("a bug"),
         OSError(errno.EIO, "strange"),
         ModuleNotFoundError("No module", name="ppow_train.nope"),
     ],

@@ -8,11 +8,11 @@ from runs import curve, train_into
 from test_bad_input import refused
 from training_pair import VOCAB, K, load
 
-from ppow_train.pair import load_pair
+from ppow_train.pair import load_pair, weight_bytes
 from ppow_train.target import Target
 from ppow_train.target_cache import cache_bytes
 from ppow_train.types import Trajectories
-from vllm_ppow.artifact import read_adapter
+from vllm_ppow.artifact import model_weight_files, read_adapter, safetensors_ranges
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,27 @@ def test_training_with_it_is_training_without_it(kind, options, directories, tra
         full, half = (torch.tensor(curve(tmp_path / dtype)) for dtype in ("float32", "bfloat16"))
         torch.testing.assert_close(half, full, rtol=0.05, atol=1e-3)
         assert not half.equal(full)
+
+
+def test_a_target_that_does_not_fit_is_refused_before_it_is_loaded(directories, monkeypatch):
+    model = load(directories, "causal_lm").target.model
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert weight_bytes(directories.target, "float32") == 4 * weights
+    assert weight_bytes(directories.target, "bfloat16") == 2 * weights
+    stored = {"F32": 4, "BF16": 2}
+    kinds = {
+        kind.partition("[")[0]
+        for file in model_weight_files(directories.target)
+        for kind, _, _ in safetensors_ranges(file).values()
+    }
+    assert weight_bytes(directories.target, "auto") == stored[kinds.pop()] * weights
+
+    names = str(directories.target), str(directories.drafter["causal_lm"])
+    monkeypatch.setattr("ppow_train.pair.available_bytes", lambda device: 3 * weights)
+    load_pair(*names, target_dtype="bfloat16")
+    monkeypatch.setattr("ppow_train.pair.Target", None)
+    with refused("The target's weights take .* free on cpu", "give --target-dtype bfloat16"):
+        load_pair(*names)
 
 
 def test_auto_is_float32_on_a_cpu_and_other_names_are_refused(directories, trajectories, tmp_path):

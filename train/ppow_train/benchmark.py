@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ppow_train.identity import Comparison, compare
 from ppow_train.serving_eval import (
     ADAPTER,
@@ -146,12 +148,19 @@ def _started(
 ) -> Any:
     """Engines that are up at the same time, by arm."""
     options = dataclasses.replace(options, neighbours=len(specs) - 1)
+    on_gpu = torch.cuda.is_available()
     with contextlib.ExitStack() as stack:
         engines = {}
         for arm, spec in specs.items():
             say(f"starting vLLM: {arm}")
             engines[arm] = stack.enter_context(Engine(arm, options, spec))
-            engines[arm].wait_until_ready()
+            if (
+                on_gpu
+            ):  # vLLM measures the GPU's memory while it starts: nothing else may claim some meanwhile
+                engines[arm].wait_until_ready()
+        if not on_gpu:
+            for engine in engines.values():
+                engine.wait_until_ready()
         yield engines
 
 

@@ -127,6 +127,13 @@ def run(args: Sequence[str] | None = None) -> int:
         return _fail(
             f"{error.strerror}{where}: free some room or name another output; what was there is untouched."
         )
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; nothing here imports torch
+            raise
+        return _fail(
+            "the GPU ran out of memory: stop what else uses it, lower --windows-per-forward or --max-new-tokens, or "
+            "give --target-dtype bfloat16."
+        )
     except ModuleNotFoundError as error:
         remedy = _REMEDIES.get((error.name or "").partition(".")[0])
         if remedy is None:

@@ -9,10 +9,13 @@ import torch
 
 from ppow_train.drafters import Drafter, load_drafter
 from ppow_train.errors import UserError
+from ppow_train.machine import available_bytes, gib, processes_here
 from ppow_train.progress import quiet_libraries
 from ppow_train.target import Target
-from vllm_ppow.artifact import ModelRef, fingerprint_model
+from vllm_ppow.artifact import ModelRef, fingerprint_model, model_weight_files, safetensors_ranges
 from vllm_ppow.resolve import resolve_directory
+
+_FLOAT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # names of safetensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +42,10 @@ def load_pair(target: str, drafter: str, device: str = "cpu", target_dtype: str 
     target_dir, _ = resolve_directory(target)
     drafter_dir, _ = resolve_directory(drafter)
     refs = [_reference(name, directory) for name, directory in ((target, target_dir), (drafter, drafter_dir))]
-    loaded = load_drafter(drafter_dir, device, target=target_dir)
     if target_dtype == "auto" and torch.device(device).type == "cpu":
         target_dtype = "float32"  # many CPUs are slower with less
+    _check_room(target_dir, target_dtype, torch.device(device))
+    loaded = load_drafter(drafter_dir, device, target=target_dir)
     pair = Pair(Target(target_dir, loaded.tap_layers, device, target_dtype), loaded, *refs)
     if pair.target.vocab_size != loaded.vocab_size:
         raise UserError(
@@ -49,6 +53,33 @@ def load_pair(target: str, drafter: str, device: str = "cpu", target_dtype: str 
             "they must share one tokenizer."
         )
     return pair
+
+
+def _check_room(target: Path, dtype: str, device: torch.device) -> None:
+    """Refuse before anything is loaded what cannot be; the update's own memory is estimated later (memory.py)."""
+    needed = weight_bytes(target, dtype)
+    free = available_bytes(device) // processes_here(device)
+    if needed > free:
+        raise UserError(
+            f"The target's weights take {gib(needed)}, {gib(free)} are free on {device} for each process: give "
+            "--target-dtype bfloat16 unless it is that already, free some memory, or take a smaller target."
+        )
+
+
+def weight_bytes(directory: Path, dtype: str) -> int:
+    """Memory that a checkpoint's weights take in a dtype, in bytes.
+
+    Args:
+        directory: of a model in safetensors.
+        dtype: name of a torch dtype for what is stored in floats of at least 16 bits, or "auto": all as it is stored.
+    """
+    total = 0
+    for file in model_weight_files(directory):
+        for kind_and_shape, begin, end in safetensors_ranges(file).values():
+            stored = _FLOAT_BYTES.get(kind_and_shape.partition("[")[0])
+            wanted = None if dtype == "auto" else torch.finfo(getattr(torch, dtype)).bits // 8
+            total += (end - begin) if stored is None or wanted is None else (end - begin) // stored * wanted
+    return total
 
 
 def _reference(name: str, directory: Path) -> ModelRef:

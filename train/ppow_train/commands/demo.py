@@ -161,6 +161,8 @@ def _serve(
     adapter: Adapter, pair: Path, drafter: str, work: Work, console: Console, concurrency: int = 8
 ) -> list[ArmResult]:
     """Every arm on a pair whose drafter the adapter fits."""
+    import torch
+
     from ppow_train.benchmark import run_benchmark
     from ppow_train.serving_eval import EngineOptions
 
@@ -170,7 +172,7 @@ def _serve(
         EngineOptions(str(pair / "target"), max_num_seqs=concurrency),
         work,
         num_speculative_tokens=adapter.config.num_speculative_tokens,
-        side_by_side=True,  # the pair is tiny: engines fit beside each other even on a GPU
+        side_by_side=not torch.cuda.is_available(),
         say=lambda text: console.print(f"  {text}", style="dim", highlight=False),
     )
 
