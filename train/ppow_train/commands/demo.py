@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ppow_train.benchmark import ArmResult, Work
     from vllm_ppow.artifact import Adapter
 
-COSTLIER_LAYERS = 32  # of the second table's target: a draft step then takes about a tenth of a target step
+COSTLIER_LAYERS = 32  # of the second table's target: as much deeper than the drafter as real targets are
 COSTLIER_PROMPTS = 8  # served one at a time, where speculation matters most
 
 
