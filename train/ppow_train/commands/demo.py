@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ppow_train.benchmark import ArmResult, Work
     from vllm_ppow.artifact import Adapter
 
-COSTLIER_LAYERS = 32  # of the second table's target: as much deeper than the drafter as real targets are
 COSTLIER_PROMPTS = 8  # served one at a time, where speculation matters most
 
 
@@ -48,6 +47,10 @@ COSTLIER_PROMPTS = 8  # served one at a time, where speculation matters most
 @click.option("--prompts", "num_prompts", default=32, show_default=True, help="held-out prompts to serve")
 @click.option("--max-tokens", default=64, show_default=True, help="output tokens per prompt")
 @click.option("--rounds", default=2, show_default=True, help="passes over the prompts, arms taking turns")
+@click.option(
+    "--costlier-layers", default=32, show_default=True,
+    help="layers of the second table's target, as much deeper than the drafter as real targets are; 0: no such table",
+)  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="of trajectories, initialisation and windows")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
 def demo(
@@ -59,6 +62,7 @@ def demo(
     num_prompts: int,
     max_tokens: int,
     rounds: int,
+    costlier_layers: int,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -86,27 +90,29 @@ def demo(
     adapter = _train(tiny, output, drafter, objective, steps, seed, console)
     work = _work(tiny, num_prompts, max_tokens, rounds)
     results = _serve(adapter, tiny, drafter, work, console)
-    worth = _serve_costlier(adapter, tiny, drafter, work, console)
     value = to_json(
         results, {"demo": drafter, "training": adapter.config.training, "versions": adapter.config.versions}
     )
-    value |= {"costlier_target": {"layers": COSTLIER_LAYERS, "arms": [arm.as_json() for arm in worth]}}
     title = f"{drafter} drafter on a domain new to it: {num_prompts} held-out prompts × {max_tokens} tokens, in vLLM"
-    costlier_title = f"The same with a target of {COSTLIER_LAYERS} layers, one request at a time"
+    tables = [(title, "demo.png", results)]
+    if costlier_layers:
+        worth = _serve_costlier(adapter, tiny, drafter, costlier_layers, work, console)
+        value["costlier_target"] = {"layers": costlier_layers, "arms": [arm.as_json() for arm in worth]}
+        title = f"The same with a target of {costlier_layers} layers, greedy, one request at a time"
+        tables.append((title, "demo-costlier.png", worth))
     write_json(output / "demo.json", value)
-    write_plot(output / "demo.png", results, title)
-    write_plot(output / "demo-costlier.png", worth, costlier_title)
-    print_table(results, title, console, with_caption=False)
-    print_table(worth, costlier_title, console)
+    for number, (title, plot, arms) in enumerate(tables, 1):
+        write_plot(output / plot, arms, title)
+        print_table(arms, title, console, with_caption=number == len(tables))
     console.print(_meaning(value, objective), highlight=False, soft_wrap=True)
     console.print(
-        f"Details: {output / 'demo.json'}, two plots beside it ({time.monotonic() - started:.0f} s in all)"
+        f"Details: {output / 'demo.json'} and the plots beside it ({time.monotonic() - started:.0f} s in all)"
     )
     _next_steps(adapter, tiny, console)
     if as_json:
         click.echo(json.dumps(value))
-    _judge(results)
-    _judge(worth)
+    for _, _, arms in tables:
+        _judge(arms)
 
 
 def _next_steps(adapter: Adapter, tiny: Path, console: Console) -> None:
@@ -178,7 +184,7 @@ def _serve(
 
 
 def _serve_costlier(
-    adapter: Adapter, tiny: Path, drafter: str, work: Work, console: Console
+    adapter: Adapter, tiny: Path, drafter: str, layers: int, work: Work, console: Console
 ) -> list[ArmResult]:
     """Every arm with the target that writes the same and costs more; greedy, one request at a time."""
     from ppow_train.tiny.costlier import carry_over, make_costlier
@@ -188,7 +194,7 @@ def _serve_costlier(
     few = dataclasses.replace(work, prompts=work.prompts[:COSTLIER_PROMPTS], temperatures=(0.0,))
     with tempfile.TemporaryDirectory() as scratch:
         pair = Path(scratch) / "pair"
-        make_costlier(tiny, pair, COSTLIER_LAYERS, neurons)
+        make_costlier(tiny, pair, layers, neurons)
         fitting = read_adapter(carry_over(adapter.directory, pair))
         return _serve(fitting, pair, drafter, few, console, concurrency=1)
 
@@ -204,16 +210,17 @@ def _meaning(value: dict[str, Any], objective: str) -> str:
         at = f"at temperature {temperature:g}"
         accepted.append(f"{base:.2f} -> {ours['accepted_per_draft']:.2f} ({gain:+.1f} %) {at}")
         speed.append(f"{ours['speed_over_base']['median']:.2f}× {at}")
-    costlier = value["costlier_target"]
     tiny = _over_none(row for row in value["arms"] if row["temperature"] == 0)
-    return "\n".join(
-        [
-            f"Accepted tokens per draft with the adapter ({objective}): {', '.join(accepted)}.",
-            f"Output tokens per second over the base drafter's: {', '.join(speed)}.",
-            f"Over no speculation, greedy, on the tiny target, whose steps cost little more than a draft step: {tiny}.",
-            f"The same with {costlier['layers']} layers, one request at a time: {_over_none(costlier['arms'])}.",
-        ]
-    )
+    sentences = [
+        f"Accepted tokens per draft with the adapter ({objective}): {', '.join(accepted)}.",
+        f"Output tokens per second over the base drafter's: {', '.join(speed)}.",
+        f"Over no speculation, greedy, on the tiny target, whose steps cost little more than a draft step: {tiny}.",
+    ]
+    if costlier := value.get("costlier_target"):
+        sentences.append(
+            f"The same with {costlier['layers']} layers, one request at a time: {_over_none(costlier['arms'])}."
+        )
+    return "\n".join(sentences)
 
 
 def _over_none(rows: Iterable[dict[str, Any]]) -> str:
