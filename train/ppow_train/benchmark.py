@@ -31,6 +31,8 @@ from ppow_train.serving_eval import (
 from vllm_ppow.artifact import Adapter
 from vllm_ppow.metrics import SpecDecodeCounts
 
+ARMS = (NONE, BASE, ADAPTER, ADAPTIVE)
+
 _Runs = dict[str, list[Run]]  # of every arm at one temperature, one run per round
 
 
@@ -111,6 +113,7 @@ def run_benchmark(
     *,
     num_speculative_tokens: int,
     side_by_side: bool,
+    arms: Sequence[str] = ARMS,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[ArmResult]:
     """Run every arm on every prompt, `rounds` times per temperature.
@@ -119,14 +122,16 @@ def run_benchmark(
         num_speculative_tokens: K; where the window is adaptive the longest.
         side_by_side: all engines are up and take turns, so that runs that are compared are neighbours in time; else
             one after the other, so that memory for one is enough.
+        arms: of ARMS; the first two, which the others are compared with, are always among them.
         say: told what is happening.
     """
-    specs = {
+    every = {
         NONE: None,
         BASE: native_spec(adapter, base_drafter, num_speculative_tokens),
         ADAPTER: ppow_spec(adapter, base_drafter, num_speculative_tokens),
         ADAPTIVE: ppow_spec(adapter, base_drafter, num_speculative_tokens, "adaptive"),
     }
+    specs = {arm: every[arm] for arm in arms}
     groups = [specs] if side_by_side else [{arm: spec} for arm, spec in specs.items()]
     runs: dict[float, _Runs] = {temperature: {} for temperature in work.temperatures}
     reference = None

@@ -52,7 +52,7 @@ def print_table(
 def _cells(result: ArmResult) -> list[str]:
     row = result.as_json()
     speeds = [
-        f"{s['median']:.2f} ±{(s['max'] - s['min']) / 2:.2f}"
+        f"{s['median']:.2f}" + (f" ±{(s['max'] - s['min']) / 2:.2f}" if len(result.speed_ratios) > 1 else "")
         for s in (row["speed_ratio"], row["speed_over_base"])
     ]
     shown = [f"{result.temperature:g}", result.arm]
