@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -211,12 +212,33 @@ def test_the_table_says_what_is_clear_of_zero():
             done[RunKey("tune", "here", arm, 100, 5, rate)] = measured([1.0 - rate])
         for seed in study.seeds:
             done[RunKey("report", "here", arm, seed, 5, 0.1)] = measured([value, value + 1])
-    text = tables(study, done, {})
+    text = tables(study, done, {}).partition("### here")[2]
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| `") or "start |" in line]
     assert [line[0] for line in lines] == ["| `other`", "| `one`", "| supervised start"]
     assert lines[0][5].startswith("**+** +18.")
     assert lines[0][6] == "not timed |"
     assert lines[1][5:] == ["–", "– |"]
+
+
+def test_the_overview_has_a_column_for_every_cell_and_is_sorted():
+    study = plan(cells=(cell(), dataclasses.replace(cell(), name="there")), seeds=(0, 1))
+    done = {}
+    for name, worth in (("here", {"one": 6.0, "other": 7.0}), ("there", {"one": 6.0})):
+        place = next(each for each in study.cells if each.name == name)
+        done[start_key("report", place)] = measured([5.0, 6.0])
+        for arm, value in worth.items():
+            for rate in study.rates_of(arm, place):
+                done[RunKey("tune", name, arm, 100, 5, rate)] = measured([1.0 - rate])
+            for seed in study.seeds:
+                done[RunKey("report", name, arm, seed, 5, 0.1)] = measured([value, value + 1])
+    lines = tables(study, done, {}).splitlines()
+    assert lines[0] == "### Over `one`, points of gain, 5 updates"
+    assert lines[2] == "| arm | here | there | seeds |"
+    assert lines[4].startswith("| `other` | **+18.")
+    assert lines[4].endswith("** | – | 2, – |")
+    assert lines[5].startswith("| `one` | gain +18.")
+    assert lines[5].endswith("| 2, 2 |")
+    assert lines[7] == "Accepted per draft at the start: 5.500, 5.500."
 
 
 # ---------------------------------------------------------------- the whole thing

@@ -39,6 +39,9 @@ class Interval:
         return f"{100 * self.mean:+.1f} ({100 * self.low:+.1f} … {100 * self.high:+.1f})"
 
 
+NOTHING = Interval(float("nan"), float("nan"), float("nan"))  # to compare with
+
+
 class Resampled:
     """Accepted tokens per draft of an arm under every resampling of S seeds and B prompts.
 

@@ -1,11 +1,15 @@
-"""The tables of a study, in Markdown: gains over the start and over the reference arm. Left out: running it."""
+"""The tables of a study, in Markdown: gains over the start and over the reference arm. Left out: running it.
+
+First what a reader looks for: every arm over the reference, a column for each cell, a table for each set of prompts.
+Then a table for every cell, with what the first leaves out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from ppow_train.study.costs import Costs, equal_time_steps
-from ppow_train.study.intervals import Resampled, difference, gain
+from ppow_train.study.intervals import NOTHING, Interval, Resampled, difference, gain
 from ppow_train.study.plan import Cell, Plan
 from ppow_train.study.results import Measured, RunKey
 from ppow_train.study.schedule import best_rate, start_key
@@ -15,14 +19,59 @@ _WIN = "**+** "
 
 
 def tables(plan: Plan, results: dict[RunKey, Measured], costs: Costs) -> str:
-    """One table for every cell and number of updates, as far as they are finished."""
+    """All tables, as far as their runs are finished; every number of updates has its own."""
     parts = []
+    for held_out in dict.fromkeys(cell.held_out for cell in plan.cells):
+        cells = [cell for cell in plan.cells if cell.held_out == held_out]
+        parts += [text for steps in plan.steps if (text := _overview(plan, results, cells, steps))]
     for steps in plan.steps:
         for cell in plan.cells:
             rows = list(_rows(plan, results, costs, cell, steps))
             if rows:
                 parts.append(_table(plan, cell, steps, rows))
     return "\n".join(parts)
+
+
+def _overview(plan: Plan, results: dict[RunKey, Measured], cells: list[Cell], steps: int) -> str:
+    """Every arm's gain over the reference's in points, best first; the reference's own gain over the start."""
+    starts = {cell: results[key] for cell in cells if (key := start_key("report", cell)) in results}
+    rows = []
+    for arm in plan.arms_of(steps):
+        found = [_compared(plan, results, cell, arm, steps, starts[cell]) for cell in starts]
+        if any(seeds for _, seeds in found):
+            known = [value.mean for value, seeds in found if seeds]
+            mean = 0.0 if arm == plan.reference else sum(known) / len(known)
+            told = [_bold(value, arm == plan.reference) if seeds else "–" for value, seeds in found]
+            seeds = ", ".join(str(seeds) if seeds else "–" for _, seeds in found)
+            rows.append((mean, " | ".join([f"| `{arm}`", *told, f"{seeds} |"])))
+    if not rows:
+        return ""
+    accepted = ", ".join(f"{sum(start.accepted) / sum(start.drafts):.3f}" for start in starts.values())
+    head = [
+        f"### Over `{plan.reference}`, points of gain, {steps} updates",
+        "",
+        " | ".join(["| arm", *(cell.name for cell in starts), "seeds |"]),
+        "|---" * (len(starts) + 2) + "|",
+    ]
+    body = [row for _, row in sorted(rows, reverse=True)]
+    return "\n".join([*head, *body, "", f"Accepted per draft at the start: {accepted}."]) + "\n"
+
+
+def _compared(
+    plan: Plan, results: dict[RunKey, Measured], cell: Cell, arm: str, steps: int, start: Measured
+) -> tuple[Interval, int]:
+    """An arm's difference from the reference, or the reference's gain, and on how many seeds (0: not known)."""
+    own = _by_seed(plan, results, cell, arm, steps)
+    if arm != plan.reference:
+        return _difference(own, _by_seed(plan, results, cell, plan.reference, steps), start)
+    base = Resampled([start], len(own))
+    return (gain(Resampled(list(own.values()), len(own)), base) if own else NOTHING), len(own)
+
+
+def _bold(value: Interval, is_reference: bool) -> str:
+    if is_reference:
+        return f"gain {value.percent()}"
+    return f"**{value.percent()}**" if value.is_clear_of_zero else value.percent()
 
 
 def _table(plan: Plan, cell: Cell, steps: int, rows: list[tuple[float, str]]) -> str:
@@ -68,14 +117,23 @@ def _rows(
 
 
 def _over(arm: dict[int, Measured], reference: dict[int, Measured], start: Measured) -> str:
-    """Difference of two gains on the seeds that both have."""
-    seeds = [seed for seed in arm if seed in reference]
+    """Difference of two gains as text, marked where it is clear of zero."""
+    over, seeds = _difference(arm, reference, start)
     if not seeds:
         return "–"
-    one, other = (Resampled([of[seed] for seed in seeds], len(seeds)) for of in (arm, reference))
-    over = difference(one, other, Resampled([start], len(seeds)))
     mark = (_WIN if over.mean > 0 else _LOSS) if over.is_clear_of_zero else ""
     return mark + over.percent()
+
+
+def _difference(
+    arm: dict[int, Measured], reference: dict[int, Measured], start: Measured
+) -> tuple[Interval, int]:
+    """Difference of two gains on the seeds that both have, and how many these are."""
+    seeds = [seed for seed in arm if seed in reference]
+    if not seeds:
+        return NOTHING, 0
+    one, other = (Resampled([of[seed] for seed in seeds], len(seeds)) for of in (arm, reference))
+    return difference(one, other, Resampled([start], len(seeds))), len(seeds)
 
 
 def _by_seed(
