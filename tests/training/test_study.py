@@ -238,7 +238,7 @@ def test_the_overview_has_a_column_for_every_cell_and_is_sorted():
     assert lines[4].endswith("** | – | 2, – |")
     assert lines[5].startswith("| `one` | gain +18.")
     assert lines[5].endswith("| 2, 2 |")
-    assert lines[7] == "Accepted per draft at the start: 5.500, 5.500."
+    assert lines[7] == "Accepted per draft at the start: 0.550, 0.550."
 
 
 # ---------------------------------------------------------------- the whole thing
