@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 import tomllib
 import urllib.request
@@ -23,8 +24,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def as_declared(tmp_path, monkeypatch):
-    """Servers see our entry points as pyproject.toml declares them, however old the installed metadata are."""
+def reports(tmp_path, monkeypatch):
+    """Servers see our entry points as pyproject.toml declares them, however old the installed metadata are.
+
+    Gives the directory in which they share files.
+    """
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     info = tmp_path / "site" / "vllm_ppow-0.dist-info"
     info.mkdir(parents=True)
@@ -34,9 +38,13 @@ def as_declared(tmp_path, monkeypatch):
         lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     environment = test_processes.environment()
+    # Short: vLLM's sockets are made there, whose paths may have 107 characters.
+    shared = tempfile.TemporaryDirectory(prefix="ppow")
     paths = [str(info.parent), environment["PYTHONPATH"], str(ROOT), str(ROOT / "train")]
-    environment |= {"PYTHONPATH": os.pathsep.join(paths), "VLLM_RPC_BASE_PATH": str(tmp_path)}
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "VLLM_RPC_BASE_PATH": shared.name}
     monkeypatch.setattr(test_processes, "environment", lambda: environment)
+    with shared:
+        yield Path(shared.name)
 
 
 def metrics(url: str) -> dict[tuple[str, ...], float]:
@@ -53,9 +61,8 @@ def metrics(url: str) -> dict[tuple[str, ...], float]:
     }
 
 
-@pytest.mark.usefixtures("as_declared")
 @pytest.mark.parametrize("window", ["fixed", "adaptive"])
-def test_metrics_of_a_server_agree_with_vllms(pair, tmp_path, window):
+def test_metrics_of_a_server_agree_with_vllms(pair, tmp_path, reports, window):
     adapter = restoring_adapter(tmp_path, "causal_lm", pair)[1].directory
     spec = {"method": "ppow", "model": str(adapter), "num_speculative_tokens": K, "ppow": {"window": window}}
     with server(pair.target, tmp_path / "log", "--speculative-config", json.dumps(spec)) as url:
@@ -63,7 +70,7 @@ def test_metrics_of_a_server_agree_with_vllms(pair, tmp_path, window):
         time.sleep(1.5)  # the window's counts are written once a second, and read with the next message
         complete(url, PROMPTS[0])
         found = metrics(url)
-        reports = list(tmp_path.glob("ppow-window-*.json"))
+        written = list(reports.glob("ppow-window-*.json"))
     lengths = [found["ppow:spec_decode_drafts_total", str(k)] for k in range(K + 1)]
     assert sum(lengths) == found["vllm:spec_decode_num_drafts_total",] > 0
     assert sum(k * n for k, n in enumerate(lengths)) == found["vllm:spec_decode_num_draft_tokens_total",]
@@ -71,9 +78,9 @@ def test_metrics_of_a_server_agree_with_vllms(pair, tmp_path, window):
     is_adaptive = window == "adaptive"
     assert found["ppow:window_layer_active", "step"] == is_adaptive
     assert (steps > 0) == is_adaptive
-    assert len(reports) == is_adaptive
+    assert len(written) == is_adaptive
     if is_adaptive:
         assert found["ppow:predicted_accepted_tokens_total",] > 0
-        assert not list(tmp_path.glob("*ppow-window-*")), "the report goes with the server"
+        assert not list(reports.glob("*ppow-window-*")), "the report goes with the server"
     else:
         assert lengths == [0] * K + [sum(lengths)]
