@@ -20,7 +20,7 @@ def _option(default: Any, help: str) -> Any:
 class PPOWOptions:
     """What can be set in a config file or by a flag; TRL's own fields can stand in the file too."""
 
-    # Nothing in the README's tables ("Which objective") is significantly above it.
+    # The README's tables ("Which objective"): clear of `cst:tv` in two cells of eight, 0.2 points below it in one.
     objective: str = _option(
         "cst:jsd",
         "what is minimised: ppow, exact, overlap, drafts, cst:LOSS (cst:jsd, cst:tv, …), or a weighted sum of these "
