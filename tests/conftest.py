@@ -66,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("record_compatibility"):
-        if hasattr(config, "workerinput") or config.getoption("numprocesses", None):
+        if config.getoption("numprocesses", None):
             raise pytest.UsageError("--record-compatibility takes one process: leave -n out.")
         if config.option.keyword or config.option.markexpr or any("::" in one for one in config.args):
             raise pytest.UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import types
 
@@ -45,6 +46,20 @@ def table(adapter_counts=COUNTS, identical=True) -> list[ArmResult]:
 def test_demo_fails_when_greedy_output_differs():
     with pytest.raises(click.ClickException, match="differs from no speculation"):
         _judge(table(SpecDecodeCounts(9, 36, 22, (9, 7, 5, 1)), identical=False))
+
+
+def test_demo_takes_a_tie_on_a_gpu_only(monkeypatch):
+    tied = [
+        arm(NONE, 0.0, None),
+        arm(BASE, 0.0),
+        arm(ADAPTER, 0.0, SpecDecodeCounts(9, 36, 22, (9, 7, 5, 1))),
+    ]
+    tied[2] = dataclasses.replace(tied[2], greedy=Comparison(4, 3, 1, ()))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    _judge(tied)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(click.ClickException, match="differs from no speculation"):
+        _judge(tied)
 
 
 def test_demo_fails_when_the_adapter_changed_nothing():
@@ -107,7 +122,7 @@ class FakeEngine:
         )
 
 
-def benchmark(monkeypatch, *, side_by_side=True, prompts=1, different=False, tie=False):
+def benchmark(monkeypatch, *, side_by_side=True, different=False, tie=False):
     """Results of stand-in engines by arm."""
     monkeypatch.setattr("ppow_train.benchmark.Engine", FakeEngine)
     for name, value in {"different": different, "tie": tie, "up": 0, "most_up": 0}.items():
@@ -118,7 +133,7 @@ def benchmark(monkeypatch, *, side_by_side=True, prompts=1, different=False, tie
         adapter,
         "base",
         EngineOptions("t"),
-        Work([[1, 2]] * prompts, max_tokens=5, temperatures=[0.0], rounds=3),
+        Work([[1, 2]], max_tokens=5, temperatures=[0.0], rounds=3),
         num_speculative_tokens=4,
         side_by_side=side_by_side,
     )

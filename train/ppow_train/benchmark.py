@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def run_benchmark(
 @contextlib.contextmanager
 def _started(
     specs: Mapping[str, dict[str, Any] | None], options: EngineOptions, say: Callable[[str], None]
-) -> Any:
+) -> Iterator[dict[str, Engine]]:
     """Engines that are up at the same time, by arm."""
     options = dataclasses.replace(options, neighbours=len(specs) - 1)
     on_gpu = torch.cuda.is_available()

@@ -1,15 +1,15 @@
 """Greedy output with speculation against the same target without it: identical, or different only where it may be.
 
-With speculation the target sees batches of [requests · (K + 1)] tokens, without it of [requests · 1]. In bfloat16 a
-GPU's kernels for other shapes round differently, and where the two best tokens are closer than that rounding, either
-is right: no drafter and no plugin decides it. `compare` tells such ties from errors by the target's own log
-probabilities. Left out: running engines (serving_eval.py).
+With speculation the target sees batches of [requests · (K + 1)] tokens, without it of [requests · 1]. In bfloat16
+kernels for other shapes round differently, a GPU's and some CPUs', and where the two best tokens are closer than that
+rounding, either is right: no drafter and no plugin decides it. `compare` tells such ties from errors by the target's
+own log probabilities. Left out: running engines (serving_eval.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 TIE_NATS = 0.05  # about twice the step of bfloat16 at logits of 4 to 8
 
@@ -39,6 +39,12 @@ class Comparison:
     def holds(self) -> bool:
         """Whether nothing but ties differs, and ties are the exception."""
         return not self.errors and self.ties * 4 <= self.prompts
+
+
+def gap(logprobs: Iterable[float]) -> float:
+    """How clear a choice was, in nats: the best token's log probability minus that of the second, of two or more."""
+    best, second = sorted(logprobs, reverse=True)[:2]
+    return best - second
 
 
 def compare(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from ppow_train.errors import UserError
+from ppow_train.identity import gap
 from vllm_ppow.artifact import NATIVE_METHOD, Adapter
 from vllm_ppow.metrics import SpecDecodeCounts
 
@@ -298,14 +299,12 @@ def _run_once(llm: Any, request: dict[str, Any], speculating: bool) -> dict[str,
         "tokens": [list(one.token_ids) for one in done],
         "seconds": seconds,
         "counts": counts,
-        "gaps": [[_gap(entry) for entry in one.logprobs] for one in done] if request["with_gaps"] else None,
+        "gaps": [_gaps(one.logprobs) for one in done] if request["with_gaps"] else None,
     }
 
 
-def _gap(entry: dict[int, Any]) -> float:
-    """Log probability of the best token minus that of the second."""
-    best, second = sorted((one.logprob for one in entry.values()), reverse=True)[:2]
-    return best - second
+def _gaps(logprobs: Sequence[dict[int, Any]]) -> list[float]:
+    return [gap(token.logprob for token in entry.values()) for entry in logprobs]
 
 
 def run_process(serve: Callable[[TextIO, TextIO], None]) -> None:

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ppow_train.identity import gap
+
 PROMPT_TOKENS = 32
 
 
@@ -82,13 +84,11 @@ def greedy(
     )
     outputs = llm.generate([{"prompt_token_ids": list(one)} for one in ids], params, use_tqdm=False)
     tokens = [list(one.outputs[0].token_ids) for one in outputs]
-    gaps = [[_gap(entry) for entry in one.outputs[0].logprobs] for one in outputs]
+    gaps = [
+        [gap(token.logprob for token in entry.values()) for entry in one.outputs[0].logprobs]
+        for one in outputs
+    ]
     return tokens, gaps
-
-
-def _gap(entry: dict[int, Any]) -> float:
-    values = sorted((one.logprob for one in entry.values()), reverse=True)
-    return values[0] - values[1]
 
 
 def throughput(llm: Any, batch: int, vocab_size: int, max_tokens: int, rounds: int) -> dict[str, Any]:

