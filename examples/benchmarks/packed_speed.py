@@ -27,6 +27,7 @@ import click
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
+from ppow_train.generation import Round
 from ppow_train.pair import Pair, load_pair
 from ppow_train.progress import make_progress
 from ppow_train.report import write_json
@@ -297,8 +298,7 @@ def main(
                 prompts,
                 cache=cache,
                 max_new_tokens=max_new_tokens,
-                temperature=1.0,
-                seed=seed,
+                rounds=(Round(seed, 1.0),),
                 progress=progress,
             )
         long = trajectories.select((trajectories.num_starts(num_speculative_tokens) > 0).nonzero()[:, 0])

@@ -61,4 +61,4 @@ if __name__ == "__main__":
     die_around_rename(int(sys.argv[2]))
     print("begun", flush=True)
     with open_store(Path(sys.argv[1]), FACTS, len(PROMPTS)) as store:
-        fill(store, PROMPTS, Continuer(pause_s=float(sys.argv[3])))
+        fill(store, [(PROMPTS, Continuer(pause_s=float(sys.argv[3])))])

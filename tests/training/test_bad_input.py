@@ -200,6 +200,7 @@ def test_keys_are_refused_by_their_source():
         ({"objective": "ppow", "num_generations": 1}, ["num_generations must be >= 2", "got 1"]),
         ({"trajectories_per_step": 0}, ["trajectories_per_step must be >= 1", "got 0"]),
         ({"num_speculative_tokens": 0}, ["num_speculative_tokens must be >= 1", "got 0"]),
+        ({"continuations": 0}, ["continuations must be >= 1", "got 0"]),
         ({"serving_temperature": -1.0}, ["serving_temperature must be >= 0", "got -1.0"]),
         ({"greedy_sampling_temperature": 0.0}, ["greedy_sampling_temperature must be > 0"]),
         ({"draft_cost_ratio": -0.1}, ["draft_cost_ratio must be >= 0"]),

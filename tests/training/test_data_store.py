@@ -32,7 +32,7 @@ from ppow_train.trajectory_store import (
 def write(directory: Path, facts: dict[str, Any] = FACTS, prompts: Any = PROMPTS) -> Continuer:
     continuer = Continuer()
     with open_store(directory, facts, len(prompts)) as store:
-        fill(store, prompts, continuer)
+        fill(store, [(prompts, continuer)])
     return continuer
 
 

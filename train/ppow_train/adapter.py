@@ -30,6 +30,7 @@ _UNRECORDED = ("push_", "hub_", "report_", "save_")
 def training_facts(config: PPOWConfig, trajectories: Trajectories, updates: int) -> dict[str, Any]:
     """What was trained: options, and how many updates of how many windows on how many tokens."""
     values = config.to_dict()
+    tokens = int((trajectories.lengths - trajectories.prompt_lengths).sum())
     return {
         "objective": config.objective,
         "seed": config.seed,
@@ -37,7 +38,8 @@ def training_facts(config: PPOWConfig, trajectories: Trajectories, updates: int)
         "windows_per_update": config.windows_per_step,
         "learning_rate": config.learning_rate,
         "trajectories": len(trajectories),
-        "tokens": int((trajectories.lengths - trajectories.prompt_lengths).sum()),
+        "tokens": tokens,
+        "passes": round(config.passes(tokens), 2),
         "options": {
             option.name: values[option.name]
             for option in dataclasses.fields(PPOWOptions)

@@ -14,6 +14,7 @@ from typing import Any
 
 from ppow_train.compat import silence_import_warnings
 from ppow_train.errors import UserError
+from ppow_train.generation import Round, continuation_rounds
 from ppow_train.microbatches import divide_step, num_processes
 from ppow_train.objectives import check_dpace, parse_objective
 from ppow_train.options import CHOICES, PPOWOptions
@@ -92,6 +93,17 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         groups = self.num_generations if self.is_rollout else 1
         return self.windows_per_step // (self.trajectories_per_step * groups)
 
+    def passes(self, tokens: int) -> float:
+        """How often a run trains on each of so many tokens of trajectories."""
+        windows = self.windows_per_trajectory * self.trajectories_per_step
+        return self.max_steps * windows * self.num_speculative_tokens / tokens
+
+    def continuation_rounds(self) -> tuple[Round, ...]:
+        """Seeds and temperatures at which the target continues the training prompts."""
+        return continuation_rounds(
+            self.seed, self.serving_temperature, self.continuations, self.greedy_sampling_temperature
+        )
+
     def _check(self) -> None:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -105,6 +117,7 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         _require(
             self.num_speculative_tokens >= 1, "num_speculative_tokens", ">= 1", self.num_speculative_tokens
         )
+        _require(self.continuations >= 1, "continuations", ">= 1", self.continuations)
         _require(self.serving_temperature >= 0, "serving_temperature", ">= 0", self.serving_temperature)
         _require(
             self.greedy_sampling_temperature > 0,

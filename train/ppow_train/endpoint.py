@@ -87,6 +87,10 @@ class EndpointBackend:
             stop.set()  # of requests that wait for another attempt, when one has failed for good
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def at_temperature(self, temperature: float) -> EndpointBackend:
+        """See `generation.Backend`."""
+        return dataclasses.replace(self, temperature=temperature)
+
     def _continue(self, ids: list[int], seed: int, stop: threading.Event) -> list[int]:
         answer = self._post(
             {

@@ -58,6 +58,10 @@ class Backend(Protocol):
         """
         ...
 
+    def at_temperature(self, temperature: float) -> Backend:
+        """The same target at another temperature."""
+        ...
+
 
 def load_tokenizer(target: Path) -> PreTrainedTokenizerBase:
     """The target's tokenizer, padding on the left as generation needs it."""
@@ -130,6 +134,10 @@ class HuggingFaceBackend:
             report(len(completion_ids))
         return completion_ids
 
+    def at_temperature(self, temperature: float) -> HuggingFaceBackend:
+        """See `Backend`."""
+        return dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, temperature=temperature))
+
 
 @dataclasses.dataclass(frozen=True)
 class VllmBackend:
@@ -155,6 +163,10 @@ class VllmBackend:
         )
         report(len(prompt_ids))
         return [_cut_at_end(tokens, self.sampling.end_token_ids) for tokens in run.tokens]
+
+    def at_temperature(self, temperature: float) -> VllmBackend:
+        """See `Backend`."""
+        return dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, temperature=temperature))
 
 
 @contextlib.contextmanager
@@ -240,6 +252,33 @@ def check_length(length: int, config: PreTrainedConfig) -> None:
             f"Prompt and continuation need {length} tokens, the target takes {limit}: shorten the prompts or lower "
             "--max-new-tokens."
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One continuation of every prompt: its seed and temperature."""
+
+    seed: int
+    temperature: float
+
+
+def continuation_rounds(
+    seed: int, temperature: float, continuations: int, resampling: float
+) -> tuple[Round, ...]:
+    """Rounds that together continue every prompt `continuations` times.
+
+    The first is what a single one always was. A greedy target continues a prompt in one way only, so the others are
+    sampled there too.
+
+    Args:
+        temperature: that is served; of all rounds where it is above 0.
+        resampling: temperature of the rounds after a greedy one, above 0.
+    """
+    others = temperature or resampling
+    return (
+        Round(seed, temperature),
+        *(Round(derive_seed(seed, index), others) for index in range(1, continuations)),
+    )
 
 
 def load_or_generate(

@@ -39,6 +39,11 @@ class PPOWOptions:
         "windows in one forward and backward of a process at most (>= 1; default: as many as fit in memory, which a "
         "resumed run keeps); memory, not the result",
     )
+    continuations: int = _option(
+        1,
+        "trajectories of each training prompt (>= 1), sampled anew; with more of them longer runs keep gaining. For "
+        "serving_temperature 0 the first is greedy, the others have greedy_sampling_temperature",
+    )
     serving_temperature: float = _option(1.0, "temperature the drafter is trained to serve (0 = greedy)")
     greedy_sampling_temperature: float = _option(
         0.7, "temperature of p and q in training when serving_temperature is 0 (> 0)"

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from ppow_train.adapter import adapter_config, held_out_facts, training_facts, write_files
 from ppow_train.checkpoints import (
@@ -25,7 +25,7 @@ from ppow_train.checkpoints import (
 )
 from ppow_train.config import PPOWConfig
 from ppow_train.data import keep_long_enough, read_prompts
-from ppow_train.generation import load_or_generate, load_tokenizer
+from ppow_train.generation import Round, load_or_generate, load_tokenizer
 from ppow_train.machine import peak_bytes
 from ppow_train.microbatches import choose_windows_per_forward, divide_step
 from ppow_train.pair import Pair
@@ -44,26 +44,33 @@ def get_trajectories(
     *,
     cache: Path,
     max_new_tokens: int,
-    temperature: float,
-    seed: int,
+    rounds: Sequence[Round],
     progress: Progress,
 ) -> Trajectories:
-    """The target's continuations of a prompt file, generated or from the cache."""
-    texts = read_prompts(prompts)
-    task = progress.add_task(f"target continues {prompts.name}", total=len(texts), note="")
-    trajectories = load_or_generate(
-        cache,
-        pair.target.model,
-        load_tokenizer(pair.target.directory),
-        texts,
-        target_fingerprint=pair.target_ref.fingerprint,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        report=lambda done: progress.update(task, completed=done),
-    )
-    progress.update(task, completed=len(texts))
-    return trajectories
+    """The target's continuations of a prompt file, round by round, generated or from the cache."""
+    texts, tokenizer = read_prompts(prompts), load_tokenizer(pair.target.directory)
+    task = progress.add_task(f"target continues {prompts.name}", total=len(texts) * len(rounds), note="")
+    parts = []
+    for index, drawn in enumerate(rounds):
+        before = index * len(texts)
+        part = load_or_generate(
+            cache,
+            pair.target.model,
+            tokenizer,
+            texts,
+            target_fingerprint=pair.target_ref.fingerprint,
+            max_new_tokens=max_new_tokens,
+            temperature=drawn.temperature,
+            seed=drawn.seed,
+            report=_advance(progress, task, before),
+        )
+        parts.append(part)
+        progress.update(task, completed=before + len(texts))
+    return Trajectories.join(parts)
+
+
+def _advance(progress: Progress, task: TaskID, before: int) -> Callable[[int], None]:
+    return lambda done: progress.update(task, completed=before + done)
 
 
 @dataclasses.dataclass(frozen=True)

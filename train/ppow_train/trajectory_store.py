@@ -102,7 +102,7 @@ def open_store(directory: Path, facts: dict[str, Any], num_records: int) -> Iter
     Args:
         directory: absent, empty, or begun with the same facts.
         facts: JSON values that the trajectories depend on, `shard_size`, `seed` and `held_out_share` among them.
-        num_records: prompts of the whole set.
+        num_records: of the whole set.
 
     Raises:
         UserError: it was begun with other facts, is something else, is damaged, or another process writes it.
@@ -214,27 +214,26 @@ class TrajectoryStore:
 
 def fill(
     store: TrajectoryStore,
-    prompts: Sequence[Sequence[int]],
-    backend: Backend,
+    rounds: Sequence[tuple[Sequence[Sequence[int]], Backend]],
     report: Callable[[int], None] = lambda done: None,
 ) -> Manifest:
-    """Continue every prompt that the store lacks, shard by shard.
+    """Continue every prompt that the store lacks, shard by shard; no shard holds records of two rounds.
 
     Args:
-        prompts: of the whole set, in the order they were first given in.
-        backend: what continues them.
+        rounds: prompts, in the order they were first given in, and what continues them, once for each continuation.
         report: called with the number of finished records, those found on disk included.
 
     Returns:
         The manifest of the whole set.
     """
-    facts = store.manifest.facts
-    while not store.manifest.complete:
-        done = store.manifest.done
-        report(done)
-        batch = prompts[done : done + facts["shard_size"]]
-        seed = derive_seed(facts["seed"], len(store.manifest.shards))
-        store.add(batch, backend.continue_prompts(batch, seed=seed, report=_after(done, report)))
+    facts, first = store.manifest.facts, 0  # record of the round
+    for prompts, backend in rounds:
+        while (done := store.manifest.done) < first + len(prompts):
+            report(done)
+            batch = prompts[done - first : done - first + facts["shard_size"]]
+            seed = derive_seed(facts["seed"], len(store.manifest.shards))
+            store.add(batch, backend.continue_prompts(batch, seed=seed, report=_after(done, report)))
+        first += len(prompts)
     report(store.manifest.done)
     return store.manifest
 

@@ -43,6 +43,17 @@ class Trajectories:
         """The same trajectories, each up to a position, int64 [B], after which it is padding."""
         return Trajectories(self.input_ids[:, : int(ends.max())], self.prompt_lengths, ends)
 
+    @classmethod
+    def join(cls, parts: Sequence[Trajectories]) -> Trajectories:
+        """All trajectories of the parts, in order, padded to the longest."""
+        longest = max(part.input_ids.shape[1] for part in parts)
+        pad = torch.nn.functional.pad
+        return cls(
+            torch.cat([pad(part.input_ids, (0, longest - part.input_ids.shape[1])) for part in parts]),
+            torch.cat([part.prompt_lengths for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+        )
+
     def same_as(self, other: Trajectories) -> bool:
         """Whether these are the same trajectories."""
         names = (field.name for field in dataclasses.fields(self))

@@ -140,8 +140,7 @@ class _Trainer:
                 self.prompts,
                 cache=self.output / "trajectories",
                 max_new_tokens=self.max_new_tokens,
-                temperature=self.serving_temperature,
-                seed=seed,
+                rounds=self._config(objective, seed).continuation_rounds(),
                 progress=progress,
             )
             return train_adapter(

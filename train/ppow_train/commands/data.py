@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from ppow_train.options import PPOWOptions
 
 if TYPE_CHECKING:
     from ppow_train.generation import Backend, Sampling
@@ -50,6 +52,15 @@ if TYPE_CHECKING:
     "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
     help="tokens of each continuation at most",
 )  # fmt: skip
+@click.option(
+    "--continuations", type=click.IntRange(min=1), default=1, show_default=True,
+    help="of each prompt to train on, sampled anew; held-out prompts have one",
+)  # fmt: skip
+@click.option(
+    "--greedy-sampling-temperature", type=click.FloatRange(min=0, min_open=True),
+    default=PPOWOptions.greedy_sampling_temperature, show_default=True,
+    help="with --temperature 0: of all continuations but the first",
+)  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="of sampling")
 @click.option("--limit", type=click.IntRange(min=1), help="distinct prompts to use at most  [default: all]")
 @click.option(
@@ -85,8 +96,8 @@ if TYPE_CHECKING:
 def data(ctx: click.Context, as_json: bool, **options: Any) -> None:
     """Let the target continue prompts and keep the token ids, for `ppow train --data`.
 
-    Each prompt is continued once, duplicates are dropped. An interrupted run goes on where it stopped when the same
-    command is given again.
+    Each prompt is continued once, or --continuations times to train on; duplicates are dropped. An interrupted run
+    goes on where it stopped when the same command is given again.
     """
     _check_usage(ctx, options)
     request = _Request(**options)
@@ -120,6 +131,8 @@ def _check_usage(ctx: click.Context, options: dict[str, Any]) -> None:
         raise click.UsageError("give at most one of --engine and --endpoint.")
     if options["dataset"] is None and (stray := given("subset", "split", "column")):
         raise click.UsageError(f"{stray[0]} belongs to --dataset: give that too, or drop it.")
+    if given("greedy_sampling_temperature") and (options["temperature"] or options["continuations"] == 1):
+        raise click.UsageError("--greedy-sampling-temperature has no effect: drop it.")
     backend = _backend_name(options["endpoint"], options["engine"])
     if stray := given(*(name for name, owners in _OWNERS.items() if backend not in owners)):
         raise click.UsageError(f"{stray[0]} has no effect with {backend}: drop it.")
@@ -146,6 +159,8 @@ class _Request:
     api_key_env: str | None
     temperature: float
     max_new_tokens: int
+    continuations: int
+    greedy_sampling_temperature: float
     seed: int
     limit: int | None
     max_prompt_tokens: int | None
@@ -200,15 +215,19 @@ def _run(request: _Request, prompts: Iterator[Prompt]) -> Manifest:
     tokenized = tokenize(prompts, tokenizer, limit=request.limit, max_prompt_tokens=request.max_prompt_tokens)
     sampling = Sampling(request.max_new_tokens, request.temperature, end_tokens(directory, tokenizer))
     longest = _check_fit(directory, tokenized, sampling)
-    held_out = _count_held_out(tokenized, request.held_out_share)
+    again = _trained_on(tokenized, request.held_out_share)
+    num_records = len(tokenized.ids) + len(again) * (request.continuations - 1)
     facts = _facts(request, fingerprint, tokenized, sampling)
-    with open_store(request.output, facts, len(tokenized.ids)) as store:
-        _announce(request, tokenized, held_out, store.manifest)
+    with open_store(request.output, facts, num_records) as store:
+        _announce(request, tokenized, again, store.manifest)
         if store.manifest.complete:
             return store.manifest
         with make_progress() as progress, _backend(request, directory, sampling, longest) as backend:
-            task = progress.add_task("target continues prompts", total=len(tokenized.ids), note="")
-            return fill(store, tokenized.ids, backend, lambda done: progress.update(task, completed=done))
+            task = progress.add_task("target continues prompts", total=num_records, note="")
+            # A greedy target has one continuation of a prompt only.
+            others = backend.at_temperature(request.temperature or request.greedy_sampling_temperature)
+            rounds = [(tokenized.ids, backend), *[(again, others)] * (request.continuations - 1)]
+            return fill(store, rounds, lambda done: progress.update(task, completed=done))
 
 
 def _check_fit(directory: Path, tokenized: TokenizedPrompts, sampling: Sampling) -> int:
@@ -222,16 +241,17 @@ def _check_fit(directory: Path, tokenized: TokenizedPrompts, sampling: Sampling)
     return longest
 
 
-def _count_held_out(tokenized: TokenizedPrompts, share: float) -> int:
+def _trained_on(tokenized: TokenizedPrompts, share: float) -> list[Sequence[int]]:
+    """Prompts that are not set apart."""
     from ppow_train.errors import UserError
     from ppow_train.trajectory_store import is_held_out
 
-    held_out = sum(is_held_out(ids, share) for ids in tokenized.ids)
-    if held_out == len(tokenized.ids):
+    kept = [ids for ids in tokenized.ids if not is_held_out(ids, share)]
+    if not kept:
         raise UserError(
-            f"--held-out-share {share:g} sets all {held_out} prompts apart: lower it, or give more prompts."
+            f"--held-out-share {share:g} sets all {len(tokenized.ids)} prompts apart: lower it, or give more prompts."
         )
-    return held_out
+    return kept
 
 
 def _facts(
@@ -248,6 +268,9 @@ def _facts(
         },
         "end_token_ids": list(sampling.end_token_ids),
     }
+    if request.continuations > 1:  # sets from before there was a choice go on
+        facts["continuations"] = request.continuations
+        facts["further_temperature"] = request.temperature or request.greedy_sampling_temperature
     if request.endpoint:
         return facts | {"model": request.model}
     if request.engine == "hf":
@@ -307,16 +330,20 @@ def _endpoint(request: _Request, directory: Path, sampling: Sampling) -> Backend
     )
 
 
-def _announce(request: _Request, tokenized: TokenizedPrompts, held_out: int, manifest: Manifest) -> None:
-    """What is about to be done, and how large it may become."""
+def _announce(
+    request: _Request, tokenized: TokenizedPrompts, again: Sequence[Sequence[int]], manifest: Manifest
+) -> None:
+    """What is about to be done, and how large it may become; `again`: prompts with further continuations."""
     from rich.filesize import decimal
 
     from ppow_train.trajectory_store import estimated_bytes
 
-    size = decimal(estimated_bytes(tokenized.ids, request.max_new_tokens))
+    records = [*tokenized.ids, *list(again) * (request.continuations - 1)]
+    size = decimal(estimated_bytes(records, request.max_new_tokens))
+    times = f", the others continued {request.continuations} times" if request.continuations > 1 else ""
     click.echo(
         f"{len(tokenized.ids)} prompts ({tokenized.duplicates} duplicates and {tokenized.too_long} too long left out), "
-        f"{held_out} of them held out; at most {size} in {request.output}; "
+        f"{len(tokenized.ids) - len(again)} of them held out{times}; at most {size} in {request.output}; "
         f"{manifest.done} are there already.",
         err=True,
     )

@@ -159,8 +159,7 @@ def _train(
             tiny / "prompts" / "tests_train.jsonl",
             cache=output / "trajectories",
             max_new_tokens=128,
-            temperature=1.0,
-            seed=seed,
+            rounds=config.continuation_rounds(),
             progress=progress,
         )
         return train_adapter(pair, trajectories, config, output / "adapter", progress=progress).adapter

@@ -85,7 +85,7 @@ def train(
 ) -> None:
     """Train a LoRA adapter for a drafter on prompts of your own.
 
-    The target continues every prompt once, now or in `ppow data`; windows of its continuations are what the drafter is
+    The target continues every prompt, now or in `ppow data`; windows of its continuations are what the drafter is
     trained on. The adapter directory is what vLLM is given as "model" of method ppow.
     """
     prompts, data, held_out = (arguments[name] for name in ("prompts", "data", "held_out"))
@@ -102,6 +102,8 @@ def train(
     from ppow_train.config import check_keys, read_config_file
 
     values = {**(read_config_file(config_file) if config_file else {}), **given(arguments)}
+    if data is not None and "continuations" in values:
+        raise click.UsageError("continuations were settled by `ppow data`: drop them, or give --prompts.")
     if cost_profile is not None:
         values["draft_cost_ratio"] = _measured_cost(ctx, cost_profile)
     check_keys(values, "the command line")

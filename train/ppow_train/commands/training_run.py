@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +20,15 @@ if TYPE_CHECKING:
 
     from ppow_train.config import PPOWConfig
     from ppow_train.estimate import RunEstimate
+    from ppow_train.generation import Round
     from ppow_train.pair import Pair
     from ppow_train.parity import Parity
     from ppow_train.training import TrainingResult
     from ppow_train.types import Trajectories
+
+
+# Of a run over its tokens: 4 were the best in the README's tables ("Which objective"), 9 and 18 were worse.
+MOST_PASSES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +67,8 @@ def run(request: Request) -> tuple[TrainingResult | None, Parity | None]:
         # One process generates, the others find what it put into the cache.
         with config.main_process_first(local=False):
             trajectories, held_out = _splits(request, pair, config, progress)
+        if is_main:
+            _warn_of_repetition(config, trajectories)
         source = request.data or request.prompts
         result = train_adapter(
             pair,
@@ -92,8 +101,22 @@ def estimate(request: Request) -> RunEstimate | None:
             pair = load_pair(request.target, request.drafter, str(config.device), config.target_dtype)
             with config.main_process_first(local=False):
                 trajectories, _ = _splits(request, pair, config, progress)
+            if is_main:
+                _warn_of_repetition(config, trajectories)
             estimated = estimate_run(pair, trajectories, config, Path(scratch))
     return estimated if is_main else None
+
+
+def _warn_of_repetition(config: PPOWConfig, trajectories: Trajectories) -> None:
+    """Say so where texts would be learned by heart, with the remedy."""
+    passes = config.passes(int((trajectories.lengths - trajectories.prompt_lengths).sum()))
+    if passes > MOST_PASSES:
+        enough = math.ceil(config.continuations * passes / MOST_PASSES)
+        click.echo(
+            f"Warning: the run trains {passes:.0f} times on each token of the target; beyond about {MOST_PASSES} texts "
+            f"are learned by heart. Give more prompts, --continuations {enough}, or a lower --max-steps.",
+            err=True,
+        )
 
 
 def _config(request: Request, state: Path) -> PPOWConfig:
@@ -131,26 +154,28 @@ def _splits(
     request: Request, pair: Pair, config: PPOWConfig, progress: Progress
 ) -> tuple[Trajectories, Trajectories | None]:
     """What is trained and what is measured on, from disk or generated now."""
+    from ppow_train.generation import Round
     from ppow_train.training import get_trajectories
-    from ppow_train.trajectory_store import load_splits
+    from ppow_train.trajectory_store import load_splits, read_manifest
 
     if request.data is not None:
+        config.continuations = read_manifest(request.data).facts.get("continuations", 1)  # for the record
         return load_splits(request.data, pair.target_ref.fingerprint, config.serving_temperature)
 
-    def generated(file: Path, seed: int, extra_tokens: int = 0) -> Trajectories:
+    def generated(file: Path, rounds: Sequence[Round], extra_tokens: int = 0) -> Trajectories:
         return get_trajectories(
             pair,
             file,
             cache=request.cache,
             max_new_tokens=request.max_new_tokens + extra_tokens,
-            temperature=config.serving_temperature,
-            seed=seed,
+            rounds=rounds,
             progress=progress,
         )
 
     assert request.prompts is not None
-    trajectories = generated(request.prompts, request.seed)
+    trajectories = generated(request.prompts, config.continuation_rounds())
     if request.held_out is None:
         return trajectories, None
     # K tokens longer: the last draft of a simulated serving walk must fit.
-    return trajectories, generated(request.held_out, request.seed + 1, config.num_speculative_tokens)
+    once = (Round(request.seed + 1, config.serving_temperature),)
+    return trajectories, generated(request.held_out, once, config.num_speculative_tokens)

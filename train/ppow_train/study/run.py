@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from ppow_train.config import PPOWConfig, check_keys
 from ppow_train.data import keep_long_enough, read_prompts
 from ppow_train.errors import UserError
-from ppow_train.generation import load_or_generate, load_tokenizer
+from ppow_train.generation import Round, load_or_generate, load_tokenizer
 from ppow_train.pair import Pair, load_pair
 from ppow_train.rollout import WindowRunner
 from ppow_train.selection import Judge
@@ -56,7 +56,7 @@ class CellBench:
         self.training = functools.lru_cache(maxsize=1)(self._training)
         self.judge = functools.lru_cache(maxsize=4)(self._judge)
 
-    def _trajectories(self, file: str, seed: int, new_tokens: int) -> Trajectories:
+    def _trajectories(self, file: str, drawn: Round, new_tokens: int) -> Trajectories:
         return load_or_generate(
             self.cache,
             self.pair.target.model,
@@ -64,30 +64,33 @@ class CellBench:
             read_prompts(Path(file)),
             target_fingerprint=self.pair.target_ref.fingerprint,
             max_new_tokens=new_tokens,
-            temperature=self.cell.temperature,
-            seed=seed,
+            temperature=drawn.temperature,
+            seed=drawn.seed,
         ).to(self.pair.target.model.device)
 
-    def _training(self, seed: int) -> tuple[Trajectories, MemoryCache]:
+    def _training(self, rounds: Sequence[Round]) -> tuple[Trajectories, MemoryCache]:
         """Trajectories of the prompts that are trained on, with the target's states along them."""
-        whole = self._trajectories(self.cell.prompts, seed, self.plan.max_new_tokens)
-        if len(whole) <= self.plan.tuning_prompts:
-            raise UserError(
-                f"The plan sets {self.plan.tuning_prompts} prompts apart for tuning, {self.cell.prompts} has "
-                f"{len(whole)}: lower tuning_prompts."
-            )
-        used = whole.select(torch.arange(len(whole) - self.plan.tuning_prompts))
-        used = keep_long_enough(used, self.length)
+        parts = []
+        for drawn in rounds:
+            whole = self._trajectories(self.cell.prompts, drawn, self.plan.max_new_tokens)
+            if len(whole) <= self.plan.tuning_prompts:
+                raise UserError(
+                    f"The plan sets {self.plan.tuning_prompts} prompts apart for tuning, {self.cell.prompts} has "
+                    f"{len(whole)}: lower tuning_prompts."
+                )
+            parts.append(whole.select(torch.arange(len(whole) - self.plan.tuning_prompts)))
+        used = keep_long_enough(Trajectories.join(parts), self.length)
         return used, MemoryCache(self.pair.target, used)
 
     def _judge(self, phase: str, greedy_drafts: bool) -> Judge:
         """The prompts that are reported, or those that are set apart for tuning."""
         # K tokens longer: the last draft of a walk must fit.
         tokens = self.plan.max_tokens + self.length
+        drawn = Round(_HELD_OUT_SEED, self.cell.temperature)
         if phase == "report":
-            judges = self._trajectories(self.cell.held_out, _HELD_OUT_SEED, tokens)
+            judges = self._trajectories(self.cell.held_out, drawn, tokens)
         else:
-            whole = self._trajectories(self.cell.prompts, _HELD_OUT_SEED, tokens)
+            whole = self._trajectories(self.cell.prompts, drawn, tokens)
             judges = whole.select(torch.arange(len(whole) - self.plan.tuning_prompts, len(whole)))
         runner = WindowRunner(
             self.pair.target, self.pair.drafter, judges, self.length, self.cell.temperature or 1.0
@@ -106,7 +109,7 @@ class CellBench:
 
     def trainer(self, config: PPOWConfig) -> PPOWTrainer:
         """A trainer whose LoRA is in the drafter from now on: use it within `restored`."""
-        trajectories, cache = self.training(config.seed)
+        trajectories, cache = self.training(config.continuation_rounds())
         runner = WindowRunner(
             self.pair.target,
             self.pair.drafter,

@@ -12,10 +12,10 @@ from ppow_train.study.results import Measured, RunKey
 def best_rate(plan: Plan, results: dict[RunKey, Measured], cell: Cell, arm: str) -> float | None:
     """The learning rate of an arm in a cell; None while its tuning is not finished."""
     tuned = plan.tuning_cell(cell)
-    keys = [
-        RunKey("tune", tuned.name, arm, plan.tuning_seed, plan.steps[0], rate)
-        for rate in plan.rates_of(arm, tuned)
-    ]
+    rates = plan.rates_of(arm, tuned)
+    if len(rates) == 1:
+        return rates[0]
+    keys = [RunKey("tune", tuned.name, arm, plan.tuning_seed, plan.steps[0], rate) for rate in rates]
     if not all(key in results for key in keys):
         return None
     return max(keys, key=lambda key: sum(results[key].accepted) / sum(results[key].drafts)).learning_rate
@@ -49,7 +49,8 @@ def runs(
         yield start_key("report", cell)
     for tuned in dict.fromkeys(plan.tuning_cell(cell) for cell in cells):
         for arm in wanted(plan.arms):
-            for rate in plan.rates_of(arm, tuned):
+            rates = plan.rates_of(arm, tuned)
+            for rate in rates if len(rates) > 1 else ():
                 yield RunKey("tune", tuned.name, arm, plan.tuning_seed, plan.steps[0], rate)
     for steps in plan.steps:
         for seed in plan.seeds:  # outside, so that every table has something to show early
