@@ -68,7 +68,7 @@ def run(request: Request) -> tuple[TrainingResult | None, Parity | None]:
         with config.main_process_first(local=False):
             trajectories, held_out = _splits(request, pair, config, progress)
         if is_main:
-            _warn_of_repetition(config, trajectories)
+            _tell_passes(config, trajectories)
         source = request.data or request.prompts
         result = train_adapter(
             pair,
@@ -102,21 +102,24 @@ def estimate(request: Request) -> RunEstimate | None:
             with config.main_process_first(local=False):
                 trajectories, _ = _splits(request, pair, config, progress)
             if is_main:
-                _warn_of_repetition(config, trajectories)
+                _tell_passes(config, trajectories)
             estimated = estimate_run(pair, trajectories, config, Path(scratch))
     return estimated if is_main else None
 
 
-def _warn_of_repetition(config: PPOWConfig, trajectories: Trajectories) -> None:
-    """Say so where texts would be learned by heart, with the remedy."""
+def _tell_passes(config: PPOWConfig, trajectories: Trajectories) -> None:
+    """How often the run reads each token, and what to change where that is too often or too seldom."""
     passes = config.passes(int((trajectories.lengths - trajectories.prompt_lengths).sum()))
+    text = f"{len(trajectories)} trajectories; each token is trained on {passes:.2g} times"
     if passes > MOST_PASSES:
         enough = math.ceil(config.continuations * passes / MOST_PASSES)
-        click.echo(
-            f"Warning: the run trains {passes:.0f} times on each token of the target; beyond about {MOST_PASSES} texts "
-            f"are learned by heart. Give more prompts, --continuations {enough}, or a lower --max-steps.",
-            err=True,
+        text += (
+            f". Warning: beyond about {MOST_PASSES} times texts are learned by heart: give more prompts, "
+            f"--continuations {enough}, or a lower --max-steps"
         )
+    elif passes < 1:
+        text += f"; --max-steps {math.ceil(config.max_steps / passes)} would read them all"
+    click.echo(f"{text}.", err=True)
 
 
 def _config(request: Request, state: Path) -> PPOWConfig:
