@@ -75,6 +75,14 @@ def test_a_local_drafter_is_no_base_model_and_paths_stay_at_home(tmp_path):
     assert "secret" not in written.content
 
 
+def test_what_a_prompt_was_continued_with(tmp_path):
+    assert "at temperature 1, 56,789 tokens" in card(tmp_path).content
+    often = with_training(options={"continuations": 8})
+    assert "at temperature 1 (8 of each prompt), 56,789 tokens" in card(tmp_path, often).content
+    greedy = dataclasses.replace(often, temperature=0.0)
+    assert "(8 of each prompt, the first greedy, the others sampled)" in card(tmp_path, greedy).content
+
+
 def test_what_was_measured(tmp_path):
     write_curve(tmp_path / CURVE, SELECTION)
     text = card(tmp_path, parity=PARITY).text

@@ -126,6 +126,15 @@ def _serving(config: AdapterConfig, name: str) -> str:
     )
 
 
+def _further(config: AdapterConfig) -> str:
+    """What is to be added of continuations after the first."""
+    continuations = _options(config).continuations
+    if continuations == 1:
+        return ""
+    sampled = ", the first greedy, the others sampled" if config.temperature == 0 else ""
+    return f" ({continuations} of each prompt{sampled})"
+
+
 def _training(config: AdapterConfig) -> str:
     facts = config.training
     versions = ", ".join(f"{name} {version}" for name, version in config.versions.items())
@@ -133,7 +142,7 @@ def _training(config: AdapterConfig) -> str:
     source = facts.get("prompts") or "not recorded"
     return (
         f"## Training\n\nData: {facts['trajectories']:,} continuations by the target at temperature "
-        f"{config.temperature:g}, {facts['tokens']:,} tokens, of the prompts in `{source}`.\n\n"
+        f"{config.temperature:g}{_further(config)}, {facts['tokens']:,} tokens, of the prompts in `{source}`.\n\n"
         f"Objective `{facts['objective']}`: {formula(_options(config))}. {facts['updates']} updates of "
         f"{facts['windows_per_update']} windows, seed {facts['seed']}; {versions}.\n\n```yaml\n{options}```"
     )
