@@ -224,6 +224,15 @@ def test_the_table_says_what_is_clear_of_zero():
     assert lines[1][5:] == ["–", "– |"]
 
 
+def test_a_longer_run_has_a_table_once_an_arm_has_run():
+    study = plan(cells=(cell(),), seeds=(0,), steps=(5, 9))
+    done = {start_key("report", study.cells[0]): measured([5.0, 6.0])}
+    assert "### here, 5 updates" in tables(study, done, {})
+    assert "9 updates" not in tables(study, done, {})
+    done[RunKey("report", "here", "other", 0, 9, 0.1)] = measured([7.0, 8.0])
+    assert "### here, 9 updates" in tables(study, done, {})
+
+
 def test_the_overview_has_a_column_for_every_cell_and_is_sorted():
     study = plan(cells=(cell(), dataclasses.replace(cell(), name="there")), seeds=(0, 1))
     done = {}

@@ -27,7 +27,8 @@ def tables(plan: Plan, results: dict[RunKey, Measured], costs: Costs) -> str:
     for steps in plan.steps:
         for cell in plan.cells:
             rows = list(_rows(plan, results, costs, cell, steps))
-            if rows:
+            # The start is that of every number of updates: alone it says nothing of a longer run.
+            if len(rows) > 1 or (rows and steps == plan.steps[0]):
                 parts.append(_table(plan, cell, steps, rows))
     return "\n".join(parts)
 
