@@ -65,8 +65,9 @@ def _compared(
     own = _by_seed(plan, results, cell, arm, steps)
     if arm != plan.reference:
         return _difference(own, _by_seed(plan, results, cell, plan.reference, steps), start)
-    base = Resampled([start], len(own))
-    return (gain(Resampled(list(own.values()), len(own)), base) if own else NOTHING), len(own)
+    if not own:
+        return NOTHING, 0
+    return gain(Resampled(list(own.values()), len(own)), Resampled([start], len(own))), len(own)
 
 
 def _bold(value: Interval, is_reference: bool) -> str:
