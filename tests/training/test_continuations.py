@@ -55,9 +55,10 @@ def test_parts_of_other_lengths_join():
 
 def test_a_run_knows_how_often_it_reads_a_token(tmp_path):
     config = PPOWConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=10, windows_per_step=128)
-    assert config.passes(1024) == 10 * 128 * 8 / 1024
+    assert config.passes(1024, 10) == 10 * 128 * 8 / 1024
+    assert config.passes(1024, 5) == config.passes(1024, 10) / 2, "one that stopped early read less"
     drafted = PPOWConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=10, objective="ppow")
-    assert drafted.passes(1024) == 10 * 128 / 8 * 8 / 1024, "its windows of one start are one"
+    assert drafted.passes(1024, 10) == 10 * 128 / 8 * 8 / 1024, "its windows of one start are one"
 
 
 # ---------------------------------------------------------------- the directory of `ppow data`

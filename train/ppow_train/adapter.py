@@ -30,7 +30,7 @@ _UNRECORDED = ("push_", "hub_", "report_", "save_")
 def training_facts(config: PPOWConfig, trajectories: Trajectories, updates: int) -> dict[str, Any]:
     """What was trained: options, and how many updates of how many windows on how many tokens."""
     values = config.to_dict()
-    tokens = int((trajectories.lengths - trajectories.prompt_lengths).sum())
+    tokens = trajectories.num_continuation_tokens
     return {
         "objective": config.objective,
         "seed": config.seed,
@@ -39,7 +39,7 @@ def training_facts(config: PPOWConfig, trajectories: Trajectories, updates: int)
         "learning_rate": config.learning_rate,
         "trajectories": len(trajectories),
         "tokens": tokens,
-        "passes": round(config.passes(tokens), 2),
+        "passes": round(config.passes(tokens, updates), 2),
         "options": {
             option.name: values[option.name]
             for option in dataclasses.fields(PPOWOptions)

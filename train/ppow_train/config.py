@@ -93,10 +93,10 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         groups = self.num_generations if self.is_rollout else 1
         return self.windows_per_step // (self.trajectories_per_step * groups)
 
-    def passes(self, tokens: int) -> float:
-        """How often a run trains on each of so many tokens of trajectories."""
+    def passes(self, tokens: int, updates: int) -> float:
+        """How often so many updates train on each of so many tokens of trajectories."""
         windows = self.windows_per_trajectory * self.trajectories_per_step
-        return self.max_steps * windows * self.num_speculative_tokens / tokens
+        return updates * windows * self.num_speculative_tokens / tokens
 
     def continuation_rounds(self) -> tuple[Round, ...]:
         """Seeds and temperatures at which the target continues the training prompts."""

@@ -43,6 +43,11 @@ class Trajectories:
         """The same trajectories, each up to a position, int64 [B], after which it is padding."""
         return Trajectories(self.input_ids[:, : int(ends.max())], self.prompt_lengths, ends)
 
+    @property
+    def num_continuation_tokens(self) -> int:
+        """Tokens of the target in all of them, prompts left out."""
+        return int((self.lengths - self.prompt_lengths).sum())
+
     @classmethod
     def join(cls, parts: Sequence[Trajectories]) -> Trajectories:
         """All trajectories of the parts, in order, padded to the longest."""

@@ -182,6 +182,11 @@ class _Request:
         assert self.dataset is not None
         return read_dataset(self.dataset, self.split, self.column, self.subset)
 
+    @property
+    def further_temperature(self) -> float:
+        """Of continuations after the first: a greedy target has one of a prompt only."""
+        return self.temperature or self.greedy_sampling_temperature
+
     def resolved_device(self) -> str:
         """Where --engine hf runs."""
         import torch
@@ -224,8 +229,7 @@ def _run(request: _Request, prompts: Iterator[Prompt]) -> Manifest:
             return store.manifest
         with make_progress() as progress, _backend(request, directory, sampling, longest) as backend:
             task = progress.add_task("target continues prompts", total=num_records, note="")
-            # A greedy target has one continuation of a prompt only.
-            others = backend.at_temperature(request.temperature or request.greedy_sampling_temperature)
+            others = backend.at_temperature(request.further_temperature)
             rounds = [(tokenized.ids, backend), *[(again, others)] * (request.continuations - 1)]
             return fill(store, rounds, lambda done: progress.update(task, completed=done))
 
@@ -270,7 +274,7 @@ def _facts(
     }
     if request.continuations > 1:  # sets from before there was a choice go on
         facts["continuations"] = request.continuations
-        facts["further_temperature"] = request.temperature or request.greedy_sampling_temperature
+        facts["further_temperature"] = request.further_temperature
     if request.endpoint:
         return facts | {"model": request.model}
     if request.engine == "hf":

@@ -109,7 +109,7 @@ def estimate(request: Request) -> RunEstimate | None:
 
 def _tell_passes(config: PPOWConfig, trajectories: Trajectories) -> None:
     """How often the run reads each token, and what to change where that is too often or too seldom."""
-    passes = config.passes(int((trajectories.lengths - trajectories.prompt_lengths).sum()))
+    passes = config.passes(trajectories.num_continuation_tokens, config.max_steps)
     text = f"{len(trajectories)} trajectories; each token is trained on {passes:.2g} times"
     if passes > MOST_PASSES:
         enough = math.ceil(config.continuations * passes / MOST_PASSES)
