@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     help="tokens of each continuation at most",
 )  # fmt: skip
 @click.option(
-    "--continuations", type=click.IntRange(min=1), default=1, show_default=True,
+    "--continuations", type=click.IntRange(min=1), default=PPOWOptions.continuations, show_default=True,
     help="of each prompt to train on, sampled anew; held-out prompts have one",
 )  # fmt: skip
 @click.option(
