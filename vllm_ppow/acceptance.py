@@ -15,6 +15,9 @@ from collections.abc import Sequence
 MEMORY = 800
 # Observations that the expectation from the position before weighs.
 PRIOR_STRENGTH = 8.0
+# Drafts that a measured prior counts for when serving begins. They are forgotten like any others: enough that a warm-up
+# with copies of one prompt does not end drafting, too few to matter after seconds of other traffic.
+MEASURED = 64.0
 # Where nothing is known at all: a drafter whose tokens are mostly accepted, so that drafting is tried.
 MILD_PRIOR = 0.7
 
@@ -43,6 +46,8 @@ class AcceptanceEstimate:
         self._weight = 1.0  # of the next observation; grows instead of decaying all counts
         self._trials = [0.0] * maximum
         self._accepted = [0.0] * maximum
+        if self._prior:  # later positions are taken to be like it, times what the prior says of the two
+            self._trials[0], self._accepted[0] = MEASURED, MEASURED * self._prior[0]
         self._survival: list[float] | None = None
 
     def observe(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:

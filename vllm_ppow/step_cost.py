@@ -28,9 +28,12 @@ IDENTIFIED = 3
 FIRST_USES = 2
 # An observation is worth half after that many further ones: cells long unseen yield to the base.
 HALF_LIFE = 4000
+# A cell that is worth less than this many observations is forgotten.
+FORGOTTEN = 0.01
 # Observations of a cell that tell how the machine's pace has changed since.
 PACED = 10
 _RIDGE = 1e-3
+# Steps between fits, or as many as there are cells, since a fit takes about ten microseconds for each.
 _REFIT_EVERY = 32
 
 
@@ -47,6 +50,7 @@ class _Cell:
     def __init__(self) -> None:
         self.seconds: deque[float] = deque(maxlen=CELL_MEMORY)
         self.batch = self.context = self.median = self.typical = self.shift = 0.0
+        self.profiled = 0.0  # seconds by the cost profile, where there is one
         self.seen_at = 0
 
     def add(self, seconds: float, batch: int, context: float, now: int) -> None:
@@ -77,6 +81,7 @@ class StepCost:
         self._octaves: dict[tuple[int, int], int] = {}
         # Of [1, B, K, K·B, context / 1024]; any unit does while nothing is learned.
         self._coefficients = [1.0, 0.0, 0.1, 0.0, 0.0]
+        self._least = (0.0, 1.0)  # seconds that a step takes at least at a batch size
         self._level = 0.0  # log of clock over profile
         self._pace = Pace()
         self._uses: dict[tuple[int, int], int] = {}  # steps seen by cell
@@ -101,9 +106,12 @@ class StepCost:
         cell = self._cells.setdefault((_bucket(batch), num_draft_tokens), _Cell())
         seconds = self._at_constant_pace(seconds, cell, batch)
         cell.add(seconds, batch, context, self._now)
+        if self._profile is not None:
+            cell.profiled = self._profiled(cell.batch, num_draft_tokens, cell.context)
         octave = (batch.bit_length(), num_draft_tokens)
         self._octaves[octave] = self._octaves.get(octave, 0) + 1
-        if self._octaves[octave] <= IDENTIFIED or self._now >= self._fitted_at + _REFIT_EVERY:
+        refit_at = self._fitted_at + max(_REFIT_EVERY, len(self._cells))
+        if self._octaves[octave] <= IDENTIFIED or self._now >= refit_at:
             self._fit()
         else:
             self._update_shift(cell, num_draft_tokens)
@@ -172,10 +180,26 @@ class StepCost:
     def _base(self, batch: float, length: int, context: float | None) -> float:
         context = self._context * batch if context is None else context
         if self._profile is not None:
-            seconds = self._profile.step_seconds(round(batch), length, round(context / batch))
-            return seconds * math.exp(self._level)
+            return self._profiled(batch, length, context) * math.exp(self._level)
+        return self._regressed(batch, length, context)
+
+    def _profiled(self, batch: float, length: int, context: float) -> float:
+        """What the cost profile says (> 0), whatever the clock says of it."""
+        assert self._profile is not None
+        return self._profile.step_seconds(round(batch), length, round(context / batch))
+
+    def _regressed(self, batch: float, length: int, context: float) -> float:
+        """The regression, and never less than the least: noise and jumps can make it promise steps that cost nothing."""
         features = _features(batch, length, context)
-        return sum(c * x for c, x in zip(self._coefficients, features, strict=True))
+        seconds, at = self._least
+        least = seconds * min(1.0, batch / at)
+        return max(least, sum(c * x for c, x in zip(self._coefficients, features, strict=True)))
+
+    def _base_of(self, cell: _Cell, length: int) -> float:
+        """The base where a cell saw its steps."""
+        if self._profile is not None:
+            return cell.profiled * math.exp(self._level)
+        return self._regressed(cell.batch, length, cell.context)
 
     def _shift(self, bucket: int, length: int) -> float:
         """Log of what was seen over what the base says, interpolated between the lengths seen at this batch size."""
@@ -195,25 +219,33 @@ class StepCost:
 
     def _update_shift(self, cell: _Cell, length: int) -> None:
         """Weigh what a cell saw against the base by their variances: about π/2 · noise² / n is a quantile's."""
-        seen = math.log(cell.typical / self._base(cell.batch, length, cell.context))
+        seen = math.log(cell.typical / self._base_of(cell, length))
         variance = 0.5 * math.pi * self._noise**2 / cell.weight(self._now)
         cell.shift = seen * BASE_ERROR**2 / (BASE_ERROR**2 + variance)
 
     def _fit(self) -> None:
         """Fit the base to what the cells saw, in relative terms, and what the cells say beyond it."""
         self._fitted_at = self._now
+        self._cells = {key: c for key, c in self._cells.items() if c.weight(self._now) >= FORGOTTEN}
         cells = [(length, cell, cell.weight(self._now)) for (_, length), cell in self._cells.items()]
         if self._profile is None:
             rows = [(_features(c.batch, length, c.context), c.typical, w) for length, c, w in cells]
             self._coefficients = _non_negative_ridge(rows)
+            self._least = min(_least(cell, length) for length, cell, _ in cells)
         else:
             total = sum(weight for _, _, weight in cells)
-            self._level = 0.0
-            self._level = (
-                sum(w * math.log(c.typical / self._base(c.batch, n, c.context)) for n, c, w in cells) / total
-            )
+            self._level = sum(w * math.log(c.typical / c.profiled) for _, c, w in cells) / total
         for length, cell, _ in cells:
             self._update_shift(cell, length)
+
+
+def _least(cell: _Cell, length: int) -> tuple[float, float]:
+    """(seconds, batch): what a step at K = 0 takes at least, at the batch size of a cell that saw steps of K tokens.
+
+    Verifying K + 1 tokens takes at most K + 1 times as long as one, and K passes of a drafter that is smaller than the
+    target at most K times (ours).
+    """
+    return cell.typical / (2 * length + 1), cell.batch
 
 
 def _bucket(batch: int) -> int:

@@ -13,7 +13,7 @@ import math
 from collections import deque
 from statistics import median
 
-from vllm_ppow.step_cost import CELL_MEMORY, HALF_LIFE, IDENTIFIED
+from vllm_ppow.step_cost import CELL_MEMORY, FORGOTTEN, HALF_LIFE, IDENTIFIED
 
 
 class _Cell:
@@ -56,12 +56,18 @@ class VerifyPrice:
             return None
         return self._prices[min(self._prices, key=lambda known: (abs(known - octave), known))]
 
+    def _weight(self, cell: _Cell) -> float:
+        """Observations that a cell is worth now."""
+        return len(cell.steps) * 0.5 ** ((self.observations - cell.seen_at) / HALF_LIFE)
+
     def _slope(self, octave: int) -> float | None:
         """Weighted least squares through the medians of the cells that are known; None with fewer than two."""
-        cells = [cell for cell in self._octaves[octave].values() if len(cell.steps) >= IDENTIFIED]
-        if len(cells) < 2:
+        known = [cell for cell in self._octaves[octave].values() if len(cell.steps) >= IDENTIFIED]
+        # One that was forgotten weighs nothing, in the end exactly nothing.
+        weighted = [(cell, weight) for cell in known if (weight := self._weight(cell)) >= FORGOTTEN]
+        if len(weighted) < 2:
             return None
-        weights = [len(c.steps) * 0.5 ** ((self.observations - c.seen_at) / HALF_LIFE) for c in cells]
+        cells, weights = [cell for cell, _ in weighted], [weight for _, weight in weighted]
         tokens, seconds = [c.tokens() for c in cells], [c.seconds() for c in cells]
         total = sum(weights)
         mean = sum(w * n for w, n in zip(weights, tokens, strict=True)) / total

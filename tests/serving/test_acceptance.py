@@ -64,6 +64,16 @@ def test_a_prior_stands_until_something_is_seen_and_keeps_its_shape_afterwards()
     assert estimate.conditional() == pytest.approx([0.4, 0.25, 0.125], abs=0.01)
 
 
+def test_a_measured_prior_outlives_a_warm_up_with_copies_of_one_prompt_and_is_forgotten():
+    estimate = AcceptanceEstimate(3, [0.6, 0.3, 0.1])
+    for _ in range(32):
+        estimate.observe(1, 0)
+    assert estimate.conditional()[0] > 0.3
+    for i in range(3000):
+        estimate.observe(1, i % 10 == 0)
+    assert estimate.conditional()[0] == pytest.approx(0.1, abs=0.02)
+
+
 def test_what_changed_is_followed_and_old_counts_fade():
     rng = random.Random(1)
     estimate = AcceptanceEstimate(3, memory=200)

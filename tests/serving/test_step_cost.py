@@ -132,3 +132,37 @@ def test_nonsense_is_ignored():
     cost.observe(0.0, 1, 1)
     cost.observe(1.0, 0, 1)
     assert cost._cells == {}
+
+
+@pytest.mark.parametrize("profile", [False, True])
+def test_costs_seen_long_ago_are_forgotten_not_divided_by(truth, profile):
+    """Millions of steps later the weight of a cell is zero in floating point."""
+    cost = StepCost(Profile(truth, 1.0) if profile else None)
+    observe(cost, truth, (1, 4), (0, 1, 3), 10)
+    cost._now += 6_000_000
+    observe(cost, truth, (32,), (0, 1, 3), 40)
+    assert cost.step_seconds(32, 1) == pytest.approx(truth(32, 1), rel=0.05)
+    assert cost.step_seconds(1, 1) > 0
+    assert len(cost._cells) == 3
+
+
+def test_no_step_is_promised_to_cost_nothing():
+    """Times that jump with the draft length leave a regression in which K = 0 is free."""
+    cost = StepCost()
+    observe(cost, lambda batch, length: 1e-3 * (length - 2) ** 3, (16,), (3, 4, 5, 6), 30)
+    assert cost.step_seconds(16, 0) > 1e-3 / 10
+    assert cost.step_seconds(1, 0) > 1e-3 / 10 / 16
+    assert cost.step_seconds(16, 6) == pytest.approx(64e-3, rel=0.3)
+
+
+def test_fits_are_rarer_where_there_is_more_to_fit(truth, monkeypatch):
+    fits = []
+    monkeypatch.setattr(StepCost, "_fit", lambda self: fits.append(len(self._cells)) or fit(self))
+    cost = StepCost()
+    observe(cost, truth, range(1, 257), range(9), FIRST_USES + IDENTIFIED)
+    before = len(fits)
+    observe(cost, truth, range(1, 257), range(9), 1)
+    assert len(fits) - before <= 256 * 9 / len(cost._cells) + 1
+
+
+fit = StepCost._fit

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vllm_ppow.step_cost import IDENTIFIED
+from vllm_ppow.step_cost import CELL_MEMORY, IDENTIFIED
 from vllm_ppow.verify_price import VerifyPrice
 
 OVERHEAD, PRICE = 20e-3, 1.5e-3
@@ -63,3 +63,18 @@ def test_the_nearest_octave_known_stands_in():
                 price.observe(batch, tokens, OVERHEAD + slope * tokens)
     assert price.seconds_per_token(2) == pytest.approx(1e-3)
     assert price.seconds_per_token(64) == pytest.approx(3e-3)
+
+
+def test_prices_seen_long_ago_stand_until_others_are_known():
+    """Millions of steps later the weight of a cell is zero in floating point."""
+    price = VerifyPrice()
+    for tokens in (1, 5):
+        for _ in range(5):
+            price.observe(1, tokens, seconds(tokens))
+    price.observations += 6_000_000
+    for _ in range(5):
+        price.observe(1, 9, 2 * seconds(9))
+    assert price.seconds_per_token(1) == pytest.approx(PRICE)
+    for _ in range(CELL_MEMORY):
+        price.observe(1, 1, 2 * seconds(1))
+    assert price.seconds_per_token(1) == pytest.approx(2 * PRICE)
