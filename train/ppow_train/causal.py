@@ -13,6 +13,53 @@ from ppow_train.last_layer import feed_forward_at
 from ppow_train.packing import block_mask, gather_slots
 from ppow_train.types import Encoded, Trajectories
 
+_CHECKED_TOKENS = 8
+
+
+def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states after the final norm, [..., H], -> the model's logits, float32 [..., V].
+
+    Beside the head what some models do to its output: Cohere's `logit_scale`, Granite's `logits_scaling`, Gemma's
+    `final_logit_softcapping`. In the model's own dtype, as its own forward does.
+    """
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)
+    if (factor := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * factor
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits.float()
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Compare `head_logits` with the model's own logits on a few tokens.
+
+    Raises:
+        UserError: the model does something else between its last hidden states and its logits.
+    """
+    ids = (
+        torch.arange(_CHECKED_TOKENS, device=model.device)[None]
+        % model.get_input_embeddings().weight.shape[0]
+    )
+    seen: list[torch.Tensor] = []
+    hook = model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    try:
+        own = model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+    if seen:
+        # Of the same hidden states: what may differ is rounding in the head.
+        tolerance = max(2 * torch.finfo(model.dtype).eps, 1e-5) * own.abs().max()
+        if (head_logits(model, seen[-1]) - own).abs().max() <= tolerance:
+            return
+    raise UserError(
+        f"{model.config.name_or_path} ({type(model).__name__}) computes its logits in a way that is not known here, "
+        "so training would see other ones than are served: take another model."
+    )
+
 
 def encode(
     model: PreTrainedModel,
@@ -90,7 +137,7 @@ def path_logits(
     """What the model says of the trajectory's own windows: int64 [B, W] -> logits [B, W, K, V]; only the head runs."""
     offsets = torch.arange(num_speculative_tokens, device=starts.device)
     slots = starts[..., None] - encoded.first_slot + offsets
-    return model.get_output_embeddings()(gather_slots(encoded.hidden, slots)).float()
+    return head_logits(model, gather_slots(encoded.hidden, slots))
 
 
 def block_logits(
@@ -115,4 +162,4 @@ def block_logits(
         rest = extend(model, encoded, fed, positions, mask).view(batch, windows, length - 1, -1)
         encoded.crop()
         hidden = torch.cat([hidden, rest], dim=2)
-    return model.get_output_embeddings()(hidden).float()
+    return head_logits(model, hidden)

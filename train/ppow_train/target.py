@@ -22,6 +22,9 @@ class Target:
         directory: its Hugging Face directory.
         tap_layers: residual streams that the drafter reads (EAGLE-3), or none.
         device, dtype: where and how it runs; "auto" is the checkpoint's own dtype. Logits are float32 all the same.
+
+    Raises:
+        UserError: the drafter reads layers that it lacks, or how its logits come to be is not known.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Target:
             .eval()
         )
         self.model.requires_grad_(False)
+        causal.check_head(self.model)
         layers = self.model.config.get_text_config().num_hidden_layers
         # The last state that transformers returns is normalised already; vLLM hands a head the one before the norm.
         if not all(0 <= tap < layers for tap in tap_layers):

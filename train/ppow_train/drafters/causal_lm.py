@@ -31,12 +31,16 @@ class CausalLMDrafter(ChainDrafter):
 
     @classmethod
     def load(cls, directory: Path, device: str, dtype: torch.dtype) -> CausalLMDrafter:
-        """Load from a Hugging Face directory (safetensors only)."""
+        """Load from a Hugging Face directory (safetensors only).
+
+        Raises:
+            UserError: how its logits come to be is not known.
+        """
         from transformers import AutoModelForCausalLM
 
-        return cls(
-            AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True).to(device)
-        )
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True).to(device)
+        causal.check_head(model)
+        return cls(model)
 
     @property
     def vocab_size(self) -> int:
@@ -71,7 +75,7 @@ class CausalLMDrafter(ChainDrafter):
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states after the final norm -> logits."""
-        return self.model.get_output_embeddings()(hidden).float()
+        return causal.head_logits(self.model, hidden)
 
     def score(self, encoded: Encoded, starts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Logits along given windows in ONE forward: no step needs the one before it, unlike an EAGLE head's."""
