@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     "--target", help="directory or Hub repo id of the target  [default: the one the adapter was trained for]"
 )
 @click.option(
-    "--drafter", help="directory of the base drafter  [default: the one the adapter was trained on]"
+    "--drafter",
+    help="directory or Hub repo id of the base drafter  [default: the one the adapter was trained on]",
 )
 @click.option("--num-speculative-tokens", type=int, help="K, tokens per draft  [default: the adapter's]")
 @click.option("--max-tokens", default=64, show_default=True, help="output tokens per prompt at most")
@@ -46,7 +47,11 @@ if TYPE_CHECKING:
 )
 @click.option("--max-model-len", default=2048, show_default=True, help="tokens of prompt and output at most")
 @click.option(
-    "--compile/--eager", "compiled", default=False, help="compile and capture graphs, as a server does"
+    "--compile/--eager",
+    "compiled",
+    default=False,
+    show_default=True,
+    help="compile and capture graphs, for speeds like a server's; eager starts faster",
 )
 @click.option(
     "--output", type=click.Path(path_type=Path), help="directory for benchmark.json and benchmark.png"

@@ -81,7 +81,9 @@ if TYPE_CHECKING:
     "--concurrency", type=click.IntRange(min=1), default=64, show_default=True,
     help="requests at the same time, of vllm and endpoints",
 )  # fmt: skip
-@click.option("--compile/--eager", "compiled", default=False, help="vllm: compile and capture graphs")
+@click.option(
+    "--compile/--eager", "compiled", default=False, show_default=True, help="vllm: compile and capture graphs"
+)
 @click.option(
     "--tensor-parallel-size", type=click.IntRange(1), default=1, show_default=True,
     help="vllm: GPUs that the target is spread over",

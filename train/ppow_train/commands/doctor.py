@@ -14,7 +14,9 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 @click.option("--target", required=True, help="directory or Hub repo id of the target")
 @click.option("--adapter", required=True, help="adapter directory or Hub repo id")
 @click.option("--adapter-revision", help="Hub revision of the adapter")
-@click.option("--base-drafter", help="directory or Hub repo id of the drafter  [default: the recorded one]")
+@click.option(
+    "--base-drafter", help="directory or Hub repo id of the base drafter  [default: the recorded one]"
+)
 @click.option(
     "-K",
     "--num-speculative-tokens",

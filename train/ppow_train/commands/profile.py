@@ -42,7 +42,7 @@ class _Numbers(click.ParamType):
     "--prompts", required=True, type=click.Path(path_type=Path), help='JSONL, one {"prompt": "…"} per line'
 )
 @click.option("--target", help="directory or Hub repo id of the target  [default: the adapter's own]")
-@click.option("--drafter", help="directory of the base drafter  [default: the adapter's own]")
+@click.option("--drafter", help="directory or Hub repo id of the base drafter  [default: the adapter's own]")
 @click.option(
     "--batch-sizes", type=_Numbers(), default="1,2,4,8,16,32", show_default=True, help="requests per step"
 )
@@ -56,7 +56,11 @@ class _Numbers(click.ParamType):
 @click.option("--dtype", default="auto", show_default=True, help="of the target, as in vLLM")
 @click.option("--tensor-parallel-size", type=click.IntRange(1), default=1, show_default=True)
 @click.option(
-    "--compile/--eager", "compiled", default=True, help="compile and capture graphs, as a server does"
+    "--compile/--eager",
+    "compiled",
+    default=True,
+    show_default=True,
+    help="compile and capture graphs, as a server does; eager starts faster",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="file to write, not the adapter's own")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")

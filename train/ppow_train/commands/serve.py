@@ -23,7 +23,7 @@ _OURS = re.compile(r"^(--speculative-config|--spec-(method|model|tokens)|-sc)([.
 @click.command(
     # Only --help: vLLM has short options of several letters, among which -h must not be found.
     context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]},
-    options_metavar="[OPTIONS] [VLLM OPTIONS]",
+    options_metavar="",  # after TARGET, see vllm_options
 )
 @click.argument("target")
 @click.option("--adapter", required=True, help="adapter directory or Hub repo id")
@@ -59,7 +59,7 @@ _OURS = re.compile(r"^(--speculative-config|--spec-(method|model|tokens)|-sc)([.
     help='further keys of the speculative config, those under "ppow" included',
 )
 @click.option("--dry-run", is_flag=True, help="print the command instead of running it")
-@click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
+@click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS] [VLLM OPTIONS]")
 def serve(target: str, dry_run: bool, vllm_options: tuple[str, ...], **ours: Any) -> None:
     """Serve TARGET with an adapter: `vllm serve`, the speculative config spelled for you.
 
