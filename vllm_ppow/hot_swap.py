@@ -73,12 +73,8 @@ class Allowed:
             return resolve_directory(name, revision)[0]
         if revision is not None:
             raise SwapError(f"{name!r} is not the Hub repo this server started with: leave the revision out.")
-        if self.directory is not None:
-            root = self.directory.resolve()
-            found = (root / name).resolve()
-            files = [found, *(found / part for part in (PPOW_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS))]
-            if all(file.resolve().is_relative_to(root) for file in files):
-                return found
+        if self.directory is not None and (found := _inside(self.directory.resolve(), name)) is not None:
+            return found
         allowed = [
             f"inside {self.directory}" if self.directory else "",
             f"the Hub repo {self.repo}" if self.repo else "",
@@ -87,6 +83,17 @@ class Allowed:
             f"Adapter {name!r} is not among those that this server may swap to: "
             f"{' or '.join(part for part in allowed if part) or 'none'}."
         )
+
+
+def _inside(root: Path, name: str) -> Path | None:
+    """The adapter of that name if all its files lie in a directory, symbolic links followed."""
+    try:
+        found = (root / name).resolve()
+        files = [found, *(found / part for part in (PPOW_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS))]
+        found.is_dir()  # raises for what cannot be a path: a null byte, a name too long
+        return found if all(file.resolve().is_relative_to(root) for file in files) else None
+    except (ValueError, OSError):
+        return None
 
 
 def check_successor(running: Adapter, candidate: Adapter, draft_sample_method: str) -> None:
@@ -117,10 +124,12 @@ class HotSwap:
 
     Args:
         rpc: calls a method on every worker and returns their replies.
+        asleep: whether the engine has given up the memory that its weights lie in; None for one that never does.
     """
 
-    def __init__(self, rpc: Rpc) -> None:
+    def __init__(self, rpc: Rpc, asleep: Callable[[], Awaitable[bool]] | None = None) -> None:
         self._rpc = rpc
+        self._asleep = asleep
 
     async def running(self) -> Reply:
         """What the first worker says of its adapter: "adapter", "fingerprint", "previous"."""
@@ -132,6 +141,7 @@ class HotSwap:
         Raises:
             ArtifactError: it cannot be served here; what was running serves on.
         """
+        await self._check_awake()
         candidate = read_adapter(Path(os.path.abspath(directory)))
         fingerprint = candidate.config.adapter_fingerprint
         staged = await self._rpc("ppow_stage", (str(candidate.directory), fingerprint))
@@ -146,6 +156,7 @@ class HotSwap:
         Raises:
             SwapError: there is none, or it cannot be loaded.
         """
+        await self._check_awake()
         staged = await self._rpc("ppow_stage_previous", ())
         if error := _error(staged):
             await self._rpc("ppow_discard", ())
@@ -153,6 +164,10 @@ class HotSwap:
         running = await self._load("ppow_load", "the previous adapter")
         logger.warning("Swapped back to adapter %s: %s.", running["adapter"], why)
         return running
+
+    async def _check_awake(self) -> None:
+        if self._asleep is not None and await self._asleep():
+            raise SwapError("The engine sleeps or is paused, and its adapter cannot be written: wake it, then swap.")
 
     async def _load(self, method: str, what: str) -> Reply:
         loaded = await self._rpc(method, ())
@@ -206,7 +221,11 @@ def _in_process(llm: Any) -> HotSwap:
         except (NotImplementedError, AttributeError) as error:
             raise SwapError(NOT_ON) from error
 
-    return HotSwap(rpc)
+    async def asleep() -> bool:
+        return llm_engine.is_sleeping()
+
+    llm_engine = getattr(llm, "llm_engine", llm)
+    return HotSwap(rpc, asleep if llm_engine.vllm_config.model_config.enable_sleep_mode else None)
 
 
 def _finish(coroutine: Coroutine[Any, Any, Reply]) -> Reply:
@@ -259,7 +278,10 @@ class AcceptanceWatch:
 
     def observe(self, counts: SpecDecodeCounts) -> None:
         """Note the engine's counts; call it now and then while nothing is being compared."""
-        self._seen.append(counts)
+        if self._seen and counts.num_drafts == self._seen[-1].num_drafts:
+            self._seen[-1] = counts  # an idle server is looked at as often as a busy one
+        else:
+            self._seen.append(counts)
         while len(self._seen) > 1 and counts.num_drafts - self._seen[1].num_drafts >= self.drafts:
             self._seen.popleft()
 

@@ -189,7 +189,7 @@ class StepCost:
         return self._profile.step_seconds(round(batch), length, round(context / batch))
 
     def _regressed(self, batch: float, length: int, context: float) -> float:
-        """The regression, and never less than the least: noise and jumps can make it promise steps that cost nothing."""
+        """The regression, and never less than the least: after noise and jumps it may promise steps that are free."""
         features = _features(batch, length, context)
         seconds, at = self._least
         least = seconds * min(1.0, batch / at)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import time
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -26,8 +27,15 @@ class Engine:
     def __init__(self, allowed):
         extra = {} if allowed is None else {HOT_SWAP_KEY: allowed}
         load_config = SimpleNamespace(model_loader_extra_config=extra)
-        self.vllm_config = SimpleNamespace(speculative_config=SimpleNamespace(draft_load_config=load_config))
+        self.vllm_config = SimpleNamespace(
+            speculative_config=SimpleNamespace(draft_load_config=load_config),
+            model_config=SimpleNamespace(enable_sleep_mode=True),
+        )
         self.adapters, self.staged, self.refuses = ["start"], "", ""
+        self.sleeping, self.undo_failures = False, 0
+
+    async def is_sleeping(self):
+        return self.sleeping
 
     async def collective_rpc(self, method, timeout=None, args=()):
         if method == "ppow_stage":
@@ -35,6 +43,9 @@ class Engine:
         elif method == "ppow_stage_previous":
             self.staged = self.adapters[-2] if len(self.adapters) > 1 else ""
             self.refuses = "" if self.staged else "none"
+            if self.undo_failures:
+                self.undo_failures -= 1
+                raise OSError("planted")
         elif method == "ppow_load":
             await asyncio.sleep(0.2)  # others may ask meanwhile
             self.adapters.append(self.staged)
@@ -112,6 +123,51 @@ def test_the_server_watches_and_goes_back(root, counts, accepted, event):
         assert not shown["comparing"]
 
 
+def test_going_back_is_tried_until_it_works(root, counts):
+    engine = Engine({"directory": str(root), "repo": None})
+    engine.undo_failures = 3
+    with client(engine) as http:
+        counts.now = SpecDecodeCounts(100, 300, 100, (100,))
+        http.post(PATH, json={"adapter": "b", "watch": False})
+        counts.now = SpecDecodeCounts(200, 600, 200, (200,))
+        assert http.post(PATH, json={"adapter": "c", "drafts": 100}).json()["comparing"]
+        counts.now = SpecDecodeCounts(300, 900, 201, (201,))
+        events = []
+        while "swapped back" not in events:
+            events.append(http.get(PATH).json()["last"]["event"])
+        assert "could not swap back, trying again" in events
+        assert (engine.undo_failures, engine.adapters[-1]) == (0, str(root / "b"))
+
+
+def test_nobody_goes_back_over_a_later_swap(root, counts):
+    engine = Engine({"directory": str(root), "repo": None})
+    engine.undo_failures = 10**9
+    with client(engine) as http:
+        counts.now = SpecDecodeCounts(100, 300, 100, (100,))
+        http.post(PATH, json={"adapter": "b", "watch": False})
+        counts.now = SpecDecodeCounts(200, 600, 200, (200,))
+        http.post(PATH, json={"adapter": "c", "drafts": 100})
+        counts.now = SpecDecodeCounts(300, 900, 201, (201,))
+        while "could not" not in http.get(PATH).json()["last"]["event"]:
+            pass
+        http.post(PATH, json={"adapter": "b", "watch": False})
+        engine.undo_failures = 0
+        time.sleep(0.1)
+        shown = http.get(PATH).json()
+        assert (shown["last"]["event"], shown["adapter"]) == ("swapped", str(root / "b"))
+
+
+def test_a_sleeping_engine_is_not_written_to(root, counts):
+    engine = Engine({"directory": str(root), "repo": None})
+    engine.sleeping = True
+    with client(engine) as http:
+        answer = http.post(PATH, json={"adapter": "b"})
+        assert (answer.status_code, "wake it, then swap" in answer.json()["error"]) == (409, True)
+        assert engine.adapters == ["start"]
+        engine.sleeping = False
+        assert http.post(PATH, json={"adapter": "b", "watch": False}).status_code == 200
+
+
 def test_a_watch_that_fails_once_goes_on(root, counts, monkeypatch):
     calls = []
 
@@ -145,10 +201,13 @@ def test_refusals_are_sentences_and_in_the_log(root, counts, caplog, monkeypatch
         outside = http.post(PATH, json={"adapter": str(root.parent)})
         assert (outside.status_code, "may swap to: inside" in outside.json()["error"]) == (409, True)
         assert http.post(PATH, json={"adapter": "absent"}).status_code == 409
+        for impossible in ("a\0b", "a" * 5000):
+            answer = http.post(PATH, json={"adapter": impossible})
+            assert (answer.status_code, "may swap to: inside" in answer.json()["error"]) == (409, True)
         assert http.post(PATH, json={"undo": True}).json() == {"error": "none"}
         for body in (b"{", b"[]", b'{"adapter": 1}', b"\xff"):
             assert http.post(PATH, content=body).status_code == 400
-    assert sum("The adapter was not swapped: " in record.getMessage() for record in caplog.records) == 3
+    assert sum("The adapter was not swapped: " in record.getMessage() for record in caplog.records) == 5
     assert engine.adapters == ["start"]
 
 

@@ -190,6 +190,14 @@ def test_only_the_last_drafts_before_are_compared():
     assert watch.verdict(counts(600, 2200)).before == 1.0
 
 
+def test_an_idle_server_is_watched_without_remembering_more():
+    watch = AcceptanceWatch(drafts=100)
+    for drafts in (0, 50, 100):
+        for _ in range(1000):
+            watch.observe(SpecDecodeCounts(drafts, 3 * drafts, drafts, (drafts,)))
+    assert len(watch._seen) <= 3
+
+
 def test_a_hopeless_one_goes_after_a_tenth_of_the_drafts():
     """An adaptive window stops drafting with it, and the rest of the drafts would never come."""
     watch = AcceptanceWatch(drafts=100, max_drop=0.2)

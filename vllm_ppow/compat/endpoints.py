@@ -51,10 +51,12 @@ class Service:
         async def rpc(method: str, args: tuple[Any, ...]) -> list[Reply]:
             return await engine_client.collective_rpc(method, args=args)
 
-        self._swap = HotSwap(rpc)
+        sleeps = engine_client.vllm_config.model_config.enable_sleep_mode
+        self._swap = HotSwap(rpc, engine_client.is_sleeping if sleeps else None)
         self._allowed = allowed
         self._turn = asyncio.Lock()
         self._watch = AcceptanceWatch()
+        self._going_back: str | None = None  # why, from the verdict until it has been done
         self._last: dict[str, str] | None = None
         self._watching = asyncio.create_task(self._watch_on())
 
@@ -72,7 +74,7 @@ class Service:
         if asked.get("undo"):
             async with self._turn:
                 await self._swap.undo("asked to")
-                self._watch = AcceptanceWatch()
+                self._watch, self._going_back = AcceptanceWatch(), None
                 self._note("swapped back", "asked to")
                 return await self._describe()
         watch = AcceptanceWatch(asked.get("drafts", 1000), asked.get("max_drop", 0.2))
@@ -80,6 +82,7 @@ class Service:
         directory = await asyncio.to_thread(self._allowed.resolve, asked["adapter"], asked.get("revision"))
         async with self._turn:
             await self._swap.swap(directory)
+            self._going_back = None
             self._note("swapped", f"to {directory}")
             self._start_comparing(watch if asked.get("watch", True) else None)
             return await self._describe()
@@ -112,13 +115,29 @@ class Service:
             counts = _counts()
             if counts is None:
                 return
-            if not self._watch.comparing:
+            if self._going_back is not None:
+                await self._go_back(self._going_back)
+            elif not self._watch.comparing:
                 self._watch.observe(counts)
             elif verdict := self._watch.verdict(counts):
                 if verdict.undo:
-                    await self._swap.undo(str(verdict))
-                logger.info("Adapter %s: %s", "swapped back" if verdict.undo else "kept", verdict)
-                self._note("swapped back" if verdict.undo else "kept", str(verdict))
+                    await self._go_back(str(verdict))
+                else:
+                    logger.info("Adapter kept: %s", verdict)
+                    self._note("kept", str(verdict))
+
+    async def _go_back(self, why: str) -> None:
+        """Swap back, and try again at every look until it works or somebody else swaps."""
+        again, self._going_back = self._going_back is not None, why
+        try:
+            await self._swap.undo(why)
+        except Exception as error:
+            self._note("could not swap back, trying again", f"{why}: {error}")
+            if not again:
+                logger.exception("Swapping back failed, and is tried again every %g s", _LOOK_EVERY_S)
+            return
+        self._going_back = None
+        self._note("swapped back", why)
 
     def _note(self, event: str, why: str) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

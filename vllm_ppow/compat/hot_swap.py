@@ -81,6 +81,11 @@ def check_engine(vllm_config: Any) -> None:
             '"ppow": {"hot_swap": true} does not reach the engines of other data-parallel ranks: serve with '
             "--data-parallel-size 1, or without it."
         )
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise PPOWServingError(
+            '"ppow": {"hot_swap": true} does not go with pipeline parallelism, where one stage alone has the drafter: '
+            "serve with --pipeline-parallel-size 1, or without it."
+        )
 
 
 @dataclasses.dataclass

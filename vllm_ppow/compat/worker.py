@@ -72,13 +72,22 @@ def _proving(original: Callable[..., Any]) -> Callable[..., Any]:
     """`initialize_from_config` allocates the KV cache, after loading and before the first request."""
 
     def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if serves_ppow(self.vllm_config.speculative_config):
+        if serves_ppow(self.vllm_config.speculative_config) and drafts_here(self.vllm_config):
             assert_merged(self)
             if hot_swap.allowed(self.vllm_config) is not None:
                 hot_swap.remember(self.worker)
         return original(self, *args, **kwargs)
 
     return initialize_from_config
+
+
+def drafts_here(vllm_config: Any) -> bool:
+    """Whether this worker holds a drafter: with pipeline parallelism, the last stage does."""
+    if vllm_config.parallel_config.pipeline_parallel_size == 1:
+        return True
+    from vllm.distributed import get_pp_group
+
+    return get_pp_group().is_last_rank
 
 
 def adopt_drafter(worker: Any) -> None:
