@@ -148,6 +148,21 @@ def test_through_an_endpoint(directories, prompts, tmp_path, capsys, monkeypatch
     assert "MY_KEY" in capsys.readouterr().err
 
 
+def test_it_says_how_many_chats_had_their_answer(directories, tmp_path, capsys):
+    import shutil
+
+    target = shutil.copytree(directories.target, tmp_path / "target")
+    (target / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}", encoding="utf-8"
+    )
+    rows = [[{"role": "user", "content": word}, {"role": "assistant", "content": "of"}] for word in WORDS]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows), "utf-8")
+    command = ["data", "--target", str(target), "--prompts", str(tmp_path / "chats.jsonl")]
+    command += ["--max-new-tokens", "2", "--held-out-share", "0", "--output", str(tmp_path / "set")]
+    assert run(command) == 0
+    assert f"{len(WORDS)} chats ended with the assistant's answer" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- refusals
 
 

@@ -73,6 +73,27 @@ def test_token_ids_of_a_log_are_taken_as_they_are(tmp_path, tokenizer):
         tokenize(read_requests(write(tmp_path, {"prompt": [99999]})), tokenizer)
 
 
+@pytest.mark.parametrize("answers", [1, 2])
+def test_the_assistants_closing_answer_is_left_out_and_counted(answers, tmp_path, chat_tokenizer):
+    """Another turn of the assistant after its own is no prompt that anybody serves."""
+    answer = {"role": "assistant", "content": "windows"}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": '{"x": 7}'}}]}
+    turns = [*CHAT, answer, {"role": "user", "content": "of"}]
+    path = write(
+        tmp_path,
+        {"messages": turns + [answer] * answers},
+        {"messages": turns + [call] * answers},
+        {"messages": CHAT},
+    )
+    tokenized = tokenize(read_requests(path), chat_tokenizer)
+    kept = [chat_tokenizer.decode(list(ids)) for ids in tokenized.ids]
+    assert kept == ["<user>draft<assistant>windows<user>of<assistant>", "<user>draft<assistant>"]
+    assert (tokenized.answered, tokenized.duplicates) == (2, 1)
+    assert tokenize(read_requests(path), chat_tokenizer, limit=1).answered == 1
+    with refused("line 1", "all messages are the assistant's"):
+        read_requests(write(tmp_path, {"messages": [answer] * answers}))
+
+
 @pytest.mark.parametrize(
     ("row", "parts"),
     [

@@ -34,8 +34,9 @@ class Prompt:
         where: for messages to the user, such as "prompts.jsonl, line 3".
         text: continued as it is, special tokens added as the tokenizer does.
         ids: token ids, continued as they are.
-        messages: a chat; the target's chat template is applied.
+        messages: a chat up to where the assistant speaks; the target's chat template is applied.
         template_options: what the request gives to the template besides (tools, chat_template_kwargs).
+        answered: whether the chat ended with the assistant's answer, which was dropped.
     """
 
     where: str
@@ -43,6 +44,7 @@ class Prompt:
     ids: list[int] | None = None
     messages: list[dict[str, Any]] | None = None
     template_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    answered: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +55,13 @@ class TokenizedPrompts:
         ids: distinct prompts, int32 arrays of token ids.
         duplicates: prompts dropped because their ids had been seen.
         too_long: prompts dropped because they are longer than asked for.
+        answered: chats that had ended with the assistant's answer, whether they were kept or dropped.
     """
 
     ids: list[Sequence[int]]
     duplicates: int
     too_long: int
+    answered: int = 0
 
     def digest(self) -> str:
         """SHA-256 over all ids: the same only for the same prompts in the same order."""
@@ -160,8 +164,7 @@ def prompts_of(value: Any, where: str, template_options: dict[str, Any] | None =
     elif _all(value, int):
         yield Prompt(where, ids=value)
     elif _all(value, dict):
-        messages = [_message(message, where) for message in value]
-        yield Prompt(where, messages=messages, template_options=template_options or {})
+        yield _chat([_message(message, where) for message in value], where, template_options or {})
     elif _all(value, (str, list)):
         for item in value:
             if _all(item, dict):
@@ -177,6 +180,20 @@ def prompts_of(value: Any, where: str, template_options: dict[str, Any] | None =
 def _all(value: Any, kind: Any) -> bool:
     whole = isinstance(value, list) and bool(value)
     return whole and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+
+
+def _chat(messages: list[dict[str, Any]], where: str, template_options: dict[str, Any]) -> Prompt:
+    """A chat without the assistant's closing answer: that is what the target is to say itself."""
+    asked = list(messages)
+    while asked and asked[-1]["role"] == "assistant":
+        asked.pop()
+    if not asked:
+        raise UserError(
+            f"{where}: all messages are the assistant's: give what it answers to, or leave it out."
+        )
+    return Prompt(
+        where, messages=asked, template_options=template_options, answered=len(asked) < len(messages)
+    )
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
@@ -265,10 +282,11 @@ def tokenize(
     """
     seen: set[bytes] = set()
     kept: list[Sequence[int]] = []
-    duplicates = too_long = 0
+    duplicates = too_long = answered = 0
     for prompt in prompts:
         if limit is not None and len(kept) >= limit:
             break
+        answered += prompt.answered
         ids = _ids(prompt, tokenizer)
         key = prompt_hash(ids)
         if key in seen:
@@ -283,7 +301,7 @@ def tokenize(
         raise UserError(
             f"All {too_long} prompts are longer than --max-prompt-tokens {max_prompt_tokens}: raise it."
         )
-    return TokenizedPrompts(kept, duplicates, too_long)
+    return TokenizedPrompts(kept, duplicates, too_long, answered)
 
 
 def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:

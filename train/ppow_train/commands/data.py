@@ -346,6 +346,11 @@ def _announce(
 
     records = [*tokenized.ids, *list(again) * (request.continuations - 1)]
     size = decimal(estimated_bytes(records, request.max_new_tokens))
+    if tokenized.answered:
+        click.echo(
+            f"{tokenized.answered} chats ended with the assistant's answer: it is left out, the target answers itself.",
+            err=True,
+        )
     times = f", the others continued {request.continuations} times" if request.continuations > 1 else ""
     click.echo(
         f"{len(tokenized.ids)} prompts ({tokenized.duplicates} duplicates and {tokenized.too_long} too long left out), "
