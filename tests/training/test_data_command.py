@@ -132,6 +132,12 @@ def test_through_an_endpoint(directories, prompts, tmp_path, capsys, monkeypatch
         "--output",
         str(tmp_path / "set"),
     ]
+    server.models = (200, {"data": [{"id": "m", "max_model_len": 3}]})
+    assert run(command) == 1
+    assert "--max-prompt-tokens 1" in capsys.readouterr().err
+    assert not server.requests
+    assert not (tmp_path / "set").exists(), "else other prompts would need another directory"
+    server.models = (200, {"data": [{"id": "m", "max_model_len": 128}]})
     assert run(command) == 0
     prompt_ids, completion_ids = read_records(tmp_path / "set", held_out=False)
     assert [row[1] for row in completion_ids] == [ids[-1] + 1 for ids in prompt_ids]

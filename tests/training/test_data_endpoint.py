@@ -15,6 +15,7 @@ import pytest
 from test_bad_input import refused
 
 from ppow_train.endpoint import EndpointBackend
+from ppow_train.errors import UserError
 
 
 class Server:
@@ -25,14 +26,21 @@ class Server:
         self.headers: list[dict[str, str]] = []
         self.script: list[tuple[int, Any]] = []
         self.change: dict[str, Any] = {}
+        self.models: tuple[int, Any] = (404, {"error": "no such path"})
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.headers.append(dict(self.headers) | {"path": self.path})
+                self.reply(*outer.models)
+
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append(body)
                 outer.headers.append(dict(self.headers) | {"path": self.path})
-                code, answer = outer.script.pop(0) if outer.script else (200, outer.answer(body))
+                self.reply(*(outer.script.pop(0) if outer.script else (200, outer.answer(body))))
+
+            def reply(self, code: int, answer: Any) -> None:
                 content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_response(code)
                 if code == 307:
@@ -165,3 +173,52 @@ def test_urls_that_are_none(url, server):
     server.url = url
     with refused("--endpoint", "http"):
         backend(server)
+
+
+# ---------------------------------------------------------------- what the server takes
+
+
+def listing(*entries: dict[str, Any]) -> tuple[int, Any]:
+    return 200, {"object": "list", "data": list(entries)}
+
+
+def test_a_prompt_longer_than_the_server_takes_is_refused_before_any_request(server):
+    server.models = listing({"id": "other", "max_model_len": 5}, {"id": "mine", "max_model_len": 10})
+    backend(server, api_key="secret").check_length(10)
+    assert server.headers[-1]["path"] == "/v1/models"
+    assert server.headers[-1]["Authorization"] == "Bearer secret"
+    with refused(
+        "need 11 tokens", "takes 10", "--max-prompt-tokens 8", "--max-new-tokens", "--max-model-len"
+    ):
+        backend(server).check_length(11)
+    with pytest.raises(UserError) as caught:
+        backend(server, max_new_tokens=10).check_length(11)
+    assert "--max-prompt-tokens" not in str(caught.value), "no prompt would be short enough"
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        (404, {}),
+        (401, {}),
+        (200, b"<html>"),
+        (200, ["x"]),
+        (200, {"data": None}),
+        listing(),
+        listing({"id": "mine"}),
+        listing({"id": "mine", "max_model_len": None}),
+        listing({"id": "other", "max_model_len": 5}),
+    ],
+)
+def test_a_server_that_does_not_tell_what_it_takes(models, server):
+    server.models = models
+    backend(server).check_length(1000)
+    assert [row[1] for row in run(backend(server, concurrency=1))] == [3, 4]
+
+
+def test_a_server_that_is_away_is_told_before_the_first_request(server):
+    server.http.shutdown()
+    server.http.server_close()
+    with refused("cannot be reached", "start the server"):
+        backend(server, attempts=2).check_length(10)

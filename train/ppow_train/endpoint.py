@@ -30,6 +30,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _Refusal(UserError):
+    """The server is there, and does not answer this request."""
+
+
 @dataclasses.dataclass(frozen=True)
 class EndpointBackend:
     """Continues prompts through `POST {url}/completions` (a `generation.Backend`).
@@ -87,12 +91,41 @@ class EndpointBackend:
             stop.set()  # of requests that wait for another attempt, when one has failed for good
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def check_length(self, longest: int) -> None:
+        """Refuse before the first request what the server would refuse at some later one, where it tells its limit.
+
+        Args:
+            longest: tokens of the longest prompt and its continuation.
+
+        Raises:
+            UserError: the server takes fewer, or cannot be reached.
+        """
+        limit = self._max_model_len()
+        if limit is None or longest <= limit:
+            return
+        room = limit - self.max_new_tokens
+        remedy = f"leave longer prompts out with --max-prompt-tokens {room}, " if room > 0 else ""
+        raise UserError(
+            f"Prompt and continuation need {longest} tokens, {self.url} takes {limit}: {remedy}lower --max-new-tokens, "
+            "or serve the target with a larger --max-model-len."
+        )
+
+    def _max_model_len(self) -> int | None:
+        """What `GET {url}/models` says of the model (vLLM does); None where the server does not tell."""
+        try:
+            listed = self._ask("/models", None, threading.Event())["data"]
+            found = [entry.get("max_model_len") for entry in listed if entry["id"] == self.model]
+        except (_Refusal, KeyError, TypeError, AttributeError):
+            return None  # an API without it; what is wrong with address, key or name the first request tells
+        return found[0] if found and isinstance(found[0], int) else None
+
     def at_temperature(self, temperature: float) -> EndpointBackend:
         """See `generation.Backend`."""
         return dataclasses.replace(self, temperature=temperature)
 
     def _continue(self, ids: list[int], seed: int, stop: threading.Event) -> list[int]:
-        answer = self._post(
+        answer = self._ask(
+            "/completions",
             {
                 "model": self.model,
                 "prompt": ids,
@@ -141,13 +174,14 @@ class EndpointBackend:
             )
         return tokens
 
-    def _post(self, body: dict[str, Any], stop: threading.Event) -> Any:
+    def _ask(self, path: str, body: dict[str, Any] | None, stop: threading.Event) -> Any:
+        """The answer to a POST of `body`, or to a GET; asked again while the server is busy or away."""
         for attempt in range(1, self.attempts + 1):
             try:
-                return self._post_once(body)
+                return self._ask_once(path, body)
             except urllib.error.HTTPError as error:
                 if error.code not in _PASSING or attempt == self.attempts or stop.is_set():
-                    raise UserError(self._refusal(error)) from error
+                    raise _Refusal(self._refusal(error)) from error
             except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
                 if attempt == self.attempts or stop.is_set():
                     raise UserError(
@@ -156,20 +190,19 @@ class EndpointBackend:
             stop.wait(self.first_wait_s * 2 ** (attempt - 1))
         raise AssertionError("the last attempt returns or raises")
 
-    def _post_once(self, body: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
+    def _ask_once(self, path: str, body: dict[str, Any] | None) -> Any:
+        headers = {} if body is None else {"Content-Type": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
-        request = urllib.request.Request(
-            self.url.rstrip("/") + "/completions", json.dumps(body).encode(), headers, method="POST"
-        )
+        content = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url.rstrip("/") + path, content, headers)
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout_s) as response:
-            content = response.read()
+            answer = response.read()
         try:
-            return json.loads(content)
+            return json.loads(answer)
         except ValueError as error:
-            raise UserError(
-                f"{self.url} answered {content[:60]!r}, not JSON: give the base URL of an OpenAI-compatible API."
+            raise _Refusal(
+                f"{self.url} answered {answer[:60]!r}, not JSON: give the base URL of an OpenAI-compatible API."
             ) from error
 
     def _refusal(self, error: urllib.error.HTTPError) -> str:

@@ -112,6 +112,15 @@ def open_store(directory: Path, facts: dict[str, Any], num_records: int) -> Iter
         yield TrajectoryStore(directory, _begin(directory, facts, num_records))
 
 
+def is_whole(directory: Path) -> bool:
+    """Whether a set is there to which nothing is to be added.
+
+    Raises:
+        UserError: its manifest cannot be read.
+    """
+    return (directory / MANIFEST).exists() and read_manifest(directory).complete
+
+
 @contextlib.contextmanager
 def only_writer(directory: Path) -> Iterator[None]:
     """Keep other processes from writing a directory, which is made if it is not there.

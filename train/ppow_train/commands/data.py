@@ -15,6 +15,7 @@ import click
 from ppow_train.options import PPOWOptions
 
 if TYPE_CHECKING:
+    from ppow_train.endpoint import EndpointBackend
     from ppow_train.generation import Backend, Sampling
     from ppow_train.prompts import Prompt, TokenizedPrompts
     from ppow_train.trajectory_store import Manifest
@@ -212,7 +213,7 @@ def _run(request: _Request, prompts: Iterator[Prompt]) -> Manifest:
     from ppow_train.generation import Sampling, end_tokens, load_tokenizer
     from ppow_train.progress import make_progress
     from ppow_train.prompts import tokenize
-    from ppow_train.trajectory_store import fill, open_store
+    from ppow_train.trajectory_store import fill, is_whole, open_store
     from vllm_ppow.artifact import fingerprint_model
     from vllm_ppow.resolve import resolve_directory
 
@@ -222,6 +223,10 @@ def _run(request: _Request, prompts: Iterator[Prompt]) -> Manifest:
     tokenized = tokenize(prompts, tokenizer, limit=request.limit, max_prompt_tokens=request.max_prompt_tokens)
     sampling = Sampling(request.max_new_tokens, request.temperature, end_tokens(directory, tokenizer))
     longest = _check_fit(directory, tokenized, sampling)
+    if request.endpoint is not None and not is_whole(request.output):
+        _endpoint(request, directory, sampling).check_length(
+            longest
+        )  # before the set is begun with these prompts
     again = _trained_on(tokenized, request.held_out_share)
     num_records = len(tokenized.ids) + len(again) * (request.continuations - 1)
     facts = _facts(request, fingerprint, tokenized, sampling)
@@ -317,7 +322,7 @@ def _backend(request: _Request, directory: Path, sampling: Sampling, longest: in
             yield loaded
 
 
-def _endpoint(request: _Request, directory: Path, sampling: Sampling) -> Backend:
+def _endpoint(request: _Request, directory: Path, sampling: Sampling) -> EndpointBackend:
     from transformers import AutoConfig
 
     from ppow_train.endpoint import EndpointBackend
