@@ -123,10 +123,13 @@ def test_the_key_of_a_set_tells_sets_apart():
         (*facts[:2], 9, 1.0, 0),
         (*facts[:4], 1),
         (*facts, "bfloat16"),
+        (*facts, "float32", True),
+        (*facts, "bfloat16", True),
     )
     keys = {trajectory_key(*f) for f in (facts, *others)}
-    assert len(keys) == 6
+    assert len(keys) == 8
     assert trajectory_key(*facts) == trajectory_key(*facts, "float32")
+    assert trajectory_key(*facts) == trajectory_key(*facts, "float32", False)
     assert trajectory_key(*facts) in keys
 
 

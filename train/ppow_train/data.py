@@ -87,8 +87,14 @@ def trajectory_key(
     temperature: float,
     seed: int,
     dtype: str = "float32",
+    own_bos: bool = False,
 ) -> str:
-    """Short name for a set of trajectories, the same whenever the same ones would be generated."""
+    """Short name for a set of trajectories, the same whenever the same ones would be generated.
+
+    Args:
+        own_bos: whether some text brings its own BOS token: older sets gave it a second one.
+    """
     asked = [_GENERATION, list(prompts), target_fingerprint, max_new_tokens, temperature, seed]
-    facts = json.dumps(asked if dtype == "float32" else [*asked, dtype])  # older sets were all float32
+    asked += [dtype] * (dtype != "float32") + ["own BOS"] * own_bos  # older sets were all float32
+    facts = json.dumps(asked)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ import torch
 
 from ppow_train.data import load_trajectories, save_trajectories, trajectory_key
 from ppow_train.errors import UserError
+from ppow_train.prompts import begins_with_bos, text_ids
 from ppow_train.trajectory_store import derive_seed
 from ppow_train.types import Trajectories
 
@@ -96,7 +97,7 @@ def generate(
     Returns:
         Prompt ids and continuation ids, one list per prompt.
     """
-    prompt_ids = tokenizer(list(prompts))["input_ids"]
+    prompt_ids = text_ids(prompts, tokenizer)
     sampling = Sampling(max_new_tokens, temperature, tuple(_end_tokens(model, tokenizer)))
     backend = HuggingFaceBackend(model, tokenizer, sampling, batch_size)
     return prompt_ids, backend.continue_prompts(prompt_ids, seed=seed, report=report)
@@ -299,7 +300,10 @@ def load_or_generate(
         cache: directory of trajectory sets, one sub-directory per key.
     """
     dtype = str(model.dtype).removeprefix("torch.")
-    directory = cache / trajectory_key(prompts, target_fingerprint, max_new_tokens, temperature, seed, dtype)
+    own_bos = any(begins_with_bos(text, tokenizer) for text in prompts)
+    directory = cache / trajectory_key(
+        prompts, target_fingerprint, max_new_tokens, temperature, seed, dtype, own_bos
+    )
     if not directory.is_dir():
         prompt_ids, completion_ids = generate(
             model,

@@ -32,7 +32,7 @@ class Prompt:
 
     Attributes:
         where: for messages to the user, such as "prompts.jsonl, line 3".
-        text: continued as it is, special tokens added as the tokenizer does.
+        text: continued as it is, special tokens as in `text_ids`.
         ids: token ids, continued as they are.
         messages: a chat up to where the assistant speaks; the target's chat template is applied.
         template_options: what the request gives to the template besides (tools, chat_template_kwargs).
@@ -263,6 +263,22 @@ def read_dataset(name: str, split: str, column: str, subset: str | None = None) 
 # ---------------------------------------------------------------- token ids
 
 
+def begins_with_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the text brings its own token of the beginning, as one with its chat template applied does."""
+    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+
+
+def text_ids(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of texts to continue, the same in training, `ppow data` and every benchmark.
+
+    Special tokens are added as the tokenizer does, unless the text begins with them.
+    """
+    return [
+        tokenizer(text, add_special_tokens=not begins_with_bos(text, tokenizer))["input_ids"]
+        for text in texts
+    ]
+
+
 def tokenize(
     prompts: Iterable[Prompt],
     tokenizer: PreTrainedTokenizerBase,
@@ -317,7 +333,8 @@ def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         # As servers do: the template writes its own special tokens, the tokenizer must not add them again.
         ids = tokenizer(_render(prompt, tokenizer), add_special_tokens=False)["input_ids"]
     else:
-        ids = tokenizer(prompt.text)["input_ids"]
+        assert prompt.text is not None
+        [ids] = text_ids([prompt.text], tokenizer)
     if not ids:
         raise UserError(f"{prompt.where}: the tokenizer makes no token of this prompt: leave it out.")
     return ids

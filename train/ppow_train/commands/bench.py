@@ -95,6 +95,7 @@ def _measure(arguments: dict[str, Any], say: Callable[[str], None]) -> tuple[Pat
     from ppow_train.benchmark import Work, run_benchmark
     from ppow_train.data import read_prompts
     from ppow_train.generation import load_tokenizer
+    from ppow_train.prompts import text_ids
     from ppow_train.serving_eval import EngineOptions
     from vllm_ppow.artifact import read_adapter
     from vllm_ppow.resolve import resolve_base_drafter, resolve_directory
@@ -116,7 +117,7 @@ def _measure(arguments: dict[str, Any], say: Callable[[str], None]) -> tuple[Pat
             tensor_parallel_size=arguments["tensor_parallel_size"],
         ),
         Work(
-            load_tokenizer(target)(texts)["input_ids"],
+            text_ids(texts, load_tokenizer(target)),
             arguments["max_tokens"],
             arguments["temperatures"],
             arguments["rounds"],

@@ -173,12 +173,13 @@ def _serve(
 ) -> dict[str, Any]:
     """Counters of one drafter at every temperature."""
     from ppow_train.generation import load_tokenizer
+    from ppow_train.prompts import text_ids
     from ppow_train.serving_eval import Engine, native_spec, ppow_spec
     from vllm_ppow.resolve import resolve_directory
 
     base = resolve_directory(trainer.drafter)[0]
     make_spec = native_spec if name == BASE else ppow_spec
-    prompts = load_tokenizer(trainer.target_directory)(texts)["input_ids"]
+    prompts = text_ids(texts, load_tokenizer(trainer.target_directory))
     served = {}
     with Engine(name, options, make_spec(adapter, base, adapter.config.num_speculative_tokens)) as engine:
         engine.wait_until_ready()

@@ -169,9 +169,10 @@ def _work(tiny: Path, num_prompts: int, max_tokens: int) -> Work:
     from ppow_train.benchmark import Work
     from ppow_train.data import read_prompts
     from ppow_train.generation import load_tokenizer
+    from ppow_train.prompts import text_ids
 
     texts = read_prompts(tiny / "prompts" / "tests_held_out.jsonl")[:num_prompts]
-    prompts = load_tokenizer(tiny / "target")(texts)["input_ids"]
+    prompts = text_ids(texts, load_tokenizer(tiny / "target"))
     return Work(prompts, max_tokens, (0.0, 1.0), rounds=1)
 
 

@@ -102,13 +102,14 @@ def _measure(adapter: Adapter, from_hub: bool, arguments: dict[str, Any], say: A
     from ppow_train.data import read_prompts
     from ppow_train.generation import load_tokenizer
     from ppow_train.profile_engine import ProfileEngine, measured_spec
+    from ppow_train.prompts import text_ids
     from ppow_train.serving_eval import EngineOptions
     from vllm_ppow.resolve import resolve_base_drafter, resolve_directory
 
     texts = read_prompts(arguments["prompts"])[: arguments["limit"]]
     base = resolve_base_drafter(adapter, from_hub, arguments["drafter"])
     target, _ = resolve_directory(arguments["target"] or adapter.config.target.name_or_path)
-    prompts = load_tokenizer(target)(texts)["input_ids"]
+    prompts = text_ids(texts, load_tokenizer(target))
     options, longest = _plan(adapter, target, arguments, max(map(len, prompts)))
     engine_options = EngineOptions(
         str(target),

@@ -1,0 +1,90 @@
+"""A text that brings its own BOS token gets no second one, wherever it is tokenized."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+from training_pair import load
+
+import ppow_train
+from ppow_train.generation import generate, load_or_generate, load_tokenizer
+from ppow_train.prompts import Prompt, text_ids, tokenize
+
+SOURCES = Path(ppow_train.__file__).parent
+
+
+@pytest.fixture
+def tokenizer(directories) -> Any:
+    """The target's, which adds a BOS token as most chat models' do."""
+    tokenizer = load_tokenizer(directories.target)
+    bos = tokenizer.eos_token
+    tokenizer.bos_token = bos
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def test_one_bos(tokenizer):
+    [bare] = text_ids(["windows of draft"], tokenizer)
+    assert bare[0] == tokenizer.bos_token_id, "as the tokenizer does"
+    assert bare.count(tokenizer.bos_token_id) == 1
+    text = f"{tokenizer.bos_token}windows of draft"
+    assert tokenizer(text)["input_ids"] == [tokenizer.bos_token_id, *bare], "what it would do with this one"
+    assert text_ids([text, "windows of draft"], tokenizer) == [bare, bare]
+    assert list(tokenize([Prompt("p", text=text)], tokenizer).ids[0]) == bare
+
+
+def test_a_tokenizer_without_bos(directories):
+    tokenizer = load_tokenizer(directories.target)
+    tokenizer.bos_token = None
+    assert text_ids(["windows", "of"], tokenizer) == tokenizer(["windows", "of"])["input_ids"]
+
+
+def test_training_continues_the_same_ids_and_no_older_set(tokenizer, directories, tmp_path):
+    model = load(directories, "causal_lm").target.model
+    options: dict[str, Any] = {"max_new_tokens": 2, "temperature": 0.0, "seed": 0}
+    text = f"{tokenizer.bos_token}windows"
+    prompts, _ = generate(model, tokenizer, [text], **options)
+    assert prompts == text_ids(["windows"], tokenizer)
+
+    def kept(text: str) -> Any:
+        return load_or_generate(tmp_path, model, tokenizer, [text], target_fingerprint="sha256:0", **options)
+
+    assert kept(text).prompt_lengths.tolist() == [len(prompts[0])]
+    assert kept("windows").prompt_lengths.tolist() == [len(prompts[0])]
+    names = {path.name for path in tmp_path.iterdir()}
+    tokenizer.bos_token = "<none>"  # which the text does not begin with
+    kept(text)
+    assert len({path.name for path in tmp_path.iterdir()} - names) == 1
+
+
+def tokenizing(file: Path) -> Iterator[int]:
+    """Lines that call a tokenizer on text."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        function = node.func
+        if isinstance(function, ast.Call):  # load_tokenizer(…)(…)
+            function = function.func
+            named = isinstance(function, ast.Name) and function.id == "load_tokenizer"
+        else:
+            named = isinstance(function, ast.Name) and function.id == "tokenizer"
+        if named:
+            yield node.lineno
+
+
+def test_there_is_one_place_that_tokenizes(tmp_path):
+    """But for the tiny models, which are made from text; vLLM is given the ids."""
+    planted = tmp_path / "planted.py"
+    planted.write_text(
+        "load_tokenizer(target)(texts)\nids = tokenizer(text)\nload_tokenizer(target)\n", "utf-8"
+    )
+    assert list(tokenizing(planted)) == [1, 2]
+    files = [file for file in SOURCES.rglob("*.py") if "tiny" not in file.relative_to(SOURCES).parts]
+    assert {file.name for file in files if list(tokenizing(file))} == {"prompts.py"}
