@@ -11,7 +11,6 @@ follows from seed and step alone (trainer.py); which adapter is kept (selection.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -38,15 +37,12 @@ _FREE_PREFIXES = ("save_", "log", "hub_", "push_to_hub", "trackio_")
 
 def run_facts(config: PPOWConfig, trajectories: Trajectories, **models: str) -> dict[str, Any]:
     """Everything that the result of a run depends on, as JSON values; `models` are fingerprints."""
-    digest = hashlib.sha256()
-    for tensor in (trajectories.input_ids, trajectories.prompt_lengths, trajectories.lengths):
-        digest.update(tensor.cpu().numpy().tobytes())
     options = {
         name: value
         for name, value in config.to_dict().items()
         if name not in _FREE and not name.startswith(_FREE_PREFIXES)
     }
-    facts = {**options, **models, "trajectories": digest.hexdigest(), "num_processes": config.world_size}
+    facts = {**options, **models, "trajectories": trajectories.digest(), "num_processes": config.world_size}
     return json.loads(json.dumps(facts, default=str))
 
 

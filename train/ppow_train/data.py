@@ -18,22 +18,20 @@ import torch
 
 from ppow_train.errors import UserError
 from ppow_train.prompts import read_prompts as read_prompts
-from ppow_train.types import Trajectories
+from ppow_train.types import FlatTrajectories, Trajectories
 
 # Part of every set's name: counted up when generation changes what it writes, so that no old set passes for a new one.
 _GENERATION = 2
 
 
-def collate(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Trajectories:
-    """Token lists -> right-padded `Trajectories` (padding is 0 and never read)."""
-    rows = [
-        torch.tensor([*prompt, *completion])
-        for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
-    ]
-    return Trajectories(
-        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-        torch.tensor([len(prompt) for prompt in prompt_ids]),
-        torch.tensor([len(row) for row in rows]),
+def collate(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> FlatTrajectories:
+    """Token lists -> trajectories without padding."""
+    prompt_lengths, rows = [], []
+    for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
+        prompt_lengths.append(len(prompt))
+        rows.append(torch.tensor([*prompt, *completion], dtype=torch.int32))
+    return FlatTrajectories(
+        torch.cat(rows), torch.tensor(prompt_lengths), torch.tensor([len(row) for row in rows])
     )
 
 
@@ -49,7 +47,7 @@ def keep_long_enough(trajectories: Trajectories, num_speculative_tokens: int) ->
             f"No trajectory is long enough for a window of {num_speculative_tokens} tokens: raise --max-new-tokens "
             "or lower --num-speculative-tokens."
         )
-    return trajectories.select(rows)
+    return trajectories.subset(rows)
 
 
 def save_trajectories(

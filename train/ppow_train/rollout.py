@@ -55,7 +55,7 @@ class WindowRunner:
 
     Args:
         target, drafter: the pair; the drafter's model may have LoRA injected.
-        trajectories: all training trajectories, on the device of the models.
+        trajectories: all training trajectories; what is picked of them is on the device of the models.
         num_speculative_tokens: K.
         temperature: of p and q in training.
         greedy: verify against the target's greedy continuation (serving at temperature 0) instead of by sampling.

@@ -8,7 +8,6 @@ is checked on. Without selection (no eval_steps) all of them report. Left out: t
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +47,9 @@ def split_held_out(held_out: Trajectories) -> tuple[Trajectories, Trajectories]:
     Raises:
         UserError: one of them is empty.
     """
-    chosen = torch.tensor([_selects(held_out, row) for row in range(len(held_out))])
+    lengths = held_out.prompt_lengths.tolist()
+    prompts = (ids[:length] for ids, length in zip(held_out.unpadded(), lengths, strict=True))
+    chosen = torch.tensor([_selects(prompt.tolist()) for prompt in prompts])
     if chosen.all() or not chosen.any():
         raise UserError(
             f"{len(held_out)} held-out prompts do not divide into some to choose the best adapter on and some to "
@@ -56,15 +57,14 @@ def split_held_out(held_out: Trajectories) -> tuple[Trajectories, Trajectories]:
         )
     device = held_out.lengths.device
     return (
-        held_out.select(chosen.nonzero().squeeze(-1).to(device)),
-        held_out.select((~chosen).nonzero().squeeze(-1).to(device)),
+        held_out.subset(chosen.nonzero().squeeze(-1).to(device)),
+        held_out.subset((~chosen).nonzero().squeeze(-1).to(device)),
     )
 
 
-def _selects(held_out: Trajectories, row: int) -> bool:
+def _selects(prompt: list[int]) -> bool:
     # The last byte: the first ones have chosen the held-out split already (trajectory_store.is_held_out).
-    prompt = held_out.input_ids[row, : int(held_out.prompt_lengths[row])]
-    return prompt_hash(prompt.tolist())[-1] % 2 == 0
+    return prompt_hash(prompt)[-1] % 2 == 0
 
 
 class Judge:
@@ -95,9 +95,7 @@ class Judge:
     @property
     def digest(self) -> str:
         """Which trajectories these are."""
-        rows = self.runner.trajectories
-        tensors = (rows.input_ids, rows.prompt_lengths, rows.lengths)
-        return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors)).hexdigest()
+        return self.runner.trajectories.digest()
 
 
 @dataclasses.dataclass

@@ -183,9 +183,7 @@ def _states(
 ) -> Iterator[torch.Tensor]:
     """[n_i, H + T·H] of each trajectory in order, on the CPU."""
     for begin in range(0, len(trajectories), _BATCH):
-        rows = torch.arange(
-            begin, min(begin + _BATCH, len(trajectories)), device=trajectories.input_ids.device
-        )
+        rows = torch.arange(begin, min(begin + _BATCH, len(trajectories)), device=trajectories.lengths.device)
         chosen = trajectories.select(rows)
         encoded = target.encode(chosen)
         states = encoded.hidden if encoded.taps is None else torch.cat([encoded.hidden, encoded.taps], dim=-1)
@@ -198,8 +196,8 @@ def _states(
 def _key(target: Target, trajectories: Trajectories, fingerprint: str) -> str:
     facts = json.dumps([_FORMAT, _BATCH, fingerprint, list(target.tap_layers), str(target.model.dtype)])
     digest = hashlib.sha256(facts.encode())
-    for ids, length in zip(trajectories.input_ids.cpu(), trajectories.lengths.tolist(), strict=True):
-        digest.update(ids[:length].numpy().tobytes() + b"|")
+    for ids in trajectories.unpadded():
+        digest.update(ids.numpy().tobytes() + b"|")
     return digest.hexdigest()[:16]
 
 
