@@ -172,8 +172,8 @@ def _take_push(values: dict[str, Any], output: Path, parity: bool, has_held_out:
             raise UserError("push_to_hub waits for parity, which needs --held-out: give it, or --no-parity.")
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
-                "push_to_hub waits for parity, which needs vLLM: install it (pip install 'vllm-ppow[cpu]' or [gpu]), "
-                "or give --no-parity."
+                "push_to_hub waits for parity, which needs vLLM: install it (pip install '.[cpu]' or '.[gpu]' in a "
+                "checkout), or give --no-parity."
             )
     return take_push(values, output)
 
