@@ -77,7 +77,7 @@ def encode(
     Returns:
         `Encoded` with S = L slots; slot n−1 predicts position n.
     """
-    _check_attention(model, trajectories.input_ids.shape[1])
+    check_attention(model, trajectories.input_ids.shape[1])
     # Given the config it would drop what sliding attention has passed, which packed windows still read.
     cache = DynamicCache()
     with feed_forward_at(_last_layer(model), read):
@@ -97,7 +97,12 @@ def _last_layer(model: PreTrainedModel) -> torch.nn.Module:
     return model.base_model if layers is None else layers[-1]
 
 
-def _check_attention(model: PreTrainedModel, length: int) -> None:
+def check_attention(model: PreTrainedModel, length: int) -> None:
+    """Refuse a model whose layers do not attend to whole trajectories of so many tokens.
+
+    Raises:
+        UserError: a layer without attention, or one that spans fewer tokens.
+    """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     if other := sorted(kinds - {"full_attention", "sliding_attention"}):

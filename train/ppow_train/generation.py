@@ -121,6 +121,10 @@ class HuggingFaceBackend:
         Raises:
             UserError: a prompt and its continuation do not fit the target.
         """
+        longest = max(map(len, prompt_ids), default=0)
+        check_length(
+            longest + self.sampling.max_new_tokens, self.model.config
+        )  # not hours later, in its batch
         torch.manual_seed(seed)
         ends, pad = self.sampling.end_token_ids, self.tokenizer.pad_token_id
         completion_ids: list[list[int]] = []
@@ -128,7 +132,6 @@ class HuggingFaceBackend:
             rows = [{"input_ids": list(ids)} for ids in prompt_ids[begin : begin + self.batch_size]]
             batch = self.tokenizer.pad(rows, return_tensors="pt").to(self.model.device)
             width = batch["input_ids"].shape[1]
-            check_length(width + self.sampling.max_new_tokens, self.model.config)
             with _plain_sampling(self.model, self.sampling.temperature, list(ends), pad):
                 output = self.model.generate(**batch, max_new_tokens=self.sampling.max_new_tokens)
             completion_ids += [_cut_at_end(row[width:].tolist(), ends) for row in output]

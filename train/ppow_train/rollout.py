@@ -61,6 +61,9 @@ class WindowRunner:
         greedy: verify against the target's greedy continuation (serving at temperature 0) instead of by sampling.
         cache: keeps the target's states along these trajectories; without it they are computed at every update.
         plain: read all trajectories of a call whole and at once, and every hidden state: the oracle of what is saved.
+
+    Raises:
+        UserError: target or drafter cannot read the longest trajectory.
     """
 
     def __init__(
@@ -81,6 +84,9 @@ class WindowRunner:
             greedy,
         )
         self.plain = plain
+        longest = int(trajectories.lengths.max())  # here, not at the update that happens to draw it
+        target.check_length(longest)
+        drafter.check_length(longest)
 
     # ------------------------------------------------------------ station 2: windows
 

@@ -45,6 +45,10 @@ class Drafter(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    def check_length(self, length: int) -> None:
+        """Raise UserError if it cannot read trajectories of so many tokens."""
+        ...
+
     def encode(
         self,
         trajectories: Trajectories,
@@ -115,6 +119,9 @@ class ChainDrafter(abc.ABC):
     """
 
     vocabulary: DraftVocabulary = FULL_VOCABULARY
+
+    def check_length(self, length: int) -> None:  # noqa: B027  (most read any)
+        """Raise UserError if it cannot read trajectories of so many tokens."""
 
     @abc.abstractmethod
     def extend(

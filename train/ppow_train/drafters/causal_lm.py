@@ -47,6 +47,10 @@ class CausalLMDrafter(ChainDrafter):
         """V of the logits."""
         return self.model.get_output_embeddings().weight.shape[0]
 
+    def check_length(self, length: int) -> None:
+        """Raise UserError if it does not attend to whole trajectories of so many tokens."""
+        causal.check_attention(self.model, length)
+
     def encode(
         self,
         trajectories: Trajectories,
