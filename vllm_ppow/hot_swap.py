@@ -167,7 +167,9 @@ class HotSwap:
 
     async def _check_awake(self) -> None:
         if self._asleep is not None and await self._asleep():
-            raise SwapError("The engine sleeps or is paused, and its adapter cannot be written: wake it, then swap.")
+            raise SwapError(
+                "The engine sleeps or is paused, and its adapter cannot be written: wake it, then swap."
+            )
 
     async def _load(self, method: str, what: str) -> Reply:
         loaded = await self._rpc(method, ())

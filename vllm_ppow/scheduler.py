@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from vllm_ppow.compat import draft_room
 from vllm_ppow.compat.window import build_window
 from vllm_ppow.window import DraftWindow, WindowCounts
 from vllm_ppow.window_report import ReportWriter
@@ -35,9 +37,8 @@ class AdaptiveWindow:
         super().__init__(*args, **kwargs)
         scheduler: Any = self
         self.ppow_window: DraftWindow = build_window(scheduler.vllm_config)
-        draft_model = scheduler.vllm_config.speculative_config.draft_model_config
-        # The drafter of a V1 runner passes over a step in which any request has less room than this left.
-        self._drafter_room: int = draft_model.max_model_len - scheduler.num_spec_tokens
+        self._longest_drafted: int | None = draft_room.longest_drafted(scheduler.vllm_config)
+        self._policy_failed = False
         self._updated_at = 0.0
         self._last_length = -1  # drafted in the step that was processed last; -1: none of known length
         self._last_scheduled = -1
@@ -48,9 +49,24 @@ class AdaptiveWindow:
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         scheduled = scheduler_output.num_scheduled_tokens
         if scheduled:
-            scheduler_output.num_spec_tokens_to_schedule = self._choose(scheduled)
+            chosen = self._guarded(self._choose, scheduled)
+            maximum = self.num_spec_tokens  # type: ignore[attr-defined]
+            scheduler_output.num_spec_tokens_to_schedule = maximum if chosen is None else chosen
             self._last_scheduled = scheduler_output.num_spec_tokens_to_schedule
         super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
+
+    def _guarded(self, act: Callable[..., Any], *arguments: Any) -> Any:
+        """What the policy answers; None after an error in it, of which no engine should die: output needs no policy."""
+        if self._policy_failed:
+            return None
+        try:
+            return act(*arguments)
+        except Exception:
+            self._policy_failed = True
+            logger.exception(
+                "The draft window failed and is fixed at its maximum from now on; serving goes on."
+            )
+            return None
 
     def _choose(self, scheduled: dict[str, int]) -> int:
         requests = self.requests  # type: ignore[attr-defined]
@@ -59,7 +75,7 @@ class AdaptiveWindow:
             length = requests[req_id].num_computed_tokens + count
             context += length
             longest = max(longest, length)
-        if longest > self._drafter_room:
+        if self._longest_drafted is not None and longest > self._longest_drafted:
             return 0  # no draft would be made, and zeros verified in place of one
         return self.ppow_window.choose(len(scheduled), context)
 
@@ -79,7 +95,7 @@ class AdaptiveWindow:
     ) -> Any:
         """vLLM counts each request's verified draft here, whether or not statistics are kept: so do we."""
         invalid = num_invalid_spec_tokens.get(request_id, 0) if num_invalid_spec_tokens else 0
-        self.ppow_window.observe_draft(num_draft_tokens - invalid, num_accepted_tokens)
+        self._guarded(self.ppow_window.observe_draft, num_draft_tokens - invalid, num_accepted_tokens)
         return super().make_spec_decoding_stats(  # type: ignore[misc]
             spec_decoding_stats,
             num_draft_tokens=num_draft_tokens,
@@ -93,10 +109,11 @@ class AdaptiveWindow:
         seconds, self._updated_at = now - self._updated_at, now
         accepted = self.ppow_window.counts.accepted
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-        self._observe_step(scheduler_output, seconds, self.ppow_window.counts.accepted - accepted)
-        self._report.write(self.ppow_window.counts)
+        accepted = self.ppow_window.counts.accepted - accepted
+        self._guarded(self._observe_step, scheduler_output, seconds, accepted)
+        self._guarded(self._report.write, self.ppow_window.counts)
         if time.monotonic() - self._logged_at >= LOG_SECONDS:
-            self._log()
+            self._guarded(self._log)
         return result
 
     def shutdown(self) -> None:

@@ -14,6 +14,8 @@ import torch
 from serving_engine import engine
 from serving_pair import random_lora, save_adapter
 
+from vllm_ppow import scheduler as scheduler_module
+
 pytestmark = pytest.mark.engine
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
@@ -136,15 +138,15 @@ def test_a_stale_drafter_would_be_noticed(served, drafts, monkeypatch):
     assert sum(always != after for always, after in pairs) > len(pairs) / 4
 
 
-def test_no_draft_is_verified_where_the_drafter_has_no_room(served, drafts, without_speculation, monkeypatch):
-    """vLLM hands out zeros in place of drafts close to max_model_len; they are dropped and not counted."""
+def test_drafts_go_on_to_the_end_and_none_is_of_zeros(served, drafts, without_speculation, monkeypatch):
+    """By itself vLLM hands out zeros in place of drafts close to max_model_len (compat/draft_room.py)."""
     llm = served[1]
     force(monkeypatch, llm, lambda step: K)
     before = scheduler_of(llm).ppow_window.counts.copy()
     output = generate(llm, 1, 400)
     assert output == without_speculation["long"]
     longest = max(map(len, drafts))
-    assert MAX_MODEL_LEN - 3 * K < longest <= MAX_MODEL_LEN - K + 1
+    assert MAX_MODEL_LEN - K < longest < MAX_MODEL_LEN
     assert not any(set(draft) == {0} for draft in drafts.values())
     counts = scheduler_of(llm).ppow_window.counts - before
     assert counts.drafted <= sum(map(len, drafts.values()))
@@ -172,3 +174,27 @@ def test_what_served_is_logged(served, monkeypatch, caplog):
         generate(served[1], 1, 8)
     assert "Draft window: mean" in caplog.text
     assert "estimated speedup" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["choose", "observe_draft", "observe_step"])
+def test_an_error_in_the_policy_fixes_the_window_and_stops_nothing(
+    served, without_speculation, monkeypatch, method
+):
+    scheduler, calls = scheduler_of(served[1]), []
+    original = getattr(scheduler.ppow_window, method)
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise ZeroDivisionError("planted")
+        return original(*args)
+
+    logged = []
+    monkeypatch.setattr(scheduler_module.logger, "exception", logged.append)
+    monkeypatch.setattr(scheduler, "_policy_failed", False)  # and back again after the test
+    monkeypatch.setattr(scheduler.ppow_window, method, failing)
+    assert generate(served[1]) == without_speculation["six"]
+    assert len(calls) == 5, "it is left alone from then on"
+    (said,) = logged
+    assert "fixed at its maximum" in said
+    assert scheduler._last_scheduled == K

@@ -24,7 +24,7 @@ def adapter(pair, tmp_path_factory):
     return random_adapter(tmp_path_factory.mktemp("room"), "causal_lm", pair, scale=1e-4)
 
 
-def fill_up(pair, adapter) -> tuple[list[list[int]], SpecDecodeCounts]:
+def fill_up(pair, adapter, window="fixed") -> tuple[list[list[int]], SpecDecodeCounts]:
     """Outputs of four requests that end at max_model_len one after the other, and vLLM's counts."""
     from vllm import SamplingParams
 
@@ -32,7 +32,7 @@ def fill_up(pair, adapter) -> tuple[list[list[int]], SpecDecodeCounts]:
         "method": "ppow",
         "model": str(adapter.directory),
         "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
-        "ppow": {"window": "fixed"},
+        "ppow": {"window": "fixed"} if window == "fixed" else {"min_tokens": NUM_SPECULATIVE_TOKENS},
     }
     prompts = [{"prompt_token_ids": [7 + i for i in range(length)]} for length in PROMPT_TOKENS]
     with engine(pair.target, spec, max_model_len=MAX_MODEL_LEN) as llm:
@@ -45,14 +45,18 @@ def fill_up(pair, adapter) -> tuple[list[list[int]], SpecDecodeCounts]:
 WANTED = [[(7 + i) % VOCAB for i in range(length, MAX_MODEL_LEN)] for length in PROMPT_TOKENS]
 
 
-def test_everything_drafted_is_accepted_up_to_the_last_token(pair, adapter):
-    output, counts = fill_up(pair, adapter)
+@pytest.mark.parametrize("window", ["fixed", "adaptive"])
+def test_everything_drafted_is_accepted_up_to_the_last_token(pair, adapter, window):
+    output, counts = fill_up(pair, adapter, window)
     assert output == WANTED
     assert counts.num_draft_tokens > 0
     assert counts.num_accepted_tokens == counts.num_draft_tokens
     # Each request takes as few steps as its length needs: one token at prefill, then seven at a time.
     steps = [-(-(MAX_MODEL_LEN - length - 1) // (NUM_SPECULATIVE_TOKENS + 1)) for length in PROMPT_TOKENS]
     assert counts.num_drafts <= sum(steps)
+    # Beside the token of prefill, none came from a step that drafted nothing.
+    tokens = sum(map(len, output))
+    assert tokens - len(output) - counts.num_drafts - counts.num_accepted_tokens == 0
 
 
 def test_without_it_vllm_verifies_zeros_near_the_end(pair, adapter, monkeypatch):

@@ -188,7 +188,9 @@ def test_ladder():
     assert lengths(1, 24) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24]
 
 
-@pytest.mark.parametrize(("maximum", "batch_sizes"), [(8, 64), (8, 4), (3, 4), (3, 1), (5, 6)])
+@pytest.mark.parametrize(
+    ("maximum", "batch_sizes"), [(8, 64), (8, 4), (8, 2), (3, 4), (3, 1), (5, 6), (24, 9)]
+)
 def test_the_table_is_one_that_vllm_takes_and_holds_every_length_that_fits(maximum, batch_sizes):
     from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
@@ -199,5 +201,6 @@ def test_the_table_is_one_that_vllm_takes_and_holds_every_length_that_fits(maxim
         vllm_num_speculative_tokens=maximum,
     )
     assert len(dense) == batch_sizes + 1
-    assert len(set(dense[1:])) == min(maximum + 1, batch_sizes)
+    assert len(set(dense[1:])) == min(len(lengths(0, maximum)), batch_sizes)
     assert dense[1] == maximum
+    assert batch_sizes == 1 or dense[-1] == 0, "drafting nothing is what a server that is full needs most"

@@ -238,13 +238,13 @@ def test_the_scheduler_alone_is_refused(built):
         window.build_window(built({"window": "fixed"}))
 
 
-def test_with_captured_graphs_only_declared_lengths_are_drafted(built):
+def test_with_captured_graphs_only_declared_lengths_and_the_shortest_are_drafted(built):
     from vllm.config import CUDAGraphMode
 
     config = built({"per_request": False}, max_num_seqs=2)
     assert window.build_window(config).lengths == (0, 1, 2, 3)
     config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-    assert window.build_window(config).lengths == (2, 3)
+    assert window.build_window(config).lengths == (0, 3)
 
 
 def test_the_config_travels_to_the_engine_core(built):

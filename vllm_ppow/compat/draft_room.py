@@ -62,6 +62,32 @@ def _asking_for_the_first_pass_only(original: Callable[..., Any]) -> Callable[..
     return _input_fits_in_drafter
 
 
+def longest_drafted(vllm_config: Any) -> int | None:
+    """How long the longest request of a step may be, draft tokens included, for the step to draft; None: any length.
+
+    The worker is asked the same; where it says no, it verifies zeros in place of drafts. The V2 model runner asks
+    nothing, and vLLM lengthens the position tables of EAGLE-3 heads to the target's, but not those of draft models.
+    """
+    speculative = vllm_config.speculative_config
+    drafter, target = speculative.draft_model_config.max_model_len, vllm_config.model_config.max_model_len
+    is_draft_model = speculative.uses_draft_model()
+    if vllm_config.use_v2_model_runner and not is_draft_model:
+        return None
+    if drafter < target or not _can_install():
+        return drafter - speculative.num_speculative_tokens
+    return target - (1 if is_draft_model else 0)
+
+
+def _can_install() -> bool:
+    """Asked where the scheduler runs, which the workers need not do."""
+    try:
+        seams.find_function(*_STEP)
+        seams.find(*_RUNNER, ("self", "common_attn_metadata"))
+    except seams.SeamMissingError:
+        return False
+    return True
+
+
 @functools.cache
 def clamps(device: torch.device) -> bool:
     """Whether a draft step past the maximum length reads one token, writes none, and leaves other requests alone."""

@@ -83,9 +83,19 @@ def table(ladder: list[int], batch_sizes: int) -> list[tuple[int, int, int]]:
         [(first batch size, last batch size, length), …], ascending.
     """
     *shorter, maximum = ladder
-    rest = shorter[max(0, len(shorter) - batch_sizes + 1) :][::-1]
+    rest = _spread(shorter, batch_sizes - 1)[::-1]
     first = batch_sizes - len(rest)
     return [(1, first, maximum), *((first + i, first + i, length) for i, length in enumerate(rest, 1))]
+
+
+def _spread(ascending: list[int], number: int) -> list[int]:
+    """That many of them, the first among them, evenly spread; all if they are no more."""
+    if number >= len(ascending):
+        return ascending
+    if number < 2:
+        return ascending[:number]
+    step = (len(ascending) - 1) / (number - 1)
+    return [ascending[round(i * step)] for i in range(number)]
 
 
 def prepare(native: dict[str, Any], engine_args: Any, known_fields: list[str]) -> None:
@@ -216,7 +226,8 @@ def build_window(vllm_config: Any) -> DraftWindow:
     ladder = lengths(options["min_tokens"], maximum)
     if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
         captured = {length for _, _, length in speculative.num_speculative_tokens_per_batch_size}
-        ladder = [length for length in ladder if length in captured]
+        # The shortest without a graph of its own runs as prefill does: what that costs, the clock tells.
+        ladder = [length for length in ladder if length in captured or length == ladder[0]]
     verifies = bool(getattr(speculative, VERIFICATION, False))
     if options["per_request"] or verifies:
         ladder = sorted({ladder[0], maximum})  # what lies between is left to the requests
@@ -228,7 +239,7 @@ def build_window(vllm_config: Any) -> DraftWindow:
     window.counts.layers = ("step", *(["request"] * options["per_request"]), *(["verification"] * verifies))
     seams.logger.info(
         "Adaptive draft window: %d to %d tokens, per step%s, chosen from acceptance and step times (%s).",
-        options["min_tokens"],
+        ladder[0],
         maximum,
         " and request" if options["per_request"] else "",
         "cost profile, corrected while serving" if profile is not None else "learned while serving",
