@@ -323,8 +323,8 @@ def _context_lengths(diagnosis: Diagnosis, base: Path, target: Path) -> None:
         diagnosis.add(
             "context",
             "warn",
-            f"the drafter takes {drafter} tokens, the target {whole}: longer requests are served without drafts, and with "
-            "a draft model, or on vLLM's V1 model runner, so are all others while one of them runs",
+            f"the drafter takes {drafter} tokens, the target {whole}: longer requests are served without drafts, and "
+            "with a draft model, or on vLLM's V1 model runner, so are all others while one of them runs",
             f"--max-model-len {drafter} if requests are never longer.",
         )
 
