@@ -138,8 +138,9 @@ def train(directories, tmp_path, monkeypatch):
     lines = [
         json.dumps({"prompt": text}) for text in ("windows", "of draft", "tokens ", "dow", "raft", "ken")
     ]
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("\n".join(lines), encoding="utf-8")
+    prompts, held_out = tmp_path / "prompts.jsonl", tmp_path / "held_out.jsonl"
+    prompts.write_text("\n".join(lines[3:]), encoding="utf-8")
+    held_out.write_text("\n".join(lines[:3]), encoding="utf-8")
 
     def call(*more: str, holds: bool = True) -> int:
         served = SpecDecodeCounts(100, 200, 60 if holds else 200, (40, 20) if holds else (100, 100))
@@ -172,12 +173,12 @@ def train(directories, tmp_path, monkeypatch):
         ]
         return run([*command, "--push-to-hub", *more])
 
-    call.prompts = prompts
+    call.held_out = held_out
     return call
 
 
 def test_the_command_uploads_what_parity_lets_through(hub, train, tmp_path, capsys):
-    held_out = ("--held-out", str(train.prompts))
+    held_out = ("--held-out", str(train.held_out))
     assert train(*held_out, holds=False) == 1
     assert "It was not uploaded" in capsys.readouterr().err
     assert hub.repos == {}
@@ -196,7 +197,7 @@ def test_nothing_unchecked_is_uploaded_unless_told_so(hub, train, monkeypatch, c
     assert train() == 1
     assert "parity, which needs --held-out" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert train("--held-out", str(train.prompts)) == 1
+    assert train("--held-out", str(train.held_out)) == 1
     assert "parity, which needs vLLM" in capsys.readouterr().err
     hub.user = LocalTokenNotFoundError("no token")
     assert train("--no-parity") == 1

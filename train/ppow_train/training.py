@@ -46,9 +46,15 @@ def get_trajectories(
     max_new_tokens: int,
     rounds: Sequence[Round],
     progress: Progress,
+    texts: Sequence[str] | None = None,
 ) -> Trajectories:
-    """The target's continuations of a prompt file, round by round, generated or from the cache."""
-    texts, tokenizer = read_prompts(prompts), load_tokenizer(pair.target.directory)
+    """The target's continuations of a prompt file, round by round, generated or from the cache.
+
+    Args:
+        texts: those of the file to continue; None for all.
+    """
+    tokenizer = load_tokenizer(pair.target.directory)
+    texts = read_prompts(prompts) if texts is None else texts
     task = progress.add_task(f"target continues {prompts.name}", total=len(texts) * len(rounds), note="")
     parts = []
     for index, drawn in enumerate(rounds):

@@ -165,20 +165,61 @@ def _splits(
         config.continuations = read_manifest(request.data).facts.get("continuations", 1)  # for the record
         return load_splits(request.data, pair.target_ref.fingerprint, config.serving_temperature)
 
-    def generated(file: Path, rounds: Sequence[Round], extra_tokens: int = 0) -> Trajectories:
+    def generated(file: Path, texts: list[str], rounds: Sequence[Round], max_new_tokens: int) -> Trajectories:
         return get_trajectories(
             pair,
             file,
             cache=request.cache,
-            max_new_tokens=request.max_new_tokens + extra_tokens,
+            max_new_tokens=max_new_tokens,
             rounds=rounds,
             progress=progress,
+            texts=texts,
         )
 
     assert request.prompts is not None
-    trajectories = generated(request.prompts, config.continuation_rounds())
+    # K tokens longer: the last draft of a simulated serving walk must fit.
+    longer = request.max_new_tokens + config.num_speculative_tokens
+    texts, held_out = _texts(request, pair, longer, tell=config.process_index == 0)
+    trajectories = generated(request.prompts, texts, config.continuation_rounds(), request.max_new_tokens)
     if request.held_out is None:
         return trajectories, None
-    # K tokens longer: the last draft of a simulated serving walk must fit.
     once = (Round(request.seed + 1, config.serving_temperature),)
-    return trajectories, generated(request.held_out, once, config.num_speculative_tokens)
+    return trajectories, generated(request.held_out, held_out, once, longer)
+
+
+def _texts(request: Request, pair: Pair, held_out_tokens: int, tell: bool) -> tuple[list[str], list[str]]:
+    """Texts to train on and texts that are held out, none in both; all of them fit the target.
+
+    Args:
+        held_out_tokens: of the continuation of a held-out one at most.
+
+    Raises:
+        UserError: nothing is left to train on, or a text and its continuation do not fit.
+    """
+    from ppow_train.errors import UserError
+    from ppow_train.generation import check_length, load_tokenizer
+    from ppow_train.prompts import prompt_hash, read_prompts, text_ids
+
+    assert request.prompts is not None
+    tokenizer = load_tokenizer(pair.target.directory)
+    texts, held_out = (
+        read_prompts(request.prompts),
+        read_prompts(request.held_out) if request.held_out else [],
+    )
+    ids, held_out_ids = text_ids(texts, tokenizer), text_ids(held_out, tokenizer)
+    apart = {prompt_hash(one) for one in held_out_ids}
+    kept = [number for number, one in enumerate(ids) if prompt_hash(one) not in apart]
+    if not kept:
+        raise UserError(
+            f"All {len(texts)} prompts of {request.prompts} are held out by {request.held_out}: give others to train "
+            "on, or other --held-out."
+        )
+    if tell and len(kept) < len(texts):
+        click.echo(
+            f"{len(texts) - len(kept)} of {len(texts)} prompts are held out too: they are not trained on.",
+            err=True,
+        )
+    needed = [len(ids[number]) + request.max_new_tokens for number in kept]
+    needed += [len(one) + held_out_tokens for one in held_out_ids]
+    check_length(max(needed), pair.target.model.config)  # both files, before the first is continued
+    return [texts[number] for number in kept], held_out

@@ -1,0 +1,95 @@
+"""`ppow train`: what wins over what, what is kept apart, what is said before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_pair import K
+
+from ppow_train import cli
+from ppow_train.generation import Round
+
+TEXTS = [f"windows of draft {n}" for n in range(8)]
+
+
+def jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("\n".join(json.dumps({"prompt": text}) for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def command(directories, tmp_path) -> list[str]:
+    """Trains one update on TEXTS."""
+    train = ["train", "--target", str(directories.target), "--drafter", str(directories.drafter["causal_lm"])]
+    train += [
+        "--prompts",
+        str(jsonl(tmp_path / "prompts.jsonl", TEXTS)),
+        "--output",
+        str(tmp_path / "adapter"),
+    ]
+    train += ["--max-new-tokens", "16", "--cache", str(tmp_path / "cache"), "--device", "cpu", "--no-parity"]
+    train += ["--num-speculative-tokens", str(K), "--max-steps", "1", "--trajectories-per-step", "2"]
+    return [*train, "--windows-per-step", "4", "--json"]
+
+
+@pytest.fixture
+def continued(monkeypatch) -> list[tuple[str, list[str], tuple[Round, ...], int]]:
+    """What the target was asked to continue: name of the file, texts, rounds, tokens."""
+    from ppow_train import training
+
+    own, asked = training.get_trajectories, []
+
+    def get(pair: Any, file: Path, *, texts: list[str], rounds: Any, max_new_tokens: int, **more: Any) -> Any:
+        asked.append((file.name, texts, tuple(rounds), max_new_tokens))
+        return own(pair, file, texts=texts, rounds=rounds, max_new_tokens=max_new_tokens, **more)
+
+    monkeypatch.setattr(training, "get_trajectories", get)
+    return asked
+
+
+# ---------------------------------------------------------------- what is held out is not trained on
+
+
+def test_prompts_that_are_held_out_are_not_trained_on(command, continued, tmp_path, capsys):
+    held_out = jsonl(tmp_path / "held_out.jsonl", [TEXTS[3], "of", TEXTS[5]])
+    assert cli.run([*command, "--held-out", str(held_out)]) == 0
+    shown = capsys.readouterr()
+    assert "2 of 8 prompts are held out too: they are not trained on." in shown.err
+    (_, trained, _, _), (_, measured, _, _) = continued
+    assert trained == [text for number, text in enumerate(TEXTS) if number not in (3, 5)]
+    assert measured == [TEXTS[3], "of", TEXTS[5]]
+    assert json.loads(shown.out)["training"]["trajectories"] <= 6
+
+
+def test_nothing_is_said_or_dropped_without_an_overlap(command, continued, tmp_path, capsys):
+    assert cli.run([*command, "--held-out", str(jsonl(tmp_path / "held_out.jsonl", ["of", "draft"]))]) == 0
+    assert "held out too" not in capsys.readouterr().err
+    assert continued[0][1] == TEXTS
+
+
+def test_nothing_left_to_train_on(command, continued, tmp_path, capsys):
+    held_out = jsonl(tmp_path / "held_out.jsonl", TEXTS[::-1])
+    assert cli.run([*command, "--held-out", str(held_out)]) == 1
+    assert "All 8 prompts" in capsys.readouterr().err
+    assert not continued
+
+
+def test_a_held_out_prompt_that_is_too_long_is_told_before_any_is_continued(
+    command, continued, tmp_path, capsys
+):
+    """With K tokens more than a trained one: 16 + 4 + 109 is one more than the target's 128."""
+    from ppow_train.generation import load_tokenizer
+    from ppow_train.prompts import text_ids
+
+    tokenizer = load_tokenizer(Path(command[2]))
+    text = "windows"
+    while len(text_ids([text + "~"], tokenizer)[0]) <= 109:
+        text += "~"
+    assert len(text_ids([text], tokenizer)[0]) == 109
+    held_out = jsonl(tmp_path / "held_out.jsonl", ["of", text])
+    assert cli.run([*command, "--held-out", str(held_out)]) == 1
+    assert "need 129 tokens" in capsys.readouterr().err
+    assert not continued
