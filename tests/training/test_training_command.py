@@ -11,6 +11,7 @@ from training_pair import K
 
 from ppow_train import cli
 from ppow_train.generation import Round
+from ppow_train.trajectory_store import derive_seed
 
 TEXTS = [f"windows of draft {n}" for n in range(8)]
 
@@ -93,3 +94,41 @@ def test_a_held_out_prompt_that_is_too_long_is_told_before_any_is_continued(
     assert cli.run([*command, "--held-out", str(held_out)]) == 1
     assert "need 129 tokens" in capsys.readouterr().err
     assert not continued
+
+
+# ---------------------------------------------------------------- flag, file, default
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "seed"),
+    [
+        ("", [], 0),
+        ("seed: 5", [], 5),
+        ("", ["--seed", "7"], 7),
+        ("seed: 5", ["--seed", "7"], 7),
+        ("seed: 5", ["--seed", "0"], 0),
+    ],
+)
+def test_the_seed_of_a_run_is_the_flags_then_the_files(
+    file, flags, seed, command, continued, tmp_path, capsys
+):
+    """The held-out continuations follow it."""
+    (tmp_path / "run.yaml").write_text(f"continuations: 2\n{file}\n", encoding="utf-8")
+    held_out = jsonl(tmp_path / "held_out.jsonl", ["of", "draft"])
+    call = [*command, "--held-out", str(held_out), "--config", str(tmp_path / "run.yaml"), *flags]
+    assert cli.run(call) == 0
+    (_, _, trained, _), (_, _, measured, _) = continued
+    assert trained == (Round(seed, 1.0), Round(derive_seed(seed, 1), 1.0))
+    assert measured == (Round(seed + 1, 1.0),)
+    assert json.loads(capsys.readouterr().out)["training"]["seed"] == seed
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"), [("output_dir: x", "--checkpoints"), ("use_cpu: true", "--device")]
+)
+def test_what_the_command_decides_is_refused_in_a_file(line, remedy, command, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(line, encoding="utf-8")
+    assert cli.run([*command, "--config", str(tmp_path / "run.yaml")]) == 1
+    shown = capsys.readouterr().err
+    assert f"run.yaml sets '{line.split(':')[0]}'" in shown
+    assert remedy in shown

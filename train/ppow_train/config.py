@@ -22,7 +22,7 @@ from ppow_train.options import CHOICES, PPOWOptions
 silence_import_warnings()
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402, F401  (trainer.py takes it from here: TRL is imported in one place)
 
-# TRL's fields that `__post_init__` sets, with what to do instead of setting them.
+# TRL's fields that `__post_init__` or the command sets, with what to do instead of setting them.
 _DECIDED = {
     "max_completion_length": "set num_speculative_tokens",
     "temperature": "set serving_temperature",
@@ -36,6 +36,8 @@ _DECIDED = {
     "shuffle_dataset": "set seed",
     "remove_unused_columns": "drop it",
     "disable_tqdm": "drop it",
+    "output_dir": "give --output and --checkpoints",
+    "use_cpu": "give --device",
 }
 
 

@@ -102,6 +102,8 @@ def train(
     from ppow_train.config import check_keys, read_config_file
 
     values = {**(read_config_file(config_file) if config_file else {}), **given(arguments)}
+    if "seed" not in values or ctx.get_parameter_source("seed") is not click.core.ParameterSource.DEFAULT:
+        values["seed"] = arguments["seed"]
     if data is not None and "continuations" in values:
         raise click.UsageError("continuations were settled by `ppow data`: drop them, or give --prompts.")
     if cost_profile is not None:

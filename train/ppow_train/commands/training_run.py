@@ -33,7 +33,7 @@ MOST_PASSES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line asked for; `values` are the training options that were given."""
+    """What the command line asked for; `values` are the training options that were given, and the seed."""
 
     target: str
     drafter: str
@@ -46,7 +46,6 @@ class Request:
     cache: Path
     checkpoints: Path
     resume: bool
-    seed: int
     device: str | None
     parity: bool
 
@@ -128,8 +127,7 @@ def _config(request: Request, state: Path) -> PPOWConfig:
     from ppow_train.config import PPOWConfig
 
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    fixed = {"output_dir": str(state), "seed": request.seed, "use_cpu": device == "cpu"}
-    return PPOWConfig(**{**fixed, **request.values})
+    return PPOWConfig(output_dir=str(state), use_cpu=device == "cpu", **request.values)
 
 
 def check_parity(
@@ -183,7 +181,7 @@ def _splits(
     trajectories = generated(request.prompts, texts, config.continuation_rounds(), request.max_new_tokens)
     if request.held_out is None:
         return trajectories, None
-    once = (Round(request.seed + 1, config.serving_temperature),)
+    once = (Round(config.seed + 1, config.serving_temperature),)
     return trajectories, generated(request.held_out, held_out, once, longer)
 
 
