@@ -132,3 +132,44 @@ def test_what_the_command_decides_is_refused_in_a_file(line, remedy, command, tm
     shown = capsys.readouterr().err
     assert f"run.yaml sets '{line.split(':')[0]}'" in shown
     assert remedy in shown
+
+
+# ---------------------------------------------------------------- lists by flag
+
+
+def values_of(call: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The training options that a call comes to."""
+    requests: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "ppow_train.commands.training_run.estimate", lambda request: requests.append(request.values)
+    )
+    assert cli.run([*call, "--estimate"]) == 0
+    [values] = requests
+    return values
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [("none", ["none"]), ("tensorboard", ["tensorboard"]), ("tensorboard, wandb", ["tensorboard", "wandb"])],
+)
+def test_lists_are_given_with_commas(given, names, command, tmp_path, monkeypatch):
+    (tmp_path / "run.yaml").write_text("report_to: [mlflow]\nlora_targets: [o_proj]\n", encoding="utf-8")
+    call = [*command, "--config", str(tmp_path / "run.yaml")]
+    assert values_of(call, monkeypatch)["report_to"] == ["mlflow"]
+    values = values_of([*call, "--report-to", given, "--lora-targets", "q_proj,v_proj"], monkeypatch)
+    assert values["report_to"] == names
+    assert values["lora_targets"] == ["q_proj", "v_proj"]
+
+
+def test_lists_by_flag_are_trained_with(command, tmp_path, capsys):
+    assert cli.run([*command, "--report-to", "none", "--lora-targets", "q_proj,v_proj"]) == 0
+    options = json.loads(capsys.readouterr().out)["training"]["options"]
+    assert options["lora_targets"] == ["q_proj", "v_proj"]
+    assert cli.run([*command, "--report-to", "nowhere"]) == 1
+    assert "report_to must name none, all, or some of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["", "q_proj,", ",", "q_proj,,v_proj"])
+def test_lists_with_holes_are_refused(given, command, capsys):
+    assert cli.run([*command, "--lora-targets", given]) == 2
+    assert "separated by commas" in capsys.readouterr().err

@@ -113,7 +113,7 @@ class PPOWOptions:
     lora_rank: int = _option(32, "LoRA rank r (>= 1)")
     lora_alpha: int = _option(64, "LoRA α; deltas are scaled by α / r")
     lora_targets: list[str] | None = _option(
-        None, "names of the linear layers to adapt (default: all of the drafter's layers)"
+        None, "names of the linear layers to adapt, as q_proj,v_proj (default: all of the drafter's layers)"
     )
 
     # TRL defaults that PPOW changes; each can still be set.
@@ -145,7 +145,9 @@ class PPOWOptions:
         100, "updates between two savings of training state, or their share of the run if below 1"
     )
     save_total_limit: int | None = _option(2, "newest training states to keep (>= 2)")
-    report_to: str | list[str] | None = _option("none", "where to log: none, tensorboard, wandb, …")
+    report_to: str | list[str] | None = _option(
+        "none", "where to log: none, all, or some of tensorboard, wandb, …"
+    )
     bf16: bool | None = _option(False, "autocast of the drafter to bf16; its weights stay float32")
     target_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto",

@@ -13,19 +13,33 @@ from ppow_train.options import CHOICES, PPOWOptions
 _KINDS = {"int": int, "float": float, "bool": bool, "str": str}
 
 
+class _Names(click.ParamType):
+    """Names separated by commas, as a list."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        names = [name.strip() for name in str(value).split(",")]
+        if not all(names):
+            self.fail(f"{value!r} is not a list of names separated by commas", param, ctx)
+        return names
+
+
+def _type_of(option: dataclasses.Field[Any]) -> Any:
+    if option.name in CHOICES:
+        return click.Choice(CHOICES[option.name])
+    return _Names() if "list[" in str(option.type) else _KINDS[str(option.type).split(" ")[0]]
+
+
 def training_options(command: Callable) -> Callable:
-    """Add a flag for every training option that is no list; those not given are None."""
+    """Add a flag for every training option; those not given are None."""
     for option in reversed(dataclasses.fields(PPOWOptions)):
-        kind = str(option.type).split(" ")[0]
-        if "list[" in str(option.type):
-            continue
-        choices = CHOICES.get(option.name)
         name = "--" + option.name.replace("_", "-")
-        declaration = f"{name}/--no-{name[2:]}" if kind == "bool" else name
+        kind = _type_of(option)
         command = click.option(
-            declaration,
+            f"{name}/--no-{name[2:]}" if kind is bool else name,
             option.name,
-            type=click.Choice(choices) if choices else _KINDS[kind],
+            type=kind,
             default=None,
             help=f"{option.metadata['help']}  [default: {option.default}]",
         )(command)
