@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving_profile import PROFILE
 from training_pair import K
 
 from ppow_train import cli
 from ppow_train.generation import Round
+from ppow_train.objectives.names import unused_options
 from ppow_train.trajectory_store import derive_seed
+from vllm_ppow.cost_profile import write_cost_profile
 
 TEXTS = [f"windows of draft {n}" for n in range(8)]
 
@@ -173,3 +176,33 @@ def test_lists_by_flag_are_trained_with(command, tmp_path, capsys):
 def test_lists_with_holes_are_refused(given, command, capsys):
     assert cli.run([*command, "--lora-targets", given]) == 2
     assert "separated by commas" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- options that change nothing
+
+
+@pytest.mark.parametrize(
+    ("objective", "unused"),
+    [
+        ("cst:jsd", ["draft_cost_ratio", "survival_smoothing", "beta"]),
+        ("drafts", ["draft_cost_ratio", "beta", "position_decay"]),
+        ("exact", ["survival_smoothing", "beta", "position_decay"]),
+        ("overlap + 4 * cst:tv", ["survival_smoothing", "beta"]),
+        ("drafts + exact + cst:tv", ["beta"]),
+        ("ppow", ["survival_smoothing", "position_decay"]),
+    ],
+)
+def test_options_that_an_objective_does_not_use(objective, unused):
+    given = ["draft_cost_ratio", "survival_smoothing", "beta", "position_decay", "max_steps", "lora_rank"]
+    assert unused_options(given, objective) == unused
+
+
+def test_a_measured_cost_that_nothing_uses_is_said(command, tmp_path, monkeypatch, capsys):
+    file = write_cost_profile(tmp_path, PROFILE)
+    values = values_of([*command, "--cost-profile", str(file)], monkeypatch)
+    assert values["draft_cost_ratio"] == pytest.approx(PROFILE.draft_cost_ratio())
+    assert "draft_cost_ratio is not used by objective cst:jsd.\n" in capsys.readouterr().err
+    values_of([*command, "--cost-profile", str(file), "--objective", "overlap"], monkeypatch)
+    assert "not used" not in capsys.readouterr().err
+    values_of([*command, "--beta", "0.1", "--ppow-credit", "published"], monkeypatch)
+    assert "beta, ppow_credit are not used by objective cst:jsd.\n" in capsys.readouterr().err

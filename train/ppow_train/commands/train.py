@@ -109,6 +109,7 @@ def train(
     if cost_profile is not None:
         values["draft_cost_ratio"] = _measured_cost(ctx, cost_profile)
     check_keys(values, "the command line")
+    _tell_unused(values)
     output = arguments["output"]
     push = _take_push(values, output, arguments["parity"], held_out is not None or data is not None)
     rest = {field.name for field in dataclasses.fields(Request)} - {"values", "checkpoints"}
@@ -121,6 +122,17 @@ def train(
         _tell_estimate(request, as_json)
     else:
         _finish(request, push, as_json)
+
+
+def _tell_unused(values: dict[str, Any]) -> None:
+    """Say which of the given options change nothing; they are recorded all the same."""
+    from ppow_train.objectives.names import unused_options
+    from ppow_train.options import PPOWOptions
+
+    objective = values.get("objective", PPOWOptions.objective)
+    if unused := unused_options(values, objective):
+        verb = "is" if len(unused) == 1 else "are"
+        click.echo(f"{', '.join(unused)} {verb} not used by objective {objective}.", err=True)
 
 
 def _measured_cost(ctx: click.Context, path: Path) -> float:
