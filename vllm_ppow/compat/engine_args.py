@@ -118,10 +118,25 @@ def _proving_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"vLLM dropped method ppow from the speculative config, because {target} is a drafter itself: give the "
                 'target as the model to serve, and the adapter under "model" of the speculative config.'
             )
+        _check_stages(config)
         window.attach(config)
         return config
 
     return create_engine_config
+
+
+def _check_stages(config: Any) -> None:
+    """Refuse pipeline stages where vLLM looks for the drafter in each of them (0.32: as if it were there).
+
+    Raises:
+        PPOWServingError: naming what to change.
+    """
+    stages = config.parallel_config.pipeline_parallel_size
+    if stages > 1 and serves_ppow(config.speculative_config) and not config.use_v2_model_runner:
+        raise PPOWServingError(
+            f"vLLM's V1 model runner, which this engine runs on, cannot draft in {stages} pipeline stages: give "
+            "--tensor-parallel-size instead of --pipeline-parallel-size."
+        )
 
 
 def _offering_ppow(original: Callable[..., Any]) -> Callable[..., Any]:
