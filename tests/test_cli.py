@@ -117,14 +117,14 @@ def raising(monkeypatch):
         (
             ModuleNotFoundError("No module named 'trl'", name="trl.trainer"),
             1,
-            "Error: trl.trainer is not installed: pip install 'vllm-ppow[train]'.",
+            "Error: trl.trainer is not installed: pip install '.[train]' in vllm-ppow's checkout.",
         ),
         (
             OSError(errno.ENOSPC, "No space left on device", "out/x"),
             1,
             "device (out/x): free some room",
         ),
-        (ModuleNotFoundError("No module named 'vllm'", name="vllm"), 1, "pip install 'vllm-ppow[cpu]'"),
+        (ModuleNotFoundError("No module named 'vllm'", name="vllm"), 1, "pip install '.[cpu]'"),
         (
             OutOfMemoryError("CUDA out of memory."),
             1,

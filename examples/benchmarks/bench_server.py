@@ -23,9 +23,16 @@ import click
 import psutil
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
+REPOSITORY = TINY.parent.parent
 MODEL_NAME = "target"  # under which every arm serves
 START_UP_S = 600
 _STOP_S = 60
+
+
+def named(path: str) -> str:
+    """How a path is written into results: one inside the repository as seen from there, wherever that lies."""
+    found = Path(path)
+    return str(found.relative_to(REPOSITORY)) if found.is_relative_to(REPOSITORY) else path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ import click
 import psutil
 import sweep_table
 from bench_adapters import train_adapter
-from bench_server import MODEL_NAME, TINY, Server, ServerOptions
+from bench_server import MODEL_NAME, TINY, Server, ServerOptions, named
 from sweep_table import ADAPTIVE, NONE, fixed, is_fixed
 
 from ppow_train.progress import make_progress
@@ -305,6 +305,7 @@ def main(
     """Load real servers at several concurrencies and compare windows."""
     settings = {**given, "adapter": str(adapter or f"trained, {training_steps} steps")}
     facts = {**{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, **machine_facts()}
+    facts |= {key: named(facts[key]) for key in ("target", "prompts", "adapter")}
     rounds = facts.pop("rounds")  # more rounds of the same sweep may follow later
     if not facts["per_request"]:
         del facts["per_request"]  # sweeps from before there was a choice go on

@@ -76,6 +76,12 @@ def test_a_sweep_that_goes_on_keeps_its_groups():
     assert serve_sweep.affordable_servers(8, 1e6, []) == 0
 
 
+def test_results_name_files_of_the_repository_wherever_it_lies():
+    assert bench_server.named(str(bench_server.TINY / "target")) == "examples/tiny/target"
+    assert bench_server.named("runs/costlier/target") == "runs/costlier/target"
+    assert bench_server.named("/elsewhere/target") == "/elsewhere/target"
+
+
 def test_the_load_is_one_that_vllm_bench_serve_takes():
     from vllm.benchmarks.serve import add_cli_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -153,4 +153,4 @@ def test_without_vllm_it_says_what_to_install(capsys, pair, tmp_path, monkeypatc
     capsys.readouterr()
     code, _, err = run(capsys, "T", "--adapter", str(adapter.directory))
     assert code == 1
-    assert err.startswith("Error: vllm is not installed: pip install 'vllm-ppow[cpu]'")
+    assert err.startswith("Error: vllm is not installed: pip install '.[cpu]'")

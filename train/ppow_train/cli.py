@@ -51,8 +51,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 _TRAIN_NAMES = (
     "torch transformers datasets peft trl accelerate speculators hs_connectors yaml rich matplotlib numpy"
 )
-_REMEDIES = dict.fromkeys(_TRAIN_NAMES.split(), "pip install 'vllm-ppow[train]'") | {
-    "vllm": "pip install 'vllm-ppow[cpu]', or 'vllm-ppow[gpu]' for an NVIDIA GPU"
+_REMEDIES = dict.fromkeys(_TRAIN_NAMES.split(), "pip install '.[train]' in vllm-ppow's checkout") | {
+    "vllm": "pip install '.[cpu]', or '.[gpu]' for an NVIDIA GPU, in vllm-ppow's checkout"
 }
 
 

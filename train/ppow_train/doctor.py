@@ -143,7 +143,7 @@ def _vllm(diagnosis: Diagnosis) -> None:
             "vLLM",
             "fail",
             "not installed: nothing can be served here; what follows was checked without it.",
-            "pip install 'vllm-ppow[cpu]', or 'vllm-ppow[gpu]' for an NVIDIA GPU.",
+            "pip install '.[cpu]', or '.[gpu]' for an NVIDIA GPU, in vllm-ppow's checkout.",
         )
         return
     try:

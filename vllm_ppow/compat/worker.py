@@ -116,5 +116,5 @@ def assert_merged(worker: Any) -> None:
     if not any(report.adapter_fingerprint == fingerprint and report.num_merged for report in since):
         raise MergeError(
             f"The drafter was loaded without adapter {fingerprint[:19]}…, since this vLLM did not use the loader that "
-            "merges it: install a tested version, pip install 'vllm-ppow[cpu]' or 'vllm-ppow[gpu]'."
+            "merges it: install a tested version, pip install '.[cpu]' or '.[gpu]' in vllm-ppow's checkout."
         )
