@@ -172,6 +172,15 @@ class PPOWOptions:
         )
 
     @property
+    def needs_argmax(self) -> bool:
+        """Whether the target's own token at temperature 0 must be looked up: some trajectories are sampled.
+
+        Otherwise all of them are its greedy ones, whose tokens are it.
+        """
+        asks = self.objective == "ppow" or self.acceptance_form == "trajectory"
+        return self.serving_temperature == 0 and self.continuations > 1 and asks
+
+    @property
     def num_charged_tokens(self) -> int | None:
         """Draft tokens that every window is charged for; None where it is the accepted ones."""
         return self.num_speculative_tokens if self.cost_reading == "drafted" else None

@@ -61,6 +61,8 @@ class WindowRunner:
         greedy: verify against the target's greedy continuation (serving at temperature 0) instead of by sampling.
         cache: keeps the target's states along these trajectories; without it they are computed at every update.
         plain: read all trajectories of a call whole and at once, and every hidden state: the oracle of what is saved.
+        sampled_paths: with `greedy`, some trajectories are not the target's greedy ones, so that what it would have
+            said is its argmax after each prefix, not their tokens.
 
     Raises:
         UserError: target or drafter cannot read the longest trajectory.
@@ -76,6 +78,7 @@ class WindowRunner:
         greedy: bool = False,
         cache: TargetCache | None = None,
         plain: bool = False,
+        sampled_paths: bool = False,
     ) -> None:
         self.target, self.drafter, self.trajectories, self.cache = target, drafter, trajectories, cache
         self.num_speculative_tokens, self.temperature, self.greedy = (
@@ -83,7 +86,7 @@ class WindowRunner:
             temperature,
             greedy,
         )
-        self.plain = plain
+        self.plain, self.sampled_paths = plain, sampled_paths
         longest = int(trajectories.lengths.max())  # here, not at the update that happens to draw it
         target.check_length(longest)
         drafter.check_length(longest)
@@ -164,10 +167,14 @@ class WindowRunner:
     ) -> tuple[torch.Tensor, ...]:
         """The fields of `Rollout` for a part's drafted windows, [B, W, ...]."""
         tokens, draft_logps = draft
-        target_logps = token_logps(self._tempered(self.target.score(target, packed.starts, tokens)), tokens)
+        logits = self.target.score(target, packed.starts, tokens)
+        # As far as drafts are accepted, their prefix is the greedy one; behind that nothing counts.
+        greedy = logits.argmax(-1) if self.sampled_paths else None
+        logits = self._tempered(logits)
+        target_logps = token_logps(logits, tokens)
         if self.greedy:
             own = window_tokens(packed.trajectories.input_ids, packed.starts, self.num_speculative_tokens)
-            accepted = greedy_accepted_length(tokens, own)
+            accepted = greedy_accepted_length(tokens, own if greedy is None else greedy)
         else:
             ratio = acceptance_ratio(target_logps, draft_logps)
             accepted = sampled_accepted_length(ratio, packed.pack(uniforms))
@@ -209,10 +216,7 @@ class WindowRunner:
         targets = self._states(parts)
         length, vocabulary = self.num_speculative_tokens, self.drafter.vocabulary
         # At once: the full ones may be four times as many.
-        target_logits = [
-            vocabulary.with_rest(self._tempered(self.target.path_logits(target, part.starts, length)))
-            for part, target in zip(parts, targets, strict=True)
-        ]
+        on_path = [self._target_on_path(part, target) for part, target in zip(parts, targets, strict=True)]
         draft_logits = run(
             lambda: [
                 self.drafter.path_logits(
@@ -224,10 +228,19 @@ class WindowRunner:
         tokens = [window_tokens(part.trajectories.input_ids, part.starts, length) for part in parts]
         return PathWindows(
             tokens=vocabulary.columns(in_rows(parts, tokens)),
-            target_logits=in_rows(parts, target_logits),
+            target_logits=in_rows(parts, [logits for logits, _ in on_path]),
             draft_logits=vocabulary.with_empty_rest(self._tempered(in_rows(parts, draft_logits))),
             has_rest=vocabulary.is_reduced,
+            greedy_tokens=in_rows(parts, [own for _, own in on_path]) if self.sampled_paths else None,
         )
+
+    def _target_on_path(self, packed: PackedRows, target: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tempered logits along a part's own windows and what the target would say there, columns of the drafter."""
+        logits = self.target.path_logits(target, packed.starts, self.num_speculative_tokens)
+        vocabulary = self.drafter.vocabulary
+        # Of all tokens: the one that stands for those that cannot be drafted has the chance of all of them.
+        greedy = logits.argmax(-1) if self.sampled_paths else logits.new_empty(0, dtype=torch.long)
+        return vocabulary.with_rest(self._tempered(logits)), vocabulary.columns(greedy)
 
     # ------------------------------------------------------------ what is read, and how far
 

@@ -243,6 +243,7 @@ def make_runner(pair: Pair, trajectories: Trajectories, config: PPOWConfig) -> W
         config.num_speculative_tokens,
         config.training_temperature,
         greedy=config.serving_temperature == 0,
+        sampled_paths=config.needs_argmax,
     )
 
 

@@ -73,9 +73,11 @@ class GreedyDrafts:
 
 @dataclasses.dataclass(frozen=True)
 class GreedyTarget:
-    """Temperature 0: a draft token is kept if it is the target's own, y, its stored greedy trajectory.
+    """Temperature 0: a draft token is kept if it is the target's own, a = argmax p.
 
-    Given y nothing is random: survival on the path is the product of the acceptances.
+    On a greedy trajectory that is y, and nothing is random: survival on the path is the product of the acceptances. On
+    a sampled one the product goes on behind the first y that is not a, where prefixes are other ones than serving
+    would come to: a surrogate there, as that of `overlap` is.
 
     Attributes:
         sharpening: s = training temperature / τ.
@@ -84,15 +86,16 @@ class GreedyTarget:
     sharpening: float
 
     def acceptance(self, windows: PathWindows) -> torch.Tensor:
-        """q_τ(y_l)."""
+        """q_τ(a_l)."""
         return self._logps(windows).exp()
 
     def survival_on_path(self, windows: PathWindows) -> torch.Tensor:
-        """Π_{l<=i} q_τ(y_l)."""
+        """Π_{l<=i} q_τ(a_l)."""
         return self._logps(windows).cumsum(-1).exp()
 
     def _logps(self, windows: PathWindows) -> torch.Tensor:
-        return token_logps(windows.draft_logits * self.sharpening, windows.tokens)
+        own = windows.tokens if windows.greedy_tokens is None else windows.greedy_tokens
+        return token_logps(windows.draft_logits * self.sharpening, own)
 
 
 def make_form(options: PPOWOptions) -> AcceptanceForm:

@@ -19,6 +19,11 @@ _CREDIT = {
 
 def formula(options: PPOWOptions) -> str:
     """The formula of `options.objective` in the form that the other options give it; parts of a sum by semicolons."""
+    text = _formula(options)
+    return text.replace("q_τ(y_l)", "q_τ(argmax p_l)") if options.needs_argmax else text
+
+
+def _formula(options: PPOWOptions) -> str:
     parts = [
         (f"{weight:g} times " if weight != 1 else "") + _part(name, options)
         for name, weight in parts_of(options.objective).items()

@@ -118,6 +118,7 @@ class CellBench:
             config.training_temperature,
             greedy=self.cell.temperature == 0,
             cache=None if config.is_rollout else cache,
+            sampled_paths=config.needs_argmax,
         )
         trainer = PPOWTrainer(runner, config, self.tokenizer)
         quiet_trainer(trainer)
