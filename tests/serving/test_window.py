@@ -204,3 +204,16 @@ def test_the_table_is_one_that_vllm_takes_and_holds_every_length_that_fits(maxim
     assert len(set(dense[1:])) == min(len(lengths(0, maximum)), batch_sizes)
     assert dense[1] == maximum
     assert batch_sizes == 1 or dense[-1] == 0, "drafting nothing is what a server that is full needs most"
+
+
+def test_a_minimum_leaves_the_cost_of_drafting_nothing_unseen_and_harmless():
+    """Nobody ever saw a step at K = 0, and noise may make the regression say that it is free."""
+
+    def computing(batch, verified, drafted):
+        return 1e-3 * batch * (1 + verified) + 1e-3 * batch * drafted
+
+    for seed in range(40):
+        window = new_window(minimum=3)
+        _, chosen = serve(window, computing, falling(0.7), 16, 40, seed, pace=drifting(seed, 0.2, 3))
+        assert min(chosen) >= 3
+        assert 0 < window.counts.speedup / sum(window.counts.chosen) < 8
