@@ -19,7 +19,7 @@ from ppow_train.machine import available_bytes
 from ppow_train.memory import estimate_memory
 from ppow_train.microbatches import choose_windows_per_forward, divide_step
 from ppow_train.pair import Pair
-from ppow_train.training import make_runner, quiet_trainer, restored
+from ppow_train.training import make_judges, make_runner, quiet_trainer, restored
 from ppow_train.types import Trajectories
 from ppow_train.update_clock import UpdateClock
 
@@ -62,19 +62,30 @@ class RunEstimate:
         )
 
 
-def estimate_run(pair: Pair, trajectories: Trajectories, config: PPOWConfig, scratch: Path) -> RunEstimate:
+def estimate_run(
+    pair: Pair,
+    trajectories: Trajectories,
+    config: PPOWConfig,
+    scratch: Path,
+    held_out: Trajectories | None = None,
+) -> RunEstimate:
     """Estimate a run; nothing is written but a log in `scratch`, and the drafter is given back as it was.
 
+    Args:
+        held_out: as in `training.train_adapter`.
+
     Raises:
-        UserError: it does not fit in memory.
+        UserError: it does not fit in memory, or the held-out prompts are too few or too short.
     """
     from ppow_train.trainer import PPOWTrainer
 
     runner = make_runner(pair, keep_long_enough(trajectories, config.num_speculative_tokens), config)
     config = copy.copy(config)
-    divide_step(config, choose_windows_per_forward(runner, config))
+    judges = [judge for judge in make_judges(pair, held_out, config) if judge]
+    divide_step(config, choose_windows_per_forward(runner, config, judges))
     windows = config.per_device_train_batch_size
-    memory, available = estimate_memory(runner, config).of(windows), available_bytes(pair.target.model.device)
+    memory = estimate_memory(runner, config, judges).of(windows)
+    available = available_bytes(pair.target.model.device)
     watch = UpdateClock(stop_after=1 + _TIMED_UPDATES)
     config.adaptive_after, config.save_strategy, config.output_dir = 0.0, "no", str(scratch)
     with restored(pair.drafter.model):

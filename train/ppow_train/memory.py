@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,10 +20,13 @@ from ppow_train.errors import UserError
 from ppow_train.machine import gib
 from ppow_train.objectives.names import parts_of
 from ppow_train.rollout import LOGITS_AT_ONCE, WindowRunner
-from ppow_train.target_cache import cache_bytes, resolve_kind
+from ppow_train.shapes import Shapes, padded_tokens, pass_bytes_per_token, tokens_at_once
+from ppow_train.target_cache import cache_bytes, fill_bytes, resolve_kind
+from ppow_train.walk import walk_bytes
 
 if TYPE_CHECKING:
     from ppow_train.config import PPOWConfig
+    from ppow_train.selection import Judge
 
 SHARE = 0.8  # of the available memory that an update may take
 # [N, K, columns] float32 tensors alive at the peak: p and q, as they come and gathered, their softmaxes, a gradient.
@@ -41,14 +45,16 @@ class MemoryEstimate:
     Attributes:
         window_bytes: of one window.
         prefix_bytes: of one trajectory, the longest one.
-        fixed_bytes: LoRA with its optimizer, criticality, the target's states if they are kept.
+        fixed_bytes: LoRA with its optimizer, criticality, the target's states as far as they are kept.
         windows_per_trajectory: windows that share a prefix where all of them are in one forward.
+        pass_bytes: of the largest pass over whole trajectories without gradients, which comes before or after.
     """
 
     window_bytes: float
     prefix_bytes: float
     fixed_bytes: float
     windows_per_trajectory: int
+    pass_bytes: float = 0.0
 
     def of(self, windows: int) -> float:
         """Bytes of an update whose forwards have this many windows; those of a trajectory may be torn apart."""
@@ -59,53 +65,17 @@ class MemoryEstimate:
             trajectories = (windows + each - 2) // each + 1  # at most: it may begin and end within one
         # Packing pads every trajectory to as many windows as the first one has.
         padded = trajectories * min(each, windows)
-        return self.fixed_bytes + trajectories * self.prefix_bytes + padded * self.window_bytes
+        update = trajectories * self.prefix_bytes + padded * self.window_bytes
+        return self.fixed_bytes + max(update, self.pass_bytes)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shapes:
-    """What a transformer's memory depends on; `queries` and `keys` are features of a token in all its heads."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    queries: int
-    keys: int
-    element: int
-
-    @classmethod
-    def of(cls, model: Any) -> _Shapes:
-        config = getattr(model.config, "transformer_layer_config", None) or model.config.get_text_config()
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        keys = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-        return cls(
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            queries=heads * head_dim,
-            keys=keys,
-            element=next(model.parameters()).element_size(),
-        )
-
-    @property
-    def activations(self) -> float:
-        """Bytes that one token leaves for the backward pass in all layers."""
-        floats = 9 * self.hidden + 4 * self.intermediate + 2 * (self.queries + self.keys)
-        return self.layers * floats * self.element
-
-    @property
-    def last_feed_forward(self) -> float:
-        """Those of them that the last layer has only where it is read (last_layer.py)."""
-        return (4 * self.intermediate + self.hidden) * self.element
-
-
-def estimate_memory(runner: WindowRunner, config: PPOWConfig) -> MemoryEstimate:
+def estimate_memory(runner: WindowRunner, config: PPOWConfig, judges: Sequence[Judge] = ()) -> MemoryEstimate:
     """Memory of an update of this pair on these trajectories, if all were as long as the longest (ours).
 
     Args:
         runner: pair and trajectories, before LoRA is injected.
         config: windows, objective, LoRA.
+        judges: on the run's held-out trajectories.
     """
     length = int(runner.trajectories.lengths.max())
     each = config.windows_per_step // config.trajectories_per_step
@@ -115,21 +85,28 @@ def estimate_memory(runner: WindowRunner, config: PPOWConfig) -> MemoryEstimate:
     if math.isfinite(config.adaptive_from):
         logits = config.trajectories_per_step * length * runner.target.vocab_size
         fixed += _CRITICALITY_COPIES * 4 * min(LOGITS_AT_ONCE, logits)
+    fixed += sum(judge.kept_bytes for judge in judges)
+    passes = [walk_bytes(judge.runner) for judge in judges]
+    kind = resolve_kind(runner.target, runner.trajectories, config)
+    if kind != "none":
+        passes.append(fill_bytes(runner.target, runner.trajectories))
     on_cpu = runner.target.model.device.type == "cpu"  # states kept in memory are in main memory
-    if on_cpu and resolve_kind(runner.target, runner.trajectories, config) == "memory":
+    if on_cpu and kind == "memory":
         fixed += cache_bytes(runner.target, runner.trajectories)
-    return MemoryEstimate(window, prefix, fixed, each)
+    if math.isfinite(config.adaptive_from):
+        tokens = padded_tokens([length] * config.trajectories_per_step, tokens_at_once(runner.target))
+        passes.append(tokens * pass_bytes_per_token(runner.target))
+    return MemoryEstimate(window, prefix, fixed, each, max(passes, default=0.0))
 
 
 def _prefix_bytes(runner: WindowRunner, config: PPOWConfig, length: int, each: int) -> float:
     """Of one trajectory: the target's keys and values, what the drafter reads of it, the drafter's own pass."""
-    target, drafter = _Shapes.of(runner.target.model), _Shapes.of(runner.drafter.model)
+    target, drafter = Shapes.of(runner.target.model), Shapes.of(runner.drafter.model)
     taps = len(runner.target.tap_layers)
-    kept = running = (taps + 1) * target.hidden
+    kept = running = target.states(taps)
     if resolve_kind(runner.target, runner.trajectories, config) == "none":
-        kept += 2 * target.layers * target.keys
-        # While the target runs, all its residual streams are returned if any is tapped, and one layer is at work.
-        running = kept + (target.layers * target.hidden if taps else 0) + 3 * target.intermediate
+        kept += target.cached
+        running = kept + target.at_work(taps)  # while the target runs
     steps = config.num_speculative_tokens
     own = drafter.activations
     if taps:  # every step of a chain keeps the prefix's keys and values, repeated for every head
@@ -138,7 +115,7 @@ def _prefix_bytes(runner: WindowRunner, config: PPOWConfig, length: int, each: i
     slots = length if along_path else length - steps
     read = min(slots, each * steps if along_path else each)
     pass_bytes = slots * own - (slots - read) * drafter.last_feed_forward
-    return max(length * running * target.element, length * kept * target.element + pass_bytes)
+    return max(length * running, length * kept + pass_bytes)
 
 
 def _logit_bytes(runner: WindowRunner, config: PPOWConfig) -> float:
@@ -155,7 +132,7 @@ def _logit_bytes(runner: WindowRunner, config: PPOWConfig) -> float:
 
 def _chain_bytes(runner: WindowRunner, config: PPOWConfig, length: int, each: int) -> float:
     """Of one window: the layers that its drafted tokens run through; a causal LM has run along the path already."""
-    drafter, steps = _Shapes.of(runner.drafter.model), config.num_speculative_tokens - 1
+    drafter, steps = Shapes.of(runner.drafter.model), config.num_speculative_tokens - 1
     if not runner.target.tap_layers and not config.is_rollout:
         return 0.0
     keys = length + steps * each / 2

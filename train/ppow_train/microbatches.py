@@ -6,6 +6,7 @@ Arithmetic on TRL's own fields. Left out: which windows those are (trainer.py); 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from accelerate.utils import gather_object
@@ -17,12 +18,16 @@ from ppow_train.memory import estimate_memory, windows_that_fit
 if TYPE_CHECKING:
     from ppow_train.config import PPOWConfig
     from ppow_train.rollout import WindowRunner
+    from ppow_train.selection import Judge
 
 
-def choose_windows_per_forward(runner: WindowRunner, config: PPOWConfig) -> int:
+def choose_windows_per_forward(runner: WindowRunner, config: PPOWConfig, judges: Sequence[Judge] = ()) -> int:
     """Windows that one process may hold in one forward and backward: as configured, or as many as fit now (>= 1).
 
     Every process of a run calls it, and all get what fits in each of them.
+
+    Args:
+        judges: on the run's held-out trajectories.
 
     Raises:
         UserError: not even one window fits.
@@ -32,7 +37,7 @@ def choose_windows_per_forward(runner: WindowRunner, config: PPOWConfig) -> int:
     device = runner.target.model.device
     available = available_bytes(device) / processes_here(device)
     share = config.windows_per_step // num_processes()
-    fitting = windows_that_fit(estimate_memory(runner, config), available, share)
+    fitting = windows_that_fit(estimate_memory(runner, config, judges), available, share)
     return min(gather_object([fitting]))
 
 

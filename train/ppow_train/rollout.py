@@ -17,6 +17,7 @@ from ppow_train.last_layer import read_slots
 from ppow_train.objectives import PathWindows
 from ppow_train.packed_rows import PackedRows, in_rows, pack_in_parts, pack_rows
 from ppow_train.packing import window_tokens
+from ppow_train.shapes import batches, tokens_at_once
 from ppow_train.target import Target
 from ppow_train.target_cache import TargetCache
 from ppow_train.types import Encoded, Reading, Rollout, Trajectories
@@ -101,9 +102,20 @@ class WindowRunner:
         causal LM these are its windows; an EAGLE head, which feeds later tokens its own states, drafts them less well.
 
         Args:
-            chosen: B trajectories.
+            chosen: B trajectories; no more of them are read at once than `shapes.tokens_at_once` allows.
             kind: `divergence` or `lost_tokens` (windowing.py).
         """
+        parts = [
+            self._criticality(
+                chosen.select(torch.arange(len(chosen), device=chosen.lengths.device)[part]), kind
+            )
+            for part in batches(chosen.lengths.tolist(), tokens_at_once(self.target))
+        ]
+        span = max(part.shape[1] for part in parts)
+        return torch.cat([torch.nn.functional.pad(part, (0, span - part.shape[1])) for part in parts])
+
+    def _criticality(self, chosen: Trajectories, kind: str) -> torch.Tensor:
+        """Of trajectories that are read at once."""
         target = self.target.encode(chosen)
         draft = self.drafter.encode(chosen, target)
         span = int((chosen.lengths - chosen.first_starts()).max())

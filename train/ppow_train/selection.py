@@ -8,8 +8,9 @@ is checked on. Without selection (no eval_steps) all of them report. Left out: t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,17 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from ppow_train.errors import UserError
+from ppow_train.machine import available_bytes, processes_here
 from ppow_train.prompts import prompt_hash
-from ppow_train.walk import ExpectedWalk, TargetPath, expected_walk, serving_tokens, target_paths
+from ppow_train.walk import (
+    ExpectedWalk,
+    TargetPath,
+    expected_walk,
+    path_bytes,
+    path_rows,
+    serving_tokens,
+    target_path,
+)
 
 if TYPE_CHECKING:
     from ppow_train.config import PPOWConfig
@@ -29,6 +39,7 @@ if TYPE_CHECKING:
     from ppow_train.types import Trajectories
 
 STATE = "selection.safetensors"
+KEPT_SHARE = 0.1  # of the available memory: what each Judge keeps of the target's states
 ACCEPTED = "held_out/accepted_per_draft"  # in the training log
 
 
@@ -68,29 +79,50 @@ def _selects(prompt: list[int]) -> bool:
 
 
 class Judge:
-    """What serving is expected to accept of a runner's drafter as it is now; the target is encoded once.
+    """What serving is expected to accept of a runner's drafter as it is now.
+
+    The target's part is the same every time. What of it is small enough is kept on the target's device; the rest is
+    computed anew at each call, with the same numbers.
 
     Args:
         runner: with held-out trajectories.
         greedy_drafts: as in `walk.expected_walk`.
+        keep_bytes: of the target's states that may be kept; without it a share of the memory that is available now.
     """
 
-    def __init__(self, runner: WindowRunner, greedy_drafts: bool) -> None:
+    def __init__(self, runner: WindowRunner, greedy_drafts: bool, keep_bytes: float | None = None) -> None:
         self.runner, self.greedy_drafts = runner, greedy_drafts
         self.max_tokens = serving_tokens(runner.trajectories, runner.num_speculative_tokens)
-        self._paths: list[TargetPath] | None = None
+        if keep_bytes is None:
+            device = runner.target.model.device
+            keep_bytes = KEPT_SHARE * available_bytes(device) / processes_here(device)
+        self._rows = path_rows(runner)
+        sizes = list(itertools.accumulate(path_bytes(runner, rows) for rows in self._rows))
+        self._num_kept = sum(size <= keep_bytes for size in sizes)
+        self.kept_bytes = sizes[self._num_kept - 1] if self._num_kept else 0
+        self._kept: list[TargetPath] = []
 
     def __call__(self) -> ExpectedWalk:
         """Walk all trajectories, with dropout off."""
-        if self._paths is None:
-            self._paths = list(target_paths(self.runner))
         model = self.runner.drafter.model
         training = model.training
         model.eval()
         try:
-            return expected_walk(self.runner, self.max_tokens, self.greedy_drafts, self._paths)
+            return expected_walk(self.runner, self.max_tokens, self.greedy_drafts, self._paths())
         finally:
             model.train(training)
+
+    def _paths(self) -> Iterator[TargetPath]:
+        yield from self._kept
+        for rows in self._rows[len(self._kept) :]:
+            path = target_path(self.runner, rows)
+            if len(self._kept) < self._num_kept:
+                self._kept.append(path)
+            yield path
+
+    def forget(self) -> None:
+        """Give back the memory of what is kept; a further call computes it anew."""
+        self._kept.clear()
 
     @property
     def digest(self) -> str:

@@ -25,12 +25,22 @@ from rich.progress import Progress
 from ppow_train.errors import UserError
 from ppow_train.machine import available_bytes, gib, processes_here
 from ppow_train.options import PPOWOptions
+from ppow_train.shapes import (
+    PASS_BYTES,
+    Shapes,
+    batches,
+    padded_tokens,
+    pass_bytes_per_token,
+    tokens_at_once,
+)
 from ppow_train.target import Target
 from ppow_train.types import Encoded, Trajectories
 
 # `auto` keeps what is no larger in memory: by size alone, so that a resumed run decides alike.
 AUTO_BYTES = 2 * 2**30
-_BATCH = 16  # trajectories per forward; part of the numbers (batches of other sizes round differently)
+_BATCH = (
+    16  # trajectories per forward at most; part of the numbers (batches of other sizes round differently)
+)
 _SHARD = 256  # trajectories per file
 _FORMAT = 1
 _ABANDONED_S = 24 * 3600
@@ -46,9 +56,14 @@ class TargetCache(Protocol):
 
 def cache_bytes(target: Target, trajectories: Trajectories) -> int:
     """Size of the states of all trajectories, in bytes."""
-    hidden = target.model.config.get_text_config().hidden_size
-    per_token = hidden * (1 + len(target.tap_layers)) * torch.finfo(target.model.dtype).bits // 8
+    per_token = Shapes.of(target.model).states(len(target.tap_layers))
     return int(trajectories.lengths.sum()) * per_token
+
+
+def fill_bytes(target: Target, trajectories: Trajectories) -> int:
+    """What the target takes at most while it reads these trajectories in order to keep its states."""
+    tokens = padded_tokens(trajectories.lengths.tolist(), tokens_at_once(target), _BATCH)
+    return tokens * pass_bytes_per_token(target)
 
 
 def resolve_kind(
@@ -177,24 +192,31 @@ class DiskCache:
             return file.get_tensor(str(row))
 
 
-@torch.no_grad()
 def _states(
     target: Target, trajectories: Trajectories, report: Callable[[int], None]
 ) -> Iterator[torch.Tensor]:
     """[n_i, H + T·H] of each trajectory in order, on the CPU."""
-    for begin in range(0, len(trajectories), _BATCH):
-        rows = torch.arange(begin, min(begin + _BATCH, len(trajectories)), device=trajectories.lengths.device)
-        chosen = trajectories.select(rows)
-        encoded = target.encode(chosen)
-        states = encoded.hidden if encoded.taps is None else torch.cat([encoded.hidden, encoded.taps], dim=-1)
-        for state, length in zip(states.cpu(), chosen.lengths.tolist(), strict=True):
-            yield state[:length].clone()
-        report(begin + len(rows))
+    lengths = trajectories.lengths.tolist()
+    rows = torch.arange(len(trajectories), device=trajectories.lengths.device)
+    for part in batches(lengths, tokens_at_once(target), _BATCH):
+        states = _read(target, trajectories.select(rows[part]))
+        yield from (state[:length].clone() for state, length in zip(states, lengths[part], strict=True))
+        report(part.stop)
     target.forget()
 
 
+@torch.no_grad()
+def _read(target: Target, chosen: Trajectories) -> torch.Tensor:
+    """[B, L, H + T·H], on the CPU; nothing on the target's device outlives the call but what it remembers."""
+    encoded = target.encode(chosen)
+    states = encoded.hidden if encoded.taps is None else torch.cat([encoded.hidden, encoded.taps], dim=-1)
+    return states.cpu()
+
+
 def _key(target: Target, trajectories: Trajectories, fingerprint: str) -> str:
-    facts = json.dumps([_FORMAT, _BATCH, fingerprint, list(target.tap_layers), str(target.model.dtype)])
+    facts = json.dumps(
+        [_FORMAT, _BATCH, PASS_BYTES, fingerprint, list(target.tap_layers), str(target.model.dtype)]
+    )
     digest = hashlib.sha256(facts.encode())
     for ids in trajectories.unpadded():
         digest.update(ids.numpy().tobytes() + b"|")

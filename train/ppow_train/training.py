@@ -125,8 +125,8 @@ def train_adapter(
     check_output(output)
     trajectories = keep_long_enough(trajectories, config.num_speculative_tokens)
     runner = make_runner(pair, trajectories, config)
-    selecting, reporting = _judges(pair, held_out, config)
-    _divide(runner, config)
+    selecting, reporting = make_judges(pair, held_out, config)
+    _divide(runner, config, [judge for judge in (selecting, reporting) if judge])
     with _state_of_run(pair, trajectories, config, resume) as checkpoint, restored(pair.drafter.model):
         runner.cache = _open_cache(pair, runner.trajectories, config, cache, progress)
         before = reporting() if reporting else None
@@ -155,11 +155,11 @@ def train_adapter(
         )
 
 
-def _divide(runner: WindowRunner, config: PPOWConfig) -> None:
+def _divide(runner: WindowRunner, config: PPOWConfig, judges: Sequence[Judge]) -> None:
     """Settle the windows of a forward: as told, as the run began that is resumed here, or what fits."""
     if config.save_strategy != "no" and config.windows_per_forward is None:
         config.windows_per_forward = recorded_windows_per_forward(Path(config.output_dir))
-    config.windows_per_forward = choose_windows_per_forward(runner, config)
+    config.windows_per_forward = choose_windows_per_forward(runner, config, judges)
     divide_step(config, config.windows_per_forward)
 
 
@@ -218,10 +218,14 @@ def _state_of_run(
         yield checkpoint
 
 
-def _judges(
+def make_judges(
     pair: Pair, held_out: Trajectories | None, config: PPOWConfig
 ) -> tuple[Judge | None, Judge | None]:
-    """Who selects and who reports; nobody selects without eval_steps, nobody does anything without prompts."""
+    """Who selects and who reports; nobody selects without eval_steps, nobody does anything without prompts.
+
+    Raises:
+        UserError: held-out prompts are missing, too few or too short.
+    """
     require_held_out(config, held_out is not None)
     if held_out is None:
         return None, None

@@ -16,6 +16,7 @@ import torch
 from ppow_train.errors import UserError
 from ppow_train.packing import window_tokens
 from ppow_train.rollout import WindowRunner
+from ppow_train.shapes import Shapes, batches, pass_bytes_per_token, tokens_at_once
 from ppow_train.types import Encoded, Trajectories
 from ppow_train.verification import (
     acceptance_ratio,
@@ -25,9 +26,10 @@ from ppow_train.verification import (
 )
 from vllm_ppow.metrics import SpecDecodeCounts
 
-_BATCH = 16  # trajectories per forward
+_BATCH = 16  # trajectories per forward at most
 # Logits of a block, one start at least: on a CPU what its caches like (16 MiB in float32), on a GPU 1 GiB.
 _LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**22, 2**28
+_BYTES_PER_LOGIT = 14  # of a block: as it comes, at two bytes, in float32, tempered, its softmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,31 +92,43 @@ def serving_tokens(trajectories: Trajectories, num_speculative_tokens: int) -> i
     return outputs - num_speculative_tokens
 
 
-@torch.no_grad()
-def target_paths(runner: WindowRunner) -> Iterator[TargetPath]:
-    """Encode the target along all trajectories with room for a draft, those of like length together.
-
-    `list(target_paths(runner))` keeps it for many walks, in B · L · (T + 1) · H numbers on the target's device.
-    """
+def path_rows(runner: WindowRunner) -> list[torch.Tensor]:
+    """Rows of the trajectories with room for a draft, int64 [B] each: those of like length are read together."""
     order = runner.trajectories.lengths.argsort(stable=True)
     order = order[runner.trajectories.num_starts(runner.num_speculative_tokens)[order] > 0]
-    for begin in range(0, len(order), _BATCH):
-        rows = order[begin : begin + _BATCH]
-        chosen = runner.trajectories.select(rows)
-        encoded = runner.target.encode(chosen)
-        first, last = chosen.first_starts()[:, None], chosen.lengths[:, None] - 1
-        position = torch.minimum(
-            first + torch.arange(int((last - first).max()) + 1, device=rows.device), last
+    lengths = runner.trajectories.lengths[order].tolist()
+    return [order[part] for part in batches(lengths, tokens_at_once(runner.target), _BATCH)]
+
+
+def path_bytes(runner: WindowRunner, rows: torch.Tensor) -> int:
+    """Size of the `TargetPath` of some rows, in bytes on the target's device (ids and log p at every token)."""
+    states = Shapes.of(runner.target.model).states(len(runner.target.tap_layers))
+    return len(rows) * int(runner.trajectories.lengths[rows].max()) * (states + 8 + 4)
+
+
+@torch.no_grad()
+def target_path(runner: WindowRunner, rows: torch.Tensor) -> TargetPath:
+    """Encode the target along some of the runner's trajectories, int64 [B]; each needs room for a draft."""
+    chosen = runner.trajectories.select(rows)
+    encoded = runner.target.encode(chosen)
+    runner.target.forget()  # its keys and values, which no walk reads
+    encoded = dataclasses.replace(encoded, cache=None)
+    first, last = chosen.first_starts()[:, None], chosen.lengths[:, None] - 1
+    position = torch.minimum(first + torch.arange(int((last - first).max()) + 1, device=rows.device), last)
+    part = _starts_at_a_time(rows, runner.target.vocab_size)
+    logps = [
+        token_logps(
+            runner.target.path_logits(encoded, at, 1)[:, :, 0] / runner.temperature,
+            chosen.input_ids.gather(1, at),
         )
-        part = _starts_at_a_time(rows, runner.target.vocab_size)
-        logps = [
-            token_logps(
-                runner.target.path_logits(encoded, at, 1)[:, :, 0] / runner.temperature,
-                chosen.input_ids.gather(1, at),
-            )
-            for at in position.split(part, dim=1)
-        ]
-        yield TargetPath(rows, chosen, dataclasses.replace(encoded, cache=None), torch.cat(logps, dim=1))
+        for at in position.split(part, dim=1)
+    ]
+    return TargetPath(rows, chosen, encoded, torch.cat(logps, dim=1))
+
+
+def target_paths(runner: WindowRunner) -> Iterator[TargetPath]:
+    """Encode the target along all trajectories with room for a draft, batch by batch."""
+    return (target_path(runner, rows) for rows in path_rows(runner))
 
 
 @torch.no_grad()
@@ -173,6 +187,19 @@ def _acceptance_given_output(
 def _starts_at_a_time(rows: torch.Tensor, logits_per_start: int) -> int:
     logits = _LOGITS_ON_CPU if rows.device.type == "cpu" else _LOGITS_ON_GPU
     return max(1, logits // (len(rows) * logits_per_start))
+
+
+def walk_bytes(runner: WindowRunner) -> int:
+    """What `expected_walk` takes at most on the target's device, beside the paths that are kept."""
+    largest, length = 0, runner.num_speculative_tokens
+    columns = max(runner.target.vocab_size, length * _draft_columns(runner))
+    for rows in path_rows(runner):
+        starts = int(runner.trajectories.num_starts(length)[rows].max())
+        block = len(rows) * min(starts, _starts_at_a_time(rows, columns)) * columns
+        tokens = len(rows) * int(runner.trajectories.lengths[rows].max())
+        reading = tokens * pass_bytes_per_token(runner.target)
+        largest = max(largest, reading, path_bytes(runner, rows) + _BYTES_PER_LOGIT * block)
+    return largest
 
 
 def _draft_columns(runner: WindowRunner) -> int:

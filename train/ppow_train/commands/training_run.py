@@ -99,10 +99,10 @@ def estimate(request: Request) -> RunEstimate | None:
         with make_progress(is_shown=is_main) as progress:
             pair = load_pair(request.target, request.drafter, str(config.device), config.target_dtype)
             with config.main_process_first(local=False):
-                trajectories, _ = _splits(request, pair, config, progress)
+                trajectories, held_out = _splits(request, pair, config, progress)
             if is_main:
                 _tell_passes(config, trajectories)
-            estimated = estimate_run(pair, trajectories, config, Path(scratch))
+            estimated = estimate_run(pair, trajectories, config, Path(scratch), held_out)
     return estimated if is_main else None
 
 
