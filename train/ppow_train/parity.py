@@ -7,6 +7,7 @@ own counters. Left out: what a difference is due to.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,13 @@ def merged_pair(pair: Pair, adapter: Adapter, drafter_directory: Path) -> Pair:
     return dataclasses.replace(pair, drafter=drafter)
 
 
+def _free_memory() -> None:
+    """Give back what nobody uses: a trainer that is done lies in cycles with its callbacks, its optimizer with it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def check_parity(
     pair: Pair,
     adapter: Adapter,
@@ -102,6 +110,7 @@ def check_parity(
         The two counts; the pair's models are on the CPU afterwards.
     """
     config = adapter.config
+    _free_memory()
     trajectories = trajectories.select(torch.arange(min(LIMIT, len(trajectories))))
     max_tokens = serving_tokens(trajectories, config.num_speculative_tokens)
     greedy = config.temperature == 0 or config.draft_sample_method == "greedy"
@@ -116,8 +125,8 @@ def check_parity(
     simulated = simulate_walk(runner, max_tokens, greedy)
     for model in (pair.target.model, pair.drafter.model, merged.drafter.model):
         model.to("cpu")  # vLLM wants the GPU's memory to itself
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    pair.target.forget()
+    _free_memory()
     say("starting vLLM to count the same prompts")
     prompts = zip(trajectories.input_ids.tolist(), trajectories.prompt_lengths.tolist(), strict=True)
     token_ids = [ids[:length] for ids, length in prompts]

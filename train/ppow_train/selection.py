@@ -230,6 +230,10 @@ class BestOnHeldOut(TrainerCallback):
         if state.is_world_process_zero:
             self.state.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing is measured any more."""
+        self.judge.forget()
+
     def restore(self, model: torch.nn.Module) -> None:
         """Put the tensors of the adapter that is to be written back into the model."""
         written = self.state.best if self.config.keep_best else self._at_stop

@@ -136,6 +136,8 @@ def train_adapter(
         if best:
             best.restore(peft_model)
         after = reporting() if reporting else None
+        if reporting:
+            reporting.forget()
         training = training_facts(config, trajectories, trainer.state.global_step) | (facts or {})
         training["target_dtype"] = str(pair.target.model.dtype).removeprefix("torch.")
         training["peak_memory_bytes"] = peak_bytes(pair.target.model.device)  # of this process

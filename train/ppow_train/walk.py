@@ -27,6 +27,7 @@ from ppow_train.verification import (
 from vllm_ppow.metrics import SpecDecodeCounts
 
 _BATCH = 16  # trajectories per forward at most
+_WINDOWS = 256  # windows per forward at most, where those of one trajectory are simulated
 # Logits of a block, one start at least: on a CPU what its caches like (16 MiB in float32), on a GPU 1 GiB.
 _LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**22, 2**28
 _BYTES_PER_LOGIT = 14  # of a block: as it comes, at two bytes, in float32, tempered, its softmax
@@ -224,7 +225,7 @@ def _expected_visits(survival: torch.Tensor, num_starts: torch.Tensor) -> torch.
 
 @torch.no_grad()
 def simulate_walk(
-    runner: WindowRunner, max_tokens: int, greedy_drafts: bool, seed: int = 0, chunk: int = 256
+    runner: WindowRunner, max_tokens: int, greedy_drafts: bool, seed: int = 0, chunk: int | None = None
 ) -> SpecDecodeCounts:
     """Walk each trajectory once, drawing what is accepted.
 
@@ -234,13 +235,14 @@ def simulate_walk(
         max_tokens: output tokens per prompt at which serving stops.
         greedy_drafts: drafts are argmax (temperature 0, or draft_sample_method greedy).
         seed: of the acceptance draws.
-        chunk: windows per forward.
+        chunk: windows per forward; None for as many as their distributions allow.
 
     Returns:
         Counts under vLLM's names. A draft that would reach past the end of the text is left out.
     """
     generator = torch.Generator().manual_seed(seed)
     length = runner.num_speculative_tokens
+    chunk = _windows_at_a_time(runner) if chunk is None else chunk
     per_position = [0] * length
     num_drafts = 0
     for row in range(len(runner.trajectories)):
@@ -253,6 +255,12 @@ def simulate_walk(
                 per_position[position] += 1
             first += kept + 1
     return SpecDecodeCounts(num_drafts, num_drafts * length, sum(per_position), tuple(per_position))
+
+
+def _windows_at_a_time(runner: WindowRunner) -> int:
+    """Every forward reads the trajectory again, so they are large on a CPU too; both distributions are looked at."""
+    logits = runner.num_speculative_tokens * (runner.target.vocab_size + _draft_columns(runner))
+    return max(1, min(_WINDOWS, _LOGITS_ON_GPU // logits))
 
 
 def _accepted_at_every_start(
