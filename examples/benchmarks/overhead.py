@@ -29,6 +29,7 @@ from bench_adapters import TINY, make_adapter
 
 from ppow_train.generation import load_tokenizer
 from ppow_train.progress import make_progress
+from ppow_train.prompts import text_ids
 from ppow_train.report import write_json
 from ppow_train.serving_eval import Engine, EngineOptions, Run, native_spec
 from vllm_ppow.artifact import Adapter
@@ -200,7 +201,7 @@ def main(
     """Measure what the plugin costs per step and at start-up, on the tiny pair."""
     target = str(TINY / "target")
     lines = (TINY / "prompts" / "tests_held_out.jsonl").read_text().splitlines()[:num_prompts]
-    prompts = load_tokenizer(target)([json.loads(line)["prompt"] for line in lines])["input_ids"]
+    prompts = text_ids([json.loads(line)["prompt"] for line in lines], load_tokenizer(target))
     options = EngineOptions(target, max_model_len=512, max_num_seqs=concurrency)
     with tempfile.TemporaryDirectory() as scratch:
         specs = speculative_configs(make_adapter(Path(scratch) / "zero", 0.0), num_speculative_tokens)
