@@ -38,9 +38,7 @@ from ppow_train.types import Encoded, Trajectories
 
 # `auto` keeps what is no larger in memory: by size alone, so that a resumed run decides alike.
 AUTO_BYTES = 2 * 2**30
-_BATCH = (
-    16  # trajectories per forward at most; part of the numbers (batches of other sizes round differently)
-)
+_BATCH = 16  # trajectories per forward at most; part of the numbers (other batches round differently)
 _SHARD = 256  # trajectories per file
 _FORMAT = 1
 _ABANDONED_S = 24 * 3600
