@@ -49,7 +49,7 @@ class AdaptiveWindow:
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         scheduled = scheduler_output.num_scheduled_tokens
         if scheduled:
-            chosen = self._guarded(self._choose, scheduled)
+            chosen = self._guarded(self._choose, scheduler_output)
             maximum = self.num_spec_tokens  # type: ignore[attr-defined]
             scheduler_output.num_spec_tokens_to_schedule = maximum if chosen is None else chosen
             self._last_scheduled = scheduler_output.num_spec_tokens_to_schedule
@@ -68,8 +68,8 @@ class AdaptiveWindow:
             )
             return None
 
-    def _choose(self, scheduled: dict[str, int]) -> int:
-        requests = self.requests  # type: ignore[attr-defined]
+    def _choose(self, scheduler_output: SchedulerOutput) -> int:
+        requests, scheduled = self.requests, scheduler_output.num_scheduled_tokens  # type: ignore[attr-defined]
         longest = context = 0
         for req_id, count in scheduled.items():
             length = requests[req_id].num_computed_tokens + count
@@ -77,7 +77,7 @@ class AdaptiveWindow:
             longest = max(longest, length)
         if self._longest_drafted is not None and longest > self._longest_drafted:
             return 0  # no draft would be made, and zeros verified in place of one
-        return self.ppow_window.choose(len(scheduled), context)
+        return self.ppow_window.choose(len(scheduled), context, _only_decodes(scheduler_output))
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Synchronous scheduling: keep no more tokens than were asked for (a drafter without room returns zeros)."""
@@ -127,10 +127,8 @@ class AdaptiveWindow:
         before, self._last_length = self._last_length, length
         if not scheduled or before != length:
             return
-        drafts = scheduler_output.scheduled_spec_decode_tokens
-        verified = sum(map(len, drafts.values()))
-        if scheduler_output.total_num_scheduled_tokens != len(scheduled) + verified:
-            return  # prefill is in it
+        if not _only_decodes(scheduler_output):
+            return
         requests = self.requests  # type: ignore[attr-defined]
         context = sum(requests[req_id].num_computed_tokens for req_id in scheduled if req_id in requests)
         self.ppow_window.observe_step(seconds, len(scheduled), length, context, accepted)
@@ -155,6 +153,14 @@ class AdaptiveWindow:
             new.speedup / steps,
             ", ".join(counts.layers),
         )
+
+
+def _only_decodes(scheduler_output: SchedulerOutput) -> bool:
+    """Whether every request of a step has one token and its draft in it, and none is being prefilled."""
+    verified = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
+    return (
+        scheduler_output.total_num_scheduled_tokens == len(scheduler_output.num_scheduled_tokens) + verified
+    )
 
 
 class PPOWScheduler(AdaptiveWindow, Scheduler):

@@ -3,9 +3,10 @@
 Observations are the wall times between decode-only steps, brought to one pace of the machine (pace.py). They are kept
 in cells of equal draft length and similar batch, as the lower quartile of the last few: pauses and stray prefill, which
 only ever add, do no harm, and a length that was timed two or three times has the benefit of the doubt. Between and
-beyond cells stands a base: the cost profile where there is one, else a ridge regression on [1, B, K, K·B, context] with
-no negative coefficient (so it grows in each). A cell shifts the base by what it saw. Left out: acceptance
-(acceptance.py) and the choice (window.py). Pure Python, microseconds per call except for the fit.
+beyond cells stands a base, a ridge regression with no negative coefficient (so it grows in each): on [profile, 1]
+where there is a cost profile, since a server adds time of its own to every step, else on
+[1, B, K, K·B, context]. A cell shifts the base by what it saw. Left out: acceptance (acceptance.py) and the choice
+(window.py). Pure Python, microseconds per call except for the fit.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class _Cell:
     def __init__(self) -> None:
         self.seconds: deque[float] = deque(maxlen=CELL_MEMORY)
         self.batch = self.context = self.median = self.typical = self.shift = 0.0
-        self.profiled = 0.0  # seconds by the cost profile, where there is one
+        self.features: list[float] = []
         self.seen_at = 0
 
     def add(self, seconds: float, batch: int, context: float, now: int) -> None:
@@ -79,10 +80,11 @@ class StepCost:
         self._profile = profile
         self._cells: dict[tuple[int, int], _Cell] = {}
         self._octaves: dict[tuple[int, int], int] = {}
-        # Of [1, B, K, K·B, context / 1024]; any unit does while nothing is learned.
-        self._coefficients = [1.0, 0.0, 0.1, 0.0, 0.0]
+        # What the regression is drawn to: the profile as it is, or nothing.
+        self._prior = [0.0] * 5 if profile is None else [1.0, 0.0]
+        # Of the features; without a profile any unit does while nothing is learned.
+        self._coefficients = [1.0, 0.0, 0.1, 0.0, 0.0] if profile is None else self._prior
         self._least = (0.0, 1.0)  # seconds that a step takes at least at a batch size
-        self._level = 0.0  # log of clock over profile
         self._pace = Pace()
         self._uses: dict[tuple[int, int], int] = {}  # steps seen by cell
         self._noise = 0.1  # of one observation around its cell's median, log scale
@@ -106,15 +108,14 @@ class StepCost:
         cell = self._cells.setdefault((_bucket(batch), num_draft_tokens), _Cell())
         seconds = self._at_constant_pace(seconds, cell, batch)
         cell.add(seconds, batch, context, self._now)
-        if self._profile is not None:
-            cell.profiled = self._profiled(cell.batch, num_draft_tokens, cell.context)
+        cell.features = self._features(cell.batch, num_draft_tokens, cell.context)
         octave = (batch.bit_length(), num_draft_tokens)
         self._octaves[octave] = self._octaves.get(octave, 0) + 1
         refit_at = self._fitted_at + max(_REFIT_EVERY, len(self._cells))
         if self._octaves[octave] <= IDENTIFIED or self._now >= refit_at:
             self._fit()
         else:
-            self._update_shift(cell, num_draft_tokens)
+            self._update_shift(cell)
 
     def _at_constant_pace(self, seconds: float, cell: _Cell, batch: int) -> float:
         """What a step would have taken when what its cell remembers was seen."""
@@ -132,6 +133,10 @@ class StepCost:
         """Whether a step is among the first of a cell: kernels are chosen and buffers made in them."""
         uses = self._uses[cell] = self._uses.get(cell, 0) + 1
         return uses <= FIRST_USES
+
+    def is_timed(self, batch: int, num_draft_tokens: int) -> bool:
+        """Whether steps of that draft length were timed in this octave of batch sizes, often enough to tell."""
+        return self._octaves.get((batch.bit_length(), num_draft_tokens), 0) >= IDENTIFIED
 
     def wanted(self, batch: int, lengths: Sequence[int]) -> list[int]:
         """Draft lengths to try so that costs near this batch size are identified; none with a profile.
@@ -177,29 +182,20 @@ class StepCost:
             pools.append((value, count))
         return [value for value, count in pools for _ in range(count)]
 
-    def _base(self, batch: float, length: int, context: float | None) -> float:
+    def _base(self, batch: int, length: int, context: float | None) -> float:
         context = self._context * batch if context is None else context
-        if self._profile is not None:
-            return self._profiled(batch, length, context) * math.exp(self._level)
-        return self._regressed(batch, length, context)
+        return self._regressed(self._features(batch, length, context), batch)
 
-    def _profiled(self, batch: float, length: int, context: float) -> float:
-        """What the cost profile says (> 0), whatever the clock says of it."""
-        assert self._profile is not None
-        return self._profile.step_seconds(round(batch), length, round(context / batch))
+    def _features(self, batch: float, length: int, context: float) -> list[float]:
+        if self._profile is None:
+            return [1.0, batch, length, length * batch, context / 1024]
+        return [self._profile.step_seconds(round(batch), length, round(context / batch)), 1.0]
 
-    def _regressed(self, batch: float, length: int, context: float) -> float:
+    def _regressed(self, features: list[float], batch: float) -> float:
         """The regression, and never less than the least: after noise and jumps it may promise steps that are free."""
-        features = _features(batch, length, context)
         seconds, at = self._least
         least = seconds * min(1.0, batch / at)
         return max(least, sum(c * x for c, x in zip(self._coefficients, features, strict=True)))
-
-    def _base_of(self, cell: _Cell, length: int) -> float:
-        """The base where a cell saw its steps."""
-        if self._profile is not None:
-            return cell.profiled * math.exp(self._level)
-        return self._regressed(cell.batch, length, cell.context)
 
     def _shift(self, bucket: int, length: int) -> float:
         """Log of what was seen over what the base says, interpolated between the lengths seen at this batch size."""
@@ -217,9 +213,9 @@ class StepCost:
         share = (length - below[0]) / (above[0] - below[0])
         return below[1] + share * (above[1] - below[1])
 
-    def _update_shift(self, cell: _Cell, length: int) -> None:
+    def _update_shift(self, cell: _Cell) -> None:
         """Weigh what a cell saw against the base by their variances: about π/2 · noise² / n is a quantile's."""
-        seen = math.log(cell.typical / self._base_of(cell, length))
+        seen = math.log(cell.typical / self._regressed(cell.features, cell.batch))
         variance = 0.5 * math.pi * self._noise**2 / cell.weight(self._now)
         cell.shift = seen * BASE_ERROR**2 / (BASE_ERROR**2 + variance)
 
@@ -227,16 +223,11 @@ class StepCost:
         """Fit the base to what the cells saw, in relative terms, and what the cells say beyond it."""
         self._fitted_at = self._now
         self._cells = {key: c for key, c in self._cells.items() if c.weight(self._now) >= FORGOTTEN}
-        cells = [(length, cell, cell.weight(self._now)) for (_, length), cell in self._cells.items()]
-        if self._profile is None:
-            rows = [(_features(c.batch, length, c.context), c.typical, w) for length, c, w in cells]
-            self._coefficients = _non_negative_ridge(rows)
-            self._least = min(_least(cell, length) for length, cell, _ in cells)
-        else:
-            total = sum(weight for _, _, weight in cells)
-            self._level = sum(w * math.log(c.typical / c.profiled) for _, c, w in cells) / total
-        for length, cell, _ in cells:
-            self._update_shift(cell, length)
+        rows = [(cell.features, cell.typical, cell.weight(self._now)) for cell in self._cells.values()]
+        self._coefficients = _non_negative_ridge(rows, self._prior)
+        self._least = min(_least(cell, length) for (_, length), cell in self._cells.items())
+        for cell in self._cells.values():
+            self._update_shift(cell)
 
 
 def _least(cell: _Cell, length: int) -> tuple[float, float]:
@@ -253,19 +244,19 @@ def _bucket(batch: int) -> int:
     return batch if batch <= 8 else 8 + round(4 * math.log2(batch / 8))
 
 
-def _features(batch: float, length: int, context: float) -> list[float]:
-    return [1.0, batch, length, length * batch, context / 1024]
+def _non_negative_ridge(
+    rows: Sequence[tuple[list[float], float, float]], prior: Sequence[float]
+) -> list[float]:
+    """Coefficients c >= 0 that minimise Σ weight · (features · c / seconds - 1)² + ridge · |c - prior|².
 
-
-def _non_negative_ridge(rows: Sequence[tuple[list[float], float, float]]) -> list[float]:
-    """Coefficients >= 0 that minimise Σ weight · (features · c / seconds - 1)² + ridge, dropping negative ones.
-
-    Features are scaled to their largest value over the rows, so that the ridge has no unit.
+    Negative ones are dropped. Features are scaled to their largest value over the rows, so that the ridge has no unit,
+    and what one row cannot tell apart is shared out evenly.
 
     Args:
         rows: (features, seconds, weight) of each cell.
+        prior: coefficients that the ridge draws to.
     """
-    width = len(rows[0][0])
+    width = len(prior)
     scale = [max(row[0][i] / row[1] for row in rows) or 1.0 for i in range(width)]
     total = sum(row[2] for row in rows)
     active = list(range(width))
@@ -274,11 +265,13 @@ def _non_negative_ridge(rows: Sequence[tuple[list[float], float, float]]) -> lis
         vector = [0.0] * len(active)
         for features, seconds, weight in rows:
             scaled = [features[i] / seconds / scale[i] for i in active]
+            missing = 1.0 - sum(prior[i] * features[i] for i in active) / seconds
             for i, left in enumerate(scaled):
-                vector[i] += weight * left
+                vector[i] += weight * left * missing
                 for j, right in enumerate(scaled):
                     matrix[i][j] += weight * left * right
-        solved = _solve(matrix, vector)
+        changes = _solve(matrix, vector)
+        solved = [prior[i] * scale[i] + change for i, change in zip(active, changes, strict=True)]
         worst = min(range(len(active)), key=solved.__getitem__)
         if solved[worst] >= 0 or len(active) == 1:
             break

@@ -2,7 +2,8 @@
 
 One number K per step, for the whole batch: the one that maximises (B + B · Σ_{i<=K} S_i) / step_seconds(B, K), with
 S_i from acceptance.py and seconds from step_cost.py. Now and then it drafts a little longer or shorter for two steps,
-so that what it knows of other lengths stays true; these probes may cost half a percent of throughput. K = 0 is a choice
+so that what it knows of other lengths stays true; these probes may cost half a percent of throughput,
+and two percent where a length was never timed. K = 0 is a choice
 like any other, and probed out of. Left out: where vLLM asks for K and reports outcomes (scheduler.py), and lengths that
 differ between requests (compat/draft_window.py). Pure Python, tens of microseconds per step.
 """
@@ -17,10 +18,12 @@ from vllm_ppow.step_cost import StepCost
 
 # A new K must promise this much more than the one of the step before.
 HYSTERESIS = 0.005
-# Share of throughput that probes may cost.
-PROBE_BUDGET = 0.005
+# Share of throughput that probes may cost: of lengths that were timed at such batch sizes, and of others.
+PROBE_BUDGET, FIRST_PROBE_BUDGET = 0.005, 0.02
 # Steps between probes, whatever they cost.
 PROBE_EVERY = (24, 1024)
+# Steps that also prefill are not timed: probes wait for others, but no longer than this many times as long.
+_PATIENCE = 4
 # A probe holds its K for two steps: the first drafts it, the second also verifies it, and is the one that is timed.
 _PROBE_STEPS = 2
 # Steps given to one draft length while costs are being identified, even if none of them could be timed.
@@ -123,12 +126,18 @@ class DraftWindow:
         self._step_predicted, self._step_accepted = 0.0, 0
         self._promise = acceptance.promises()
 
-    def choose(self, batch: int, context: int | None = None) -> int:
-        """Draft length for the next draft of this many requests (>= 1), whose contexts add up to `context` tokens."""
+    def choose(self, batch: int, context: int | None = None, decodes: bool = True) -> int:
+        """Draft length for the next draft of a step.
+
+        Args:
+            batch: requests (>= 1).
+            context: tokens of all of them together.
+            decodes: whether the step only decodes, so that its time tells something.
+        """
         self._step += 1
         self._since_probe += 1
         self._close_step()
-        length, best, promised = self._decide(batch, context)
+        length, best, promised = self._decide(batch, context, decodes)
         counts = self.counts
         counts.chosen[length] += 1
         counts.requests += batch
@@ -173,16 +182,16 @@ class DraftWindow:
         self._step_predicted, self._step_accepted = 0.0, 0
         self._promise = self.acceptance.promises()
 
-    def _decide(self, batch: int, context: int | None) -> tuple[int, int, list[float]]:
+    def _decide(self, batch: int, context: int | None, decodes: bool) -> tuple[int, int, list[float]]:
         """(length to draft, length that promises most, tokens per second promised at each length)."""
         best, promised = self._best(batch, context)
         if self._held is not None:
             length, steps = self._held
             self._held = (length, steps - 1) if steps > 1 else None
             return length, best, promised
-        if (unlearned := self._unlearned(batch)) is not None:
+        if decodes and (unlearned := self._unlearned(batch)) is not None:
             return unlearned, best, promised
-        probe = self._due_probe(best, promised)
+        probe = self._due_probe(batch, best, promised, decodes)
         if probe is not None:
             self._held = (probe, _PROBE_STEPS - 1)
             return probe, best, promised
@@ -210,7 +219,7 @@ class DraftWindow:
                 return length
         return None
 
-    def _due_probe(self, best: int, promised: Sequence[float]) -> int | None:
+    def _due_probe(self, batch: int, best: int, promised: Sequence[float], decodes: bool) -> int | None:
         """The length to probe now, if its turn has come: mostly the next longer one, the dearer the rarer."""
         others = self._neighbours(best)
         if not others:
@@ -218,10 +227,10 @@ class DraftWindow:
         probe = others[self._probes % len(others)]
         slower = promised[self.lengths.index(best)] / promised[self.lengths.index(probe)] - 1.0
         tokens = (1.0 + self._promise[probe]) / (1.0 + self._promise[best])
-        steps = (
-            _PROBE_STEPS * slower * tokens / PROBE_BUDGET
-        )  # what the probe loses, in steps at the best length
-        if self._since_probe < min(max(steps, PROBE_EVERY[0]), PROBE_EVERY[1]):
+        budget = PROBE_BUDGET if self.cost.is_timed(batch, probe) else FIRST_PROBE_BUDGET
+        steps = _PROBE_STEPS * slower * tokens / budget  # what the probe loses, in steps at the best length
+        wait = min(max(steps, PROBE_EVERY[0]), PROBE_EVERY[1])
+        if self._since_probe < (wait if decodes else _PATIENCE * wait):
             return None
         self._since_probe = 0
         self._probes += 1

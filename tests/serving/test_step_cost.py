@@ -110,7 +110,19 @@ def test_a_profile_is_used_at_once_and_corrected(truth):
     assert cost.step_seconds(4, 3) == pytest.approx(truth(4, 3) / 2)
     observe(cost, truth, (4,), (3,), 40)
     assert cost.step_seconds(4, 3) == pytest.approx(truth(4, 3), rel=0.02)
-    assert cost.step_seconds(32, 8) == pytest.approx(truth(32, 8), rel=0.02), "the level holds everywhere"
+    alone = cost.step_seconds(32, 8)
+    assert truth(32, 8) / 2 < alone < truth(32, 8), "by a factor or by so much in each step? half of either"
+    observe(cost, truth, (4,), (0,), 40)
+    observe(cost, truth, (16,), (0,), 40)
+    assert cost.step_seconds(32, 8) == pytest.approx(truth(32, 8), rel=0.05), "by a factor"
+
+
+def test_what_a_server_adds_to_every_step_is_not_taken_for_a_factor(truth):
+    """Seen at K = 0 alone, where drafting has ended: a factor would keep it looking too dear to be tried."""
+    added = 0.5 * truth(1, 0)
+    cost = StepCost(Profile(truth, 1.0))
+    observe(cost, lambda batch, length: truth(batch, length) + added, (1, 4, 16), (0,), 40)
+    assert cost.step_seconds(16, 3) == pytest.approx(truth(16, 3) + added, rel=0.06)
 
 
 def test_what_is_wanted_ends_when_it_was_seen(truth):

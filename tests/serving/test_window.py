@@ -217,3 +217,27 @@ def test_a_minimum_leaves_the_cost_of_drafting_nothing_unseen_and_harmless():
         _, chosen = serve(window, computing, falling(0.7), 16, 40, seed, pace=drifting(seed, 0.2, 3))
         assert min(chosen) >= 3
         assert 0 < window.counts.speedup / sum(window.counts.chosen) < 8
+
+
+@pytest.mark.parametrize(("period", "waits"), [(26, True), (1, False)])
+def test_probes_wait_for_steps_that_are_timed_but_not_for_ever(period, waits):
+    """Requests that end together would otherwise have every probe meet the prefill of the next ones."""
+    window = new_window(profile=Exact(processor))
+    started, before = [], 0
+    for step in range(4000):
+        decodes = step % period != 0
+        window.choose(32, 32 * 200, decodes)
+        if window.counts.probes == before + 1 and window._held is not None:
+            started.append(decodes)
+        before = window.counts.probes
+    assert len(started) > 3
+    assert all(started) is waits
+
+
+def test_lengths_that_were_never_timed_are_probed_sooner():
+    """A profile that is wrong about K = 1 where it matters is found out within some hundred steps."""
+    wrong = type("Wrong", (), {"step_seconds": lambda self, batch, k, context=None: 0.1 + 0.08 * k})()
+    window = new_window(profile=wrong, prior=[0.6, 0.3, 0.1])
+    assert window.choose(32) == 0
+    _, chosen = serve(window, lambda batch, verified, drafted: 0.1 + 0.03 * drafted, falling(0.6), 32, 200)
+    assert _most(chosen[-100:]) >= 1
