@@ -24,8 +24,9 @@ PROBE_BUDGET, FIRST_PROBE_BUDGET = 0.005, 0.02
 PROBE_EVERY = (24, 1024)
 # Steps that also prefill are not timed: probes wait for others, but no longer than this many times as long.
 _PATIENCE = 4
-# A probe holds its K for two steps: the first drafts it, the second also verifies it, and is the one that is timed.
-_PROBE_STEPS = 2
+# A probe holds its K for so many steps: the first drafts it, the others also verify it and are timed. The first of
+# these do not count where the length is new (step_cost.py), so a first probe is longer.
+_PROBE_STEPS, _FIRST_PROBE_STEPS = 2, 5
 # Steps given to one draft length while costs are being identified, even if none of them could be timed.
 _LEARNING_STEPS = 8
 # Every so many steps the choice is computed anew for a batch size; in between it stands.
@@ -192,10 +193,7 @@ class DraftWindow:
         if decodes and (unlearned := self._unlearned(batch)) is not None:
             return unlearned, best, promised
         probe = self._due_probe(batch, best, promised, decodes)
-        if probe is not None:
-            self._held = (probe, _PROBE_STEPS - 1)
-            return probe, best, promised
-        return best, best, promised
+        return best if probe is None else probe, best, promised
 
     def _best(self, batch: int, context: int | None) -> tuple[int, list[float]]:
         decided = self._decided.get(batch)
@@ -221,20 +219,35 @@ class DraftWindow:
 
     def _due_probe(self, batch: int, best: int, promised: Sequence[float], decodes: bool) -> int | None:
         """The length to probe now, if its turn has come: mostly the next longer one, the dearer the rarer."""
-        others = self._neighbours(best)
-        if not others:
+        probe, is_timed = self._next_probe(batch, best)
+        if probe is None:
             return None
-        probe = others[self._probes % len(others)]
         slower = promised[self.lengths.index(best)] / promised[self.lengths.index(probe)] - 1.0
         tokens = (1.0 + self._promise[probe]) / (1.0 + self._promise[best])
-        budget = PROBE_BUDGET if self.cost.is_timed(batch, probe) else FIRST_PROBE_BUDGET
-        steps = _PROBE_STEPS * slower * tokens / budget  # what the probe loses, in steps at the best length
+        held, budget = (_PROBE_STEPS, PROBE_BUDGET) if is_timed else (_FIRST_PROBE_STEPS, FIRST_PROBE_BUDGET)
+        steps = held * slower * tokens / budget  # what the probe loses, in steps at the best length
         wait = min(max(steps, PROBE_EVERY[0]), PROBE_EVERY[1])
         if self._since_probe < (wait if decodes else _PATIENCE * wait):
             return None
         self._since_probe = 0
         self._probes += 1
+        self._held = (probe, held - 1)
         return probe
+
+    def _next_probe(self, batch: int, best: int) -> tuple[int | None, bool]:
+        """The length to probe next, None where there is no other, and whether it was timed at such batch sizes.
+
+        A length beside the best that never was comes first.
+        """
+        at = self.lengths.index(best)
+        for beside in self.lengths[max(0, at - 1) : at] + self.lengths[at + 1 : at + 2]:
+            if not self.cost.is_timed(batch, beside):
+                return beside, False
+        others = self._neighbours(best)
+        if not others:
+            return None, True
+        probe = others[self._probes % len(others)]
+        return probe, self.cost.is_timed(batch, probe)
 
     def _neighbours(self, best: int) -> list[int]:
         """Lengths around the best in the order they are probed: next longer, next shorter, longer, half, far longer."""
