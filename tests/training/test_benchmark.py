@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import types
 
 import click
 import pytest
+import torch
 from rich.console import Console
 
-from ppow_train.benchmark import ArmResult, Work, run_benchmark, sum_counts
+from ppow_train.benchmark import ArmResult, Work, _compare_all, run_benchmark, sum_counts
 from ppow_train.commands.demo import _judge
 from ppow_train.identity import Comparison
 from ppow_train.report import as_json, print_table, write_json, write_plot
-from ppow_train.serving_eval import ADAPTER, ADAPTIVE, BASE, NONE, Engine, EngineOptions, Run, gpu_share
+from ppow_train.serving_eval import (
+    ADAPTER,
+    ADAPTIVE,
+    BASE,
+    NONE,
+    Engine,
+    EngineOptions,
+    Run,
+    clearness,
+    gpu_share,
+    start_engine,
+)
 from vllm_ppow.metrics import SpecDecodeCounts
 
 COUNTS = SpecDecodeCounts(10, 40, 20, (9, 6, 4, 1))
@@ -165,6 +178,24 @@ def test_a_tie_of_the_target_is_no_change_and_is_told(monkeypatch, capsys):
     assert rare.as_json()["greedy_output_identical"] is False
     print_table([rare], "title", Console(width=130))
     assert "1 ties" in capsys.readouterr().out
+
+
+def test_what_is_a_tie_is_told_by_the_engine_in_its_own_dtype(monkeypatch):
+    """Raw logits of the engine without speculation; "auto" says nothing of the dtype."""
+    entries = [[{1: types.SimpleNamespace(logprob=40.25), 2: types.SimpleNamespace(logprob=40.0)}]]
+    for dtype, limit in ((torch.bfloat16, 0.5), (torch.float32, 0.05)):
+        config = types.SimpleNamespace(model_config=types.SimpleNamespace(dtype=dtype))
+        llm = types.SimpleNamespace(llm_engine=types.SimpleNamespace(vllm_config=config))
+        assert clearness(llm, entries) == ([[0.25]], [[limit]])
+    reference = Run([[1]] * 4, 1.0, None, [[0.25]] * 4, [[0.5]] * 4)
+    found = _compare_all(reference, [Run([[2], [1], [1], [1]], 1.0, None)] * 2)
+    assert (found.prompts, found.ties, found.holds) == (8, 2, True)
+
+    monkeypatch.setattr("ppow_train.serving_eval.gpu_share", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=lambda target, **given: given))
+    options = dataclasses.asdict(EngineOptions("t"))
+    assert start_engine(options, None)["logprobs_mode"] == "raw_logits"
+    assert "logprobs_mode" not in start_engine(options, {"method": "ppow"})
 
 
 def test_an_arm_that_drafted_nothing_is_shown_and_its_json_is_json(capsys):

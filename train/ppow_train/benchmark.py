@@ -200,7 +200,8 @@ def _compare_all(reference: Run, own: Sequence[Run]) -> Comparison:
     """Every round's output against the reference's, as one comparison."""
     assert reference.gaps is not None
     tokens = [ids for run in own for ids in run.tokens]
-    return compare(reference.tokens * len(own), reference.gaps * len(own), tokens)
+    limits = None if reference.ties_up_to is None else reference.ties_up_to * len(own)
+    return compare(reference.tokens * len(own), reference.gaps * len(own), tokens, limits)
 
 
 def _ratios(own: Sequence[Run], other: Sequence[Run]) -> list[float]:

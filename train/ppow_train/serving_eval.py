@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from ppow_train.errors import UserError
-from ppow_train.identity import gap
+from ppow_train.identity import choices
 from vllm_ppow.artifact import NATIVE_METHOD, Adapter
 from vllm_ppow.metrics import SpecDecodeCounts
 
@@ -62,12 +62,14 @@ class Run:
         seconds: wall time of the pass.
         counts: what vLLM counted in it; None without speculation.
         gaps: per prompt and token, log probability of the best token minus that of the second; None if not asked for.
+        ties_up_to: with the gaps, up to which gap the choice is a tie in the engine's dtype (identity.py).
     """
 
     tokens: list[list[int]]
     seconds: float
     counts: SpecDecodeCounts | None
     gaps: list[list[float]] | None = None
+    ties_up_to: list[list[float]] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -160,7 +162,7 @@ class Engine:
         Args:
             seeds: one per prompt; without them the engine's own generator goes on.
             stop_token_ids: that end a continuation besides the target's own.
-            with_gaps: tell how clear every choice was; takes longer, so do not time it.
+            with_gaps: tell how clear every choice was; takes longer, so do not time it. Only without speculation.
         """
         self._send(
             {
@@ -181,6 +183,7 @@ class Engine:
             answer["seconds"],
             None if counts is None else SpecDecodeCounts(**counts),
             answer["gaps"],
+            answer["ties_up_to"],
         )
 
     def close(self) -> None:
@@ -246,6 +249,8 @@ def start_engine(options: dict[str, Any], speculative_config: dict[str, Any] | N
         speculative_config=speculative_config,
         disable_log_stats=False,
         enable_prefix_caching=False,  # the same prompts come again and again; each run must do the same work
+        # What a tie is depends on the logits' magnitude (identity.py), which log probabilities do not tell.
+        **({"logprobs_mode": "raw_logits"} if speculative_config is None else {}),
         **({} if share is None else {"gpu_memory_utilization": share}),
         **options,
     )
@@ -295,16 +300,30 @@ def _run_once(llm: Any, request: dict[str, Any], speculating: bool) -> dict[str,
     if before is not None:
         counts = dataclasses.asdict(SpecDecodeCounts.from_metrics(llm.get_metrics()) - before)
     done = [output.outputs[0] for output in outputs]
+    gaps, ties_up_to = (
+        clearness(llm, [one.logprobs for one in done]) if request["with_gaps"] else (None, None)
+    )
     return {
         "tokens": [list(one.token_ids) for one in done],
         "seconds": seconds,
         "counts": counts,
-        "gaps": [_gaps(one.logprobs) for one in done] if request["with_gaps"] else None,
+        "gaps": gaps,
+        "ties_up_to": ties_up_to,
     }
 
 
-def _gaps(logprobs: Sequence[dict[int, Any]]) -> list[float]:
-    return [gap(token.logprob for token in entry.values()) for entry in logprobs]
+def clearness(
+    llm: Any, entries: Sequence[Sequence[dict[int, Any]]]
+) -> tuple[list[list[float]], list[list[float]]]:
+    """How clear an engine's choices were, and up to which gap each is a tie (identity.py), in nats.
+
+    Args:
+        llm: started with `logprobs_mode="raw_logits"`; the dtype is the one that it runs in, which "auto" is not.
+        entries: vLLM's `logprobs` of each prompt's output, of two tokens at least.
+    """
+    dtype = str(llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch.")
+    texts = [choices([[token.logprob for token in e.values()] for e in text], dtype) for text in entries]
+    return [gaps for gaps, _ in texts], [ties for _, ties in texts]
 
 
 def run_process(serve: Callable[[TextIO, TextIO], None]) -> None:

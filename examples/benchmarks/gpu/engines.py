@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ppow_train.identity import gap
+from ppow_train.serving_eval import clearness
 
 PROMPT_TOKENS = 32
 
@@ -49,6 +49,7 @@ def engine(target: Path, spec: dict[str, Any] | None, **options: Any) -> Iterato
         speculative_config=spec,
         **{
             "dtype": "bfloat16",
+            "logprobs_mode": "raw_logits",  # what a tie is depends on the logits' magnitude
             "skip_tokenizer_init": True,
             "enable_prefix_caching": False,
             "disable_log_stats": False,
@@ -72,8 +73,8 @@ def prompts(number: int, vocab_size: int) -> list[list[int]]:
 
 def greedy(
     llm: Any, ids: Sequence[Sequence[int]], max_tokens: int
-) -> tuple[list[list[int]], list[list[float]]]:
-    """Greedy continuations, and at each token the gap in nats between the best and the second best.
+) -> tuple[list[list[int]], list[list[float]], list[list[float]]]:
+    """Greedy continuations; at each token the gap in nats between the two best, and up to which gap it is a tie.
 
     Requests start together and end together, so that every step holds the same number of them.
     """
@@ -84,11 +85,7 @@ def greedy(
     )
     outputs = llm.generate([{"prompt_token_ids": list(one)} for one in ids], params, use_tqdm=False)
     tokens = [list(one.outputs[0].token_ids) for one in outputs]
-    gaps = [
-        [gap(token.logprob for token in entry.values()) for entry in one.outputs[0].logprobs]
-        for one in outputs
-    ]
-    return tokens, gaps
+    return tokens, *clearness(llm, [one.outputs[0].logprobs for one in outputs])
 
 
 def throughput(llm: Any, batch: int, vocab_size: int, max_tokens: int, rounds: int) -> dict[str, Any]:

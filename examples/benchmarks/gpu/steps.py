@@ -127,13 +127,12 @@ def identity(plan: Plan, runner: str, mode: str) -> dict[str, Any]:
     for name, spec in specs.items():
         with engines.engine(TINY_PAIR / "target", spec, **options) as llm:
             outputs[name] = engines.greedy(llm, ids, tokens)
-    reference, gaps = outputs["no speculation"]
-    compared = {
-        "adapter against no speculation": compare(reference, gaps, outputs["adapter"][0]),
-        "adapter against bare head, equal batch shapes": compare(
-            outputs["bare head"][0], outputs["bare head"][1], outputs["adapter"][0]
-        ),
-    }
+    found = outputs["adapter"][0]
+    references = {"no speculation": "no speculation", "bare head, equal batch shapes": "bare head"}
+    compared = {}
+    for shown, name in references.items():
+        tokens_of, gaps, ties_up_to = outputs[name]
+        compared[f"adapter against {shown}"] = compare(tokens_of, gaps, found, ties_up_to)
     results = {name: {**dataclasses.asdict(one), "holds": one.holds} for name, one in compared.items()}
     return {"runner": runner, "mode": mode, "compared": results, **engines.environment()}
 
