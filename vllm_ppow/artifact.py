@@ -1,8 +1,8 @@
-"""The adapter directory on disk: schema, read, write, validate, fingerprint.
+"""The adapter directory on disk: schema, read, write, validate.
 
 An adapter directory holds exactly what PEFT writes (`adapter_config.json`, `adapter_model.safetensors`) plus
 `ppow_config.json`, which says what the adapter was trained for; what else a trainer leaves there (a log) is not read.
-Left out: merging (merge.py), training.
+Left out: models and their fingerprints (model_files.py), merging (merge.py), training.
 
 The directory is written under a temporary name and renamed into place; `ppow_config.json` carries the fingerprint
 of the tensors, so that a half-copied or mixed-up directory is refused.
@@ -15,16 +15,24 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+
+from vllm_ppow.model_files import PEFT_WEIGHTS as PEFT_WEIGHTS
+from vllm_ppow.model_files import SMALL_FILES as SMALL_FILES
+from vllm_ppow.model_files import ArtifactError as ArtifactError
+from vllm_ppow.model_files import fingerprint_model as fingerprint_model
+from vllm_ppow.model_files import fingerprint_safetensors as fingerprint_safetensors
+from vllm_ppow.model_files import model_weight_files as model_weight_files
+from vllm_ppow.model_files import read_json
+from vllm_ppow.model_files import read_model_config as read_model_config
+from vllm_ppow.model_files import safetensors_ranges as safetensors_ranges
 
 SCHEMA_VERSION = 1
 PPOW_CONFIG = "ppow_config.json"
 PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = "adapter_model.safetensors"
 
 DrafterType = Literal["eagle3", "causal_lm"]
 DRAFTER_TYPES: tuple[str, ...] = ("eagle3", "causal_lm")
@@ -32,14 +40,7 @@ DRAFTER_TYPES: tuple[str, ...] = ("eagle3", "causal_lm")
 NATIVE_METHOD = {"eagle3": "eagle3", "causal_lm": "draft_model"}
 SAMPLE_METHODS: tuple[str, ...] = ("greedy", "probabilistic")
 
-# What belongs to a model besides its weights; nothing that could be executed.
-SMALL_FILES: tuple[str, ...] = ("*.json", "*.txt", "*.model", "*.jinja")
-
-_SAMPLED_BYTES = 4096  # per tensor and place; enough to notice any fine-tuning, cheap for a 70B target
-
-
-class ArtifactError(ValueError):
-    """An adapter or model directory that cannot be used; the message is one sentence with the remedy."""
+_SCALE_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ class AdapterConfig:
         draft_sample_method: how drafts are sampled in the serving mode it was trained for.
         temperature: sampling temperature it was trained for (0 = greedy).
         adapter_fingerprint: `fingerprint_safetensors` of the LoRA tensors.
+        scale_fingerprint: `fingerprint_scale` of what PEFT's file says of their scale; "" in adapters without it.
         training: objective, seed, steps, data and measurements; free-form, for people and model cards.
         versions: package name -> version at training time.
         schema_version: version of this schema.
@@ -83,6 +85,7 @@ class AdapterConfig:
     draft_sample_method: Literal["greedy", "probabilistic"]
     temperature: float
     adapter_fingerprint: str = ""
+    scale_fingerprint: str = ""
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -102,111 +105,13 @@ class Adapter:
         return self.directory / PEFT_WEIGHTS
 
 
-# ---------------------------------------------------------------- fingerprints
-
-
-def fingerprint_safetensors(*files: Path) -> str:
-    """Fingerprint of the tensors in one or more safetensors files, however they are sharded.
-
-    sha256 over every tensor's name, dtype, shape and the first, middle and last 4 KiB of its bytes, in name order.
-
-    Raises:
-        ArtifactError: a file is missing, truncated or not safetensors.
-    """
-    tensors = sorted(entry for file in files for entry in _tensor_samples(Path(file)))
-    digest = hashlib.sha256()
-    for name, meta, sample in tensors:
-        digest.update(f"{name}\0{meta}\0".encode())
-        digest.update(sample)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def fingerprint_model(directory: str | os.PathLike[str]) -> str:
-    """Fingerprint of a model directory's `*.safetensors` (see `fingerprint_safetensors`).
-
-    Raises:
-        ArtifactError: no safetensors in the directory.
-    """
-    files = model_weight_files(directory)
-    return fingerprint_safetensors(*files)
-
-
-def model_weight_files(directory: str | os.PathLike[str]) -> list[Path]:
-    """The safetensors files of a model directory, adapters excluded, in name order."""
-    files = sorted(p for p in Path(directory).glob("*.safetensors") if p.name != PEFT_WEIGHTS)
-    if not files:
-        raise ArtifactError(
-            f"{directory} holds no *.safetensors weights: convert the checkpoint with save_pretrained() "
-            "(pickled weights are not read)."
-        )
-    return files
-
-
-def read_model_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parsed `config.json` of a model directory.
-
-    Raises:
-        ArtifactError: missing, unreadable or not a JSON object.
-    """
-    path = Path(directory) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is not readable JSON ({error}): copy the model again.") from error
-    if not isinstance(config, dict):
-        raise ArtifactError(
-            f"{path} must hold a JSON object, got {type(config).__name__}: copy the model again."
-        )
-    return config
-
-
-def safetensors_ranges(file: Path) -> dict[str, tuple[str, int, int]]:
-    """Where each tensor of a safetensors file lies.
-
-    Returns:
-        name -> (dtype and shape as text, first byte, byte after the last), offsets from the beginning of the file.
-
-    Raises:
-        ArtifactError: the file is missing, truncated or not safetensors.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            header_size = struct.unpack("<Q", stream.read(8))[0]
-            if header_size > size - 8:
-                raise ArtifactError(f"{file} is truncated: copy or download it again.")
-            header = json.loads(stream.read(header_size))
-        header.pop("__metadata__", None)
-        ranges = {}
-        for name, entry in header.items():
-            begin, end = (8 + header_size + offset for offset in entry["data_offsets"])
-            if end > size:
-                raise ArtifactError(f"{file} is truncated: copy or download it again.")
-            ranges[name] = (f"{entry['dtype']}{entry['shape']}", begin, end)
-        return ranges
-    except FileNotFoundError:
-        raise ArtifactError(f"{file} does not exist: check the path, or train the adapter again.") from None
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(
-            f"{file} is not a readable safetensors file: copy or download it again."
-        ) from error
-
-
-def _tensor_samples(file: Path) -> Iterator[tuple[str, str, bytes]]:
-    ranges = safetensors_ranges(file)
-    with file.open("rb") as stream:
-        for name, (meta, begin, end) in ranges.items():
-            middle = max(begin, (begin + end - _SAMPLED_BYTES) // 2)
-            sample = b""
-            for start in (begin, middle, max(begin, end - _SAMPLED_BYTES)):
-                stream.seek(start)
-                sample += stream.read(min(_SAMPLED_BYTES, end - start))
-            yield name, meta, sample
-
-
 # ---------------------------------------------------------------- read
+
+
+def fingerprint_scale(peft_config: dict[str, Any]) -> str:
+    """sha256 of the keys of `adapter_config.json` that decide by how much the tensors change a drafter."""
+    scale = {key: peft_config.get(key) for key in _SCALE_KEYS}
+    return f"sha256:{hashlib.sha256(json.dumps(scale, sort_keys=True).encode()).hexdigest()}"
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
@@ -230,7 +135,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
             f"Adapter {path} lacks {', '.join(missing)}: it is half-written or not a PPOW adapter; "
             "copy it again or run `ppow train`."
         )
-    config = parse_config(_read_json(path / PPOW_CONFIG), source=str(path / PPOW_CONFIG))
+    config = parse_config(read_json(path / PPOW_CONFIG), source=str(path / PPOW_CONFIG))
     found = fingerprint_safetensors(path / PEFT_WEIGHTS)
     if found != config.adapter_fingerprint:
         raise ArtifactError(
@@ -238,7 +143,13 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
             f"(fingerprint {found[:19]}…, recorded {config.adapter_fingerprint[:19]}…); copy the directory again "
             "as a whole."
         )
-    return Adapter(path, config, _read_json(path / PEFT_CONFIG))
+    peft_config = read_json(path / PEFT_CONFIG)
+    if config.scale_fingerprint and config.scale_fingerprint != fingerprint_scale(peft_config):
+        raise ArtifactError(
+            f"Adapter {path}: {PEFT_CONFIG} gives another rank or alpha than {PPOW_CONFIG} was written for; copy the "
+            "directory again as a whole."
+        )
+    return Adapter(path, config, peft_config)
 
 
 def parse_config(raw: Any, source: str = PPOW_CONFIG) -> AdapterConfig:
@@ -257,7 +168,7 @@ def parse_config(raw: Any, source: str = PPOW_CONFIG) -> AdapterConfig:
     known = {field.name for field in dataclasses.fields(AdapterConfig)}
     if unknown := sorted(set(raw) - known):
         raise ArtifactError(f"{source} has unknown keys {unknown}: known are {sorted(known)}.")
-    required = known - {"training", "versions", "schema_version"}
+    required = known - {"scale_fingerprint", "training", "versions", "schema_version"}
     if missing := sorted(required - set(raw)):
         raise ArtifactError(f"{source} lacks {missing}: it is half-written; copy the adapter again.")
     _require(source, raw, "drafter_type", lambda v: v in DRAFTER_TYPES, f"one of {list(DRAFTER_TYPES)}")
@@ -267,7 +178,8 @@ def parse_config(raw: Any, source: str = PPOW_CONFIG) -> AdapterConfig:
     _require(source, raw, "num_speculative_tokens", _is_positive_int, "a whole number of tokens >= 1")
     for key in ("draft_cost_ratio", "temperature"):
         _require(source, raw, key, _is_non_negative, "a number >= 0")
-    _require(source, raw, "adapter_fingerprint", lambda v: isinstance(v, str), "a string")
+    for key in ("adapter_fingerprint", "scale_fingerprint"):
+        _require(source, {key: "", **raw}, key, lambda v: isinstance(v, str), "a string")
     refs = {key: _parse_ref(raw[key], f"{source}: {key}") for key in ("base_drafter", "target")}
     return AdapterConfig(**{**raw, **refs})
 
@@ -294,23 +206,29 @@ def _is_non_negative(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is not readable JSON ({error}): copy the adapter again.") from error
-
-
 # ---------------------------------------------------------------- write
+
+
+def whole_place(directory: str | os.PathLike[str]) -> Path:
+    """Where a directory is put as a whole under that name, by renaming: symbolic links are followed.
+
+    Raises:
+        ArtifactError: a mount point, which cannot be renamed.
+    """
+    path = Path(directory)
+    final = path.resolve() if path.is_symlink() else path
+    if os.path.ismount(final):
+        raise ArtifactError(f"{final} is a mount point: name a directory inside it.")
+    return final
 
 
 def check_output(directory: str | os.PathLike[str]) -> Path:
     """Whether an adapter may be written there; asked before hours of training, and again when it is written.
 
     Raises:
-        ArtifactError: something that is not an adapter stands there.
+        ArtifactError: something that is not an adapter stands there, or a mount point.
     """
-    final = Path(directory)
+    final = whole_place(directory)
     empty = final.is_dir() and not any(final.iterdir())
     if final.exists() and not empty and not (final / PPOW_CONFIG).is_file():
         raise ArtifactError(f"{final} exists and is not a PPOW adapter: name another output directory.")
@@ -324,7 +242,7 @@ def write_adapter(
 
     Args:
         directory: where it ends up; an existing adapter there is replaced.
-        config: what to record; `adapter_fingerprint` is filled in here.
+        config: what to record; both fingerprints of the adapter are filled in here.
         write_peft: writes PEFT's two files into the directory it is given.
 
     Returns:
@@ -340,7 +258,9 @@ def write_adapter(
     try:
         write_peft(temporary)
         filled = dataclasses.replace(
-            config, adapter_fingerprint=fingerprint_safetensors(temporary / PEFT_WEIGHTS)
+            config,
+            adapter_fingerprint=fingerprint_safetensors(temporary / PEFT_WEIGHTS),
+            scale_fingerprint=fingerprint_scale(read_json(temporary / PEFT_CONFIG)),
         )
         text = json.dumps(dataclasses.asdict(filled), indent=2, sort_keys=True)
         (temporary / PPOW_CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -364,4 +284,4 @@ def _swap_in(temporary: Path, final: Path) -> None:
     except OSError:
         old.rename(final)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)  # the new one stands: what is left of the old one is no failure

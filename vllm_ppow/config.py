@@ -32,6 +32,9 @@ ADAPTER_KEY = "ppow_adapter"  # inside model_loader_extra_config: directory of t
 HOT_SWAP_KEY = "ppow_hot_swap"
 WINDOW_KEY = "ppow_window"  # inside model_loader_extra_config: options of an adaptive window; absent: fixed
 WINDOWS = ("adaptive", "fixed")
+TARGET_KEY = (
+    "ppow_target"  # inside model_loader_extra_config: fingerprint of the target, None if it has none here
+)
 FINGERPRINT_KEY = "ppow_fingerprint"  # inside model_loader_extra_config: the adapter that was checked here
 
 # vLLM takes these for another method when they occur anywhere in a draft model's path, even if a method is given
@@ -158,7 +161,7 @@ def rewrite(
     adapter = read_adapter(directory)
     base = Path(os.path.abspath(resolve_base_drafter(adapter, from_hub, options.base_drafter)))
     Merger(adapter).check_base(base)
-    target_directory = _check_target(adapter, target, target_revision, download_dir, options)
+    target_directory, fingerprint = _check_target(adapter, target, target_revision, download_dir, options)
     if adapter.config.drafter_type == "eagle3":
         _check_taps(base, target_directory)
     else:
@@ -169,8 +172,9 @@ def rewrite(
     native.setdefault("num_speculative_tokens", adapter.config.num_speculative_tokens)
     window = _window_options(options, native["num_speculative_tokens"])
     native["draft_load_config"] = _load_config(adapter, native.get("draft_load_config"), window)
+    extra = native["draft_load_config"]["model_loader_extra_config"]
+    extra[TARGET_KEY] = fingerprint
     if options.hot_swap:
-        extra = native["draft_load_config"]["model_loader_extra_config"]
         extra[HOT_SWAP_KEY] = _swappable(options.hot_swap_directory, name if from_hub else None)
     native.setdefault("draft_sample_method", adapter.config.draft_sample_method)
     return native
@@ -225,8 +229,8 @@ def _load_config(adapter: Adapter, given: Any, window: dict[str, Any] | None) ->
 
 def _check_target(
     adapter: Adapter, target: str, revision: str | None, download_dir: str | None, options: PPOWOptions
-) -> Path | None:
-    """Check that the adapter was trained for this target; its directory, or None if it has none here."""
+) -> tuple[Path | None, str | None]:
+    """Check that the adapter was trained for this target; its directory and fingerprint, None if it has none here."""
     recorded = adapter.config.target
     directory = None
     try:
@@ -237,7 +241,7 @@ def _check_target(
         found = None
         problem = f"its fingerprint cannot be taken: {str(error).rstrip('.')}"
     if found == recorded.fingerprint:
-        return directory
+        return directory, found
     if options.allow_target_mismatch:
         logger.warning(
             "Adapter %s was trained for target %s; serving %s all the same (allow_target_mismatch): %s. Output stays "
@@ -247,7 +251,7 @@ def _check_target(
             target,
             problem,
         )
-        return directory
+        return directory, found
     raise PPOWServingError(
         f"Adapter {adapter.directory} was trained for target {recorded.name_or_path}, not for {target} ({problem}): "
         'serve that target, train an adapter for this one, or set "ppow": {"allow_target_mismatch": true}.'

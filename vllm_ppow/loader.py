@@ -17,7 +17,14 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from vllm_ppow.artifact import read_adapter
-from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, HOT_SWAP_KEY, LOAD_FORMAT, WINDOW_KEY
+from vllm_ppow.config import (
+    ADAPTER_KEY,
+    FINGERPRINT_KEY,
+    HOT_SWAP_KEY,
+    LOAD_FORMAT,
+    TARGET_KEY,
+    WINDOW_KEY,
+)
 from vllm_ppow.merge import MergeError, Merger, MergeReport
 
 if TYPE_CHECKING:
@@ -28,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.ppow.loader")
 
-_OUR_KEYS = (ADAPTER_KEY, FINGERPRINT_KEY, HOT_SWAP_KEY, WINDOW_KEY)
+_OUR_KEYS = (ADAPTER_KEY, FINGERPRINT_KEY, HOT_SWAP_KEY, TARGET_KEY, WINDOW_KEY)
 
 # Complete merges of this process, oldest first; a worker compares the length before and after loading.
 completed_merges: list[MergeReport] = []

@@ -42,6 +42,7 @@ def resolve_directory(
             revision=revision,
             cache_dir=cache_dir,
             allow_patterns=["*.safetensors", *SMALL_FILES],
+            ignore_patterns=["original/*", "consolidated*"],  # the same weights again (model_weight_files)
         )
     except Exception as error:  # the Hub client raises a dozen kinds; each means "cannot be had"
         if is_offline():

@@ -13,8 +13,11 @@ from vllm_ppow.artifact import (
     AdapterConfig,
     ArtifactError,
     ModelRef,
+    check_output,
     fingerprint_model,
     fingerprint_safetensors,
+    fingerprint_scale,
+    model_weight_files,
     parse_config,
     read_adapter,
     read_model_config,
@@ -40,7 +43,9 @@ def write_peft(path, value=0.0):
 
 def test_what_is_written_is_read(tmp_path):
     adapter = write_adapter(tmp_path / "a", CONFIG, write_peft)
-    assert adapter.config == replace(CONFIG, adapter_fingerprint=fingerprint_safetensors(adapter.weights))
+    fingerprints = {"adapter_fingerprint": fingerprint_safetensors(adapter.weights)}
+    fingerprints["scale_fingerprint"] = fingerprint_scale({})
+    assert adapter.config == replace(CONFIG, **fingerprints)
     assert read_adapter(tmp_path / "a") == adapter
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -66,6 +71,56 @@ def test_a_directory_of_something_else_is_not_replaced(tmp_path):
     with pytest.raises(ArtifactError, match="exists and is not a PPOW adapter"):
         write_adapter(tmp_path / "a", CONFIG, write_peft)
     assert (tmp_path / "a" / "thesis.txt").read_text() == "precious"
+
+
+def test_the_scale_belongs_to_the_tensors(tmp_path):
+    """Files of two runs of one rank: every tensor fits, and changes the drafter by another factor."""
+    adapter = write_adapter(tmp_path / "a", CONFIG, write_peft)
+    (adapter.directory / "adapter_config.json").write_text('{"target_modules": ["q"]}')
+    read_adapter(adapter.directory)  # what does not scale may be rewritten
+    (adapter.directory / "adapter_config.json").write_text('{"lora_alpha": 64}')
+    with pytest.raises(ArtifactError, match="gives another rank or alpha"):
+        read_adapter(adapter.directory)
+    config = json.loads((adapter.directory / "ppow_config.json").read_text())
+    del config["scale_fingerprint"]  # an adapter from before there was one
+    (adapter.directory / "ppow_config.json").write_text(json.dumps(config))
+    read_adapter(adapter.directory)
+
+
+def test_an_adapter_is_replaced_through_a_symbolic_link(tmp_path):
+    write_adapter(tmp_path / "a", CONFIG, write_peft)
+    (tmp_path / "current").symlink_to("a")
+    new = write_adapter(tmp_path / "current", CONFIG, lambda path: write_peft(path, 1.0))
+    assert (tmp_path / "current").is_symlink()
+    assert read_adapter(tmp_path / "a").config == read_adapter(tmp_path / "current").config == new.config
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "current"]
+
+
+def test_a_mount_point_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(tmp_path))
+    with pytest.raises(ArtifactError, match="is a mount point: name a directory inside it"):
+        check_output(tmp_path)
+    assert check_output(tmp_path / "a") == tmp_path / "a"
+
+
+def test_weights_are_what_the_index_names(tmp_path):
+    """Repos hold them a second time, in the maker's own format; a copy without that is the same model."""
+    save_file({"a": torch.zeros(5)}, tmp_path / "model-1.safetensors")
+    save_file({"a": torch.zeros(5)}, tmp_path / "consolidated.safetensors")
+    alone = fingerprint_safetensors(tmp_path / "model-1.safetensors")
+    assert fingerprint_model(tmp_path) == alone
+    save_file({"b": torch.zeros(5)}, tmp_path / "stray.safetensors")
+    assert fingerprint_model(tmp_path) != alone
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    assert fingerprint_model(tmp_path) == alone
+    index.write_text('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}')
+    with pytest.raises(ArtifactError, match=r"lacks model-2\.safetensors, which model"):
+        model_weight_files(tmp_path)
+    index.unlink()
+    (tmp_path / "model-1.safetensors").unlink()
+    (tmp_path / "stray.safetensors").unlink()
+    assert [path.name for path in model_weight_files(tmp_path)] == ["consolidated.safetensors"]
 
 
 def test_fingerprints_see_content_and_not_sharding(tmp_path):

@@ -87,6 +87,7 @@ def test_rewrite_gives_native_fields(pair, adapter):
             "model_loader_extra_config": {
                 "ppow_adapter": str(adapter.directory),
                 "ppow_fingerprint": adapter.config.adapter_fingerprint,
+                "ppow_target": adapter.config.target.fingerprint,
                 "ppow_window": {"min_tokens": 0, "per_request": False},
             },
         },
@@ -146,8 +147,9 @@ def test_adapter_and_its_revision_come_from_the_hub(pair, causal_adapter, tmp_pa
     (inside / "ppow_config.json").write_text(json.dumps(raw))
     asked = []
 
-    def snapshot_download(repo, revision, cache_dir, allow_patterns):
+    def snapshot_download(repo, revision, cache_dir, allow_patterns, ignore_patterns):
         asked.append((repo, revision))
+        assert "original/*" in ignore_patterns
         assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in allow_patterns)
         return str(inside)
 

@@ -59,11 +59,14 @@ def test_shards_tokenizer_and_index_are_kept(pair, tmp_path):
     base.mkdir()
     tensors = load_file(pair.causal_lm / "model.safetensors")
     names = sorted(tensors)
+    index: dict[str, str] = {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
-        save_file({name: tensors[name] for name in part}, base / f"model-0000{number}-of-00002.safetensors")
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, base / file)
+        index |= dict.fromkeys(part, file)
     shutil.copy(pair.causal_lm / "config.json", base)
     kept = {
-        "model.safetensors.index.json": "{}",
+        "model.safetensors.index.json": json.dumps({"weight_map": index}),
         "tokenizer.json": "{}",
         "chat_template.jinja": "x",
         "merges.txt": "m",

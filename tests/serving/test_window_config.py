@@ -190,7 +190,9 @@ def profiled(built, adapter):
 
     def build(**changes):
         config = built()
-        here = {**profiling.machine(config), "adapter_fingerprint": adapter.config.adapter_fingerprint}
+        trained = adapter.config
+        here = {**profiling.machine(config), "adapter_fingerprint": trained.adapter_fingerprint}
+        here["target_fingerprint"] = trained.target.fingerprint
         write_cost_profile(adapter.directory, dataclasses.replace(PROFILE, **{**here, **changes}))
         return window.build_window(config)
 
@@ -212,6 +214,7 @@ def test_costs_and_acceptance_start_from_the_profile(profiled, log):
         ({"device": "another"}, "device"),
         ({"vllm_version": "0.1"}, "vllm_version"),
         ({"adapter_fingerprint": "sha256:" + "0" * 64}, "adapter_fingerprint"),
+        ({"target_fingerprint": "sha256:" + "0" * 64}, "target_fingerprint"),
     ],
 )
 def test_a_profile_of_another_set_up_is_not_used(profiled, log, changes, said):

@@ -24,6 +24,7 @@ from vllm_ppow.artifact import (
     Adapter,
     model_weight_files,
     safetensors_ranges,
+    whole_place,
 )
 from vllm_ppow.merge import Merger
 
@@ -43,9 +44,11 @@ def export_drafter(adapter: Adapter, base: Path, output: Path) -> dict[str, Any]
 
     Raises:
         UserError: `output` holds something already.
-        ArtifactError: the adapter cannot be merged completely and exactly; nothing is written.
+        ArtifactError: the adapter cannot be merged completely and exactly, or `output` is a mount point; nothing is
+            written.
         OSError: no room or no permission; nothing is left behind.
     """
+    output = whole_place(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output} exists and is not an empty directory: name another output.")
     merger = Merger(adapter)

@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_ppow.acceptance import AcceptanceEstimate, TrimmedAcceptance
 from vllm_ppow.compat import draft_window, profiling, seams
-from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, WINDOW_KEY, PPOWServingError
+from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, TARGET_KEY, WINDOW_KEY, PPOWServingError
 from vllm_ppow.cost_profile import CostProfile, CostProfileError, read_cost_profile
 from vllm_ppow.step_cost import StepCost
 from vllm_ppow.window import DraftWindow
@@ -257,7 +257,11 @@ def _profile(vllm_config: Any) -> CostProfile | None:
         return None
     if profile is None:
         return None
-    here = {**profiling.machine(vllm_config), "adapter_fingerprint": extra[FINGERPRINT_KEY]}
+    here = {
+        **profiling.machine(vllm_config),
+        "adapter_fingerprint": extra[FINGERPRINT_KEY],
+        "target_fingerprint": extra.get(TARGET_KEY),
+    }
     if differences := profile.differences(**here):
         seams.logger.warning(
             "The draft window learns costs while serving: the adapter's cost profile is of another set-up (%s); "

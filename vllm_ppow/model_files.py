@@ -1,0 +1,157 @@
+"""The files of a model directory: which of them are its weights, what tensors they hold, a fingerprint of these.
+
+Safetensors only. Left out: adapters (artifact.py), which are such files too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+
+# What belongs to a model besides its weights; nothing that could be executed.
+SMALL_FILES: tuple[str, ...] = ("*.json", "*.txt", "*.model", "*.jinja")
+
+_INDEX = "model.safetensors.index.json"
+_CONSOLIDATED = "consolidated"  # how files in a model maker's own format begin, beside those of transformers
+
+_SAMPLED_BYTES = 4096  # per tensor and place; enough to notice any fine-tuning, cheap for a 70B target
+
+
+class ArtifactError(ValueError):
+    """An adapter or model directory that cannot be used; the message is one sentence with the remedy."""
+
+
+def fingerprint_safetensors(*files: Path) -> str:
+    """Fingerprint of the tensors in one or more safetensors files, however they are sharded.
+
+    sha256 over every tensor's name, dtype, shape and the first, middle and last 4 KiB of its bytes, in name order.
+
+    Raises:
+        ArtifactError: a file is missing, truncated or not safetensors.
+    """
+    tensors = sorted(entry for file in files for entry in _tensor_samples(Path(file)))
+    digest = hashlib.sha256()
+    for name, meta, sample in tensors:
+        digest.update(f"{name}\0{meta}\0".encode())
+        digest.update(sample)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def fingerprint_model(directory: str | os.PathLike[str]) -> str:
+    """Fingerprint of a model directory's `*.safetensors` (see `fingerprint_safetensors`).
+
+    Raises:
+        ArtifactError: no safetensors in the directory.
+    """
+    files = model_weight_files(directory)
+    return fingerprint_safetensors(*files)
+
+
+def model_weight_files(directory: str | os.PathLike[str]) -> list[Path]:
+    """The safetensors files that a model is loaded from, in name order: those its index names, where it has one.
+
+    As transformers and vLLM do: other files beside them hold the same weights again, or an adapter's.
+
+    Raises:
+        ArtifactError: there is none, or one that the index names is missing.
+    """
+    path = Path(directory)
+    files = sorted(p for p in path.glob("*.safetensors") if p.name != PEFT_WEIGHTS)
+    if (path / _INDEX).is_file():
+        named = set((read_json(path / _INDEX).get("weight_map") or {}).values())
+        if missing := sorted(named - {p.name for p in files}):
+            raise ArtifactError(
+                f"{directory} lacks {missing[0]}, which {_INDEX} names: copy the model again."
+            )
+        files = [p for p in files if p.name in named]
+    elif others := [p for p in files if not p.name.startswith(_CONSOLIDATED)]:
+        files = others
+    if not files:
+        raise ArtifactError(
+            f"{directory} holds no *.safetensors weights: convert the checkpoint with save_pretrained() "
+            "(pickled weights are not read)."
+        )
+    return files
+
+
+def read_model_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The parsed `config.json` of a model directory.
+
+    Raises:
+        ArtifactError: missing, unreadable or not a JSON object.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is not readable JSON ({error}): copy the model again.") from error
+    if not isinstance(config, dict):
+        raise ArtifactError(
+            f"{path} must hold a JSON object, got {type(config).__name__}: copy the model again."
+        )
+    return config
+
+
+def safetensors_ranges(file: Path) -> dict[str, tuple[str, int, int]]:
+    """Where each tensor of a safetensors file lies.
+
+    Returns:
+        name -> (dtype and shape as text, first byte, byte after the last), offsets from the beginning of the file.
+
+    Raises:
+        ArtifactError: the file is missing, truncated or not safetensors.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            header_size = struct.unpack("<Q", stream.read(8))[0]
+            if header_size > size - 8:
+                raise ArtifactError(f"{file} is truncated: copy or download it again.")
+            header = json.loads(stream.read(header_size))
+        header.pop("__metadata__", None)
+        ranges = {}
+        for name, entry in header.items():
+            begin, end = (8 + header_size + offset for offset in entry["data_offsets"])
+            if end > size:
+                raise ArtifactError(f"{file} is truncated: copy or download it again.")
+            ranges[name] = (f"{entry['dtype']}{entry['shape']}", begin, end)
+        return ranges
+    except FileNotFoundError:
+        raise ArtifactError(f"{file} does not exist: check the path, or train the adapter again.") from None
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(
+            f"{file} is not a readable safetensors file: copy or download it again."
+        ) from error
+
+
+def _tensor_samples(file: Path) -> Iterator[tuple[str, str, bytes]]:
+    ranges = safetensors_ranges(file)
+    with file.open("rb") as stream:
+        for name, (meta, begin, end) in ranges.items():
+            middle = max(begin, (begin + end - _SAMPLED_BYTES) // 2)
+            sample = b""
+            for start in (begin, middle, max(begin, end - _SAMPLED_BYTES)):
+                stream.seek(start)
+                sample += stream.read(min(_SAMPLED_BYTES, end - start))
+            yield name, meta, sample
+
+
+def read_json(path: Path) -> Any:
+    """A parsed JSON file.
+
+    Raises:
+        ArtifactError: missing or unreadable.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is not readable JSON ({error}): copy the directory again.") from error
