@@ -272,6 +272,19 @@ def test_draws_follow_from_seed_and_step_alone(step, directories, trajectories, 
     assert starts.equal(chosen.first_starts()[:, None] + offsets)
 
 
+@pytest.mark.parametrize("step", [0, 7])
+def test_a_trajectory_that_comes_twice_in_a_row_is_drawn_from_twice(
+    step, directories, trajectories, tmp_path
+):
+    """And takes nothing from the others: all windows that are drawn, and logged, are used."""
+    trainer = make_trainer(directories, trajectories, make_config(tmp_path, max_steps=8))
+    trainer.state.global_step = step
+    ids = torch.tensor([1, 1, 2])
+    starts = trainer._draw(ids.repeat_interleave(2)).view(3, 2)
+    assert starts.equal(trainer.sampler.draw(ids, 2, step, trainer._generator()).starts)
+    assert not starts[0].equal(starts[1])
+
+
 @pytest.mark.parametrize("objective", ["ppow", "exact"])
 def test_windows_of_a_trajectory_share_a_forward(objective, directories, trajectories, tmp_path):
     """TRL shuffles the rows of an update before it splits them; every row is there once, in its own place."""

@@ -135,13 +135,15 @@ class PPOWTrainer(GRPOTrainer):
         return everyone, slice(first, first + len(own))
 
     def _draw(self, trajectory: torch.Tensor) -> torch.Tensor:
-        """One start per row, rows of one trajectory together: int64 [N] on the CPU -> int64 [N] on the device."""
-        ids, counts = trajectory.unique_consecutive(return_counts=True)
-        windows = int(counts.max())
-        draw = self.sampler.draw(ids, windows, self.state.global_step, self._generator())
+        """One start per row of a whole update, `trajectory_rows`: int64 [N] on the CPU -> int64 [N] on the device.
+
+        A trajectory that comes twice, even twice in a row, is drawn from twice: of few trajectories one may end a
+        round and begin the next within an update.
+        """
+        windows = self.args.windows_per_trajectory
+        draw = self.sampler.draw(trajectory[::windows], windows, self.state.global_step, self._generator())
         self._log_draw(draw)
-        column = torch.cat([torch.arange(int(count)) for count in counts])
-        return draw.starts[torch.arange(len(ids)).repeat_interleave(counts), column]
+        return draw.starts.flatten()
 
     def _generator(self, drafting: bool = False) -> torch.Generator:
         """Randomness of one update, from seed and step alone: a resumed run draws what an unbroken one would.
