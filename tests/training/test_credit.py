@@ -9,7 +9,10 @@ import pytest
 import torch
 from enumeration import Tables, accepted_length_distribution, greedy_path, random_tables
 
+from ppow_train.config import PPOWConfig
 from ppow_train.credit import acceptance_credit, token_advantages
+from ppow_train.errors import UserError
+from ppow_train.microbatches import divide_step
 from ppow_train.options import PPOWOptions
 from ppow_train.types import Rollout
 from ppow_train.verification import leading_count
@@ -139,3 +142,22 @@ def test_late_tokens_of_short_windows_have_no_advantage():
     advantages = acceptance_credit(k, torch.ones(4, 3, dtype=torch.bool), [0.0, 1.0, 1.5, 1.75], 2)
     assert leading_count(advantages != 0).tolist() == [1, 1, 0, 0]
     assert (advantages[2:] == 0).all(), "windows that earned the same"
+
+
+def test_processes_that_would_divide_a_group_are_refused(tmp_path, monkeypatch):
+    """Before anything is loaded: what a token earned is compared with what the group's other windows did."""
+    options = {"trajectories_per_step": 3, "windows_per_step": 24, "num_generations": 4, "max_steps": 1}
+    options |= {"objective": "ppow", "use_cpu": True, "output_dir": str(tmp_path)}
+    published, acceptance = (PPOWConfig(ppow_credit=name, **options) for name in ("published", "acceptance"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    divide_step(acceptance, 12)
+    assert acceptance.per_device_train_batch_size == 12
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    divide_step(published, 12)
+    assert published.per_device_train_batch_size == 6
+    with pytest.raises(
+        UserError, match=r"^windows_per_step must be a multiple of 16 with ppow_credit acc.*got 24"
+    ):
+        PPOWConfig(ppow_credit="acceptance", **options)
+    with pytest.raises(UserError, match="multiple of 16"):
+        divide_step(acceptance, 12)

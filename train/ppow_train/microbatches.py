@@ -47,13 +47,19 @@ def divide_step(config: PPOWConfig, windows_per_forward: int) -> None:
     Every forward has equally many, so the mean of their means is the mean over the update's windows.
 
     Raises:
-        UserError: processes cannot share the windows equally.
+        UserError: processes cannot share the windows equally, or not whole groups where those must stay together.
     """
     processes = num_processes()
     share, rest = divmod(config.windows_per_step, processes)
     if rest or not share:
         raise UserError(
             f"windows_per_step must be a multiple of the {processes} processes, got {config.windows_per_step}."
+        )
+    group = config.num_generations
+    if config.is_rollout and config.ppow_credit == "acceptance" and share % group:
+        raise UserError(  # credit.py compares a group's windows where they were drafted
+            f"windows_per_step must be a multiple of {processes * group} with ppow_credit acceptance "
+            f"({processes} processes × num_generations {group}), got {config.windows_per_step}."
         )
     # A forward of one window always fits, so there is a divisor.
     forwards = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= windows_per_forward)
