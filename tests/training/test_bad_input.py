@@ -247,6 +247,9 @@ def test_keys_are_refused_by_their_source():
         ({"report_to": "tensorbord"}, ["report_to must name none, all, or some of", "got 'tensorbord'"]),
         ({"report_to": ["clearml"]}, ["'clearml'", "not installed", "pip install"]),
         ({"objective": "exakt"}, ["objective must be one of", "exact", "got 'exakt'"]),
+        ({"mask_truncated_completions": True}, ["mask_truncated_completions True does not fit", "drop it"]),
+        ({"entropy_coef": 0.01}, ["entropy_coef 0.01 does not fit", "no gradient", "drop it"]),
+        ({"use_adaptive_entropy": True}, ["use_adaptive_entropy True does not fit", "drop it"]),
     ],
 )
 def test_options(options, parts, tmp_path):

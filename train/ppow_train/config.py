@@ -40,6 +40,13 @@ _DECIDED = {
     "use_cpu": "give --device",
 }
 
+# TRL's fields that would do harm, or nothing, without a word.
+_UNFIT = {
+    "mask_truncated_completions": "windows end after K tokens, not at an end token, and would hardly be trained on",
+    "entropy_coef": "entropies are only logged, so it would change the logged loss and no gradient",
+    "use_adaptive_entropy": "entropies are only logged, so it would change the logged loss and no gradient",
+}
+
 
 @dataclass
 class PPOWConfig(PPOWOptions, GRPOConfig):
@@ -157,6 +164,9 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
             )
         if self.is_rollout:
             _require(self.num_generations >= 2, "num_generations", ">= 2", self.num_generations)
+        for name, why in _UNFIT.items():
+            if getattr(self, name):
+                raise UserError(f"{name} {getattr(self, name)} does not fit ({why}): drop it.")
         self._check_windows()
         self._check_keeping()
 
