@@ -32,6 +32,7 @@ _DECIDED = {
     "steps_per_generation": "drop it, there is one update per batch",
     "gradient_checkpointing": "packed windows read the cache that it would drop, set windows_per_forward",
     "loss_type": "drop it, windows all have the same length",
+    "use_bias_correction_kl": "drop it, the penalty is KL(q ‖ p), set beta",
     "use_vllm": "drop it, windows are drafted in this process",
     "shuffle_dataset": "set seed",
     "remove_unused_columns": "drop it",
@@ -59,6 +60,9 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         self._check()
         self.max_completion_length = self.num_speculative_tokens  # a completion is one window
         self.temperature = self.training_temperature
+        # On policy, TRL's estimate then has the gradient of KL(q ‖ p), which it is an estimate of; without, as the
+        # tokens' own chances would go undifferentiated, that of KL(p ‖ q).
+        self.use_bias_correction_kl = True
         self.loss_type = "dr_grpo"  # windows all have K tokens: no length normalisation
         if not self.is_rollout:
             self.num_generations = 2  # TRL asks for groups; objectives on target paths have none

@@ -9,9 +9,9 @@ the target's p is over all V. Two questions are asked of them, and they need two
   unnormalised on the draft vocabulary, and every function of verification.py works unchanged. Gradients stay finite
   because nothing multiplies the −inf: it only passes through softmax, or through exp after a clamp.
 - *Likeness* (KL, its relatives, criticality) compares q with p RENORMALISED on the draft vocabulary, as speculators
-  does, since KL to what cannot be drafted is infinite: the same columns without `rest`. The penalty of ppow reads the
-  log-probabilities that verification has used, p as it is; its expected gradient is that of the KL to the renormalised
-  p, times what p gives to the draft vocabulary.
+  does, since KL(p ‖ q) is infinite where some of p cannot be drafted: the same columns without `rest`. The penalty of
+  ppow, KL(q ‖ p), reads the log-probabilities that verification has used, p as it is: that adds a constant to it, so
+  its expected gradient is that of KL(q ‖ p renormalised).
 
 Per window position D + 1 numbers are kept instead of V. With the full vocabulary nothing is computed at all. Tokens are
 target ids everywhere outside of these columns. Left out: models; how a mapping is stored (drafters/).

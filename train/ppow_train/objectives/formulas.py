@@ -45,7 +45,7 @@ def _part(name: str, options: PPOWOptions) -> str:
         credit = _CREDIT[options.ppow_credit]
         return (
             f"clipped group-relative loss over G sampled windows (arXiv 2605.14978), reward {worth}, {credit}, and "
-            f"{options.beta:g} · KL to the target"
+            f"{options.beta:g} · KL(q ‖ p)"
         )
     survival = _SURVIVAL[form] if name == "exact" else f"Π_(l≤i) {_FACTOR[form]}"
     return f"−Σ_i S_i · (f(i) − f(i−1)), S_i = {survival}, {worth}{sharp}"
