@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -114,6 +115,7 @@ def run_benchmark(
     num_speculative_tokens: int,
     side_by_side: bool,
     arms: Sequence[str] = ARMS,
+    allow_target_mismatch: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[ArmResult]:
     """Run every arm on every prompt, `rounds` times per temperature.
@@ -123,13 +125,17 @@ def run_benchmark(
         side_by_side: all engines are up and take turns, so that runs that are compared are neighbours in time; else
             one after the other, so that memory for one is enough.
         arms: of ARMS; the first two, which the others are compared with, are always among them.
+        allow_target_mismatch: the target may be another than the one the adapter was trained for.
         say: told what is happening.
     """
+    ours = functools.partial(
+        ppow_spec, adapter, base_drafter, num_speculative_tokens, allow_target_mismatch=allow_target_mismatch
+    )
     every = {
         NONE: None,
         BASE: native_spec(adapter, base_drafter, num_speculative_tokens),
-        ADAPTER: ppow_spec(adapter, base_drafter, num_speculative_tokens),
-        ADAPTIVE: ppow_spec(adapter, base_drafter, num_speculative_tokens, "adaptive"),
+        ADAPTER: ours(),
+        ADAPTIVE: ours("adaptive"),
     }
     specs = {arm: every[arm] for arm in arms}
     groups = [specs] if side_by_side else [{arm: spec} for arm, spec in specs.items()]

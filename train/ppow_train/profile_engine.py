@@ -70,13 +70,18 @@ class ProfileEngine(Engine):
         return Measured(profile, **message)
 
 
-def measured_spec(adapter: Adapter, base_drafter: Path, options: ProfileOptions) -> dict[str, Any]:
+def measured_spec(
+    adapter: Adapter, base_drafter: Path, options: ProfileOptions, *, allow_target_mismatch: bool = False
+) -> dict[str, Any]:
     """The speculative config of the engine to measure; its graphs are captured for every draft length."""
     from vllm_ppow.compat.profiling import draft_length_ladder
 
-    spec = ppow_spec(
-        adapter, base_drafter, options.draft_lengths[-1]
-    )  # a fixed window: nothing else may steer
+    spec = ppow_spec(  # a fixed window: nothing else may steer
+        adapter,
+        base_drafter,
+        options.draft_lengths[-1],
+        allow_target_mismatch=allow_target_mismatch,
+    )
     ladder = draft_length_ladder(options.draft_lengths)
     return spec | {"num_speculative_tokens_per_batch_size": ladder}
 

@@ -93,14 +93,20 @@ def native_spec(adapter: Adapter, base_drafter: Path, num_speculative_tokens: in
 
 
 def ppow_spec(
-    adapter: Adapter, base_drafter: Path, num_speculative_tokens: int, window: str = "fixed"
+    adapter: Adapter,
+    base_drafter: Path,
+    num_speculative_tokens: int,
+    window: str = "fixed",
+    *,
+    allow_target_mismatch: bool = False,
 ) -> dict[str, Any]:
     """The speculative config that serves an adapter; a fixed window drafts as much as the bare drafter's arm."""
+    allowed = {"allow_target_mismatch": True} if allow_target_mismatch else {}
     return {
         "method": "ppow",
         "model": str(adapter.directory),
         "num_speculative_tokens": num_speculative_tokens,
-        "ppow": {"base_drafter": str(base_drafter), "window": window},
+        "ppow": {"base_drafter": str(base_drafter), "window": window, **allowed},
     }
 
 

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     "--target", help="directory or Hub repo id of the target  [default: the one the adapter was trained for]"
 )
 @click.option(
+    "--allow-target-mismatch",
+    is_flag=True,
+    help="measure with another target than the one trained for, such as a quantised copy",
+)
+@click.option(
     "--drafter",
     help="directory or Hub repo id of the base drafter  [default: the one the adapter was trained on]",
 )
@@ -95,6 +100,7 @@ def _measure(arguments: dict[str, Any], say: Callable[[str], None]) -> tuple[Pat
     from ppow_train.benchmark import Work, run_benchmark
     from ppow_train.data import read_prompts
     from ppow_train.generation import load_tokenizer
+    from ppow_train.preflight import find_target
     from ppow_train.prompts import text_ids
     from ppow_train.serving_eval import EngineOptions
     from vllm_ppow.artifact import read_adapter
@@ -104,7 +110,8 @@ def _measure(arguments: dict[str, Any], say: Callable[[str], None]) -> tuple[Pat
     directory, from_hub = resolve_directory(arguments["adapter"])
     loaded = read_adapter(directory)
     base = resolve_base_drafter(loaded, from_hub, arguments["drafter"])
-    target, _ = resolve_directory(arguments["target"] or loaded.config.target.name_or_path)
+    allowed = arguments["allow_target_mismatch"]
+    target, _ = find_target(loaded, arguments["target"], allow_mismatch=allowed)
     side_by_side = arguments["side_by_side"]
     results = run_benchmark(
         loaded,
@@ -124,6 +131,7 @@ def _measure(arguments: dict[str, Any], say: Callable[[str], None]) -> tuple[Pat
         ),
         num_speculative_tokens=arguments["num_speculative_tokens"] or loaded.config.num_speculative_tokens,
         side_by_side=not torch.cuda.is_available() if side_by_side is None else side_by_side,
+        allow_target_mismatch=allowed,
         say=say,
     )
     return directory, len(texts), results

@@ -5,6 +5,7 @@ Left out: measuring (profiling.py), the table (profile_table.py).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,11 @@ class _Numbers(click.ParamType):
     "--prompts", required=True, type=click.Path(path_type=Path), help='JSONL, one {"prompt": "…"} per line'
 )
 @click.option("--target", help="directory or Hub repo id of the target  [default: the adapter's own]")
+@click.option(
+    "--allow-target-mismatch",
+    is_flag=True,
+    help="measure with another target than the one trained for, such as a quantised copy",
+)
 @click.option("--drafter", help="directory or Hub repo id of the base drafter  [default: the adapter's own]")
 @click.option(
     "--batch-sizes", type=_Numbers(), default="1,2,4,8,16,32", show_default=True, help="requests per step"
@@ -101,14 +107,16 @@ def profile(output: Path | None, as_json: bool, **arguments: Any) -> None:
 def _measure(adapter: Adapter, from_hub: bool, arguments: dict[str, Any], say: Any) -> Measured:
     from ppow_train.data import read_prompts
     from ppow_train.generation import load_tokenizer
+    from ppow_train.preflight import find_target
     from ppow_train.profile_engine import ProfileEngine, measured_spec
     from ppow_train.prompts import text_ids
     from ppow_train.serving_eval import EngineOptions
-    from vllm_ppow.resolve import resolve_base_drafter, resolve_directory
+    from vllm_ppow.resolve import resolve_base_drafter
 
     texts = read_prompts(arguments["prompts"])[: arguments["limit"]]
     base = resolve_base_drafter(adapter, from_hub, arguments["drafter"])
-    target, _ = resolve_directory(arguments["target"] or adapter.config.target.name_or_path)
+    allowed = arguments["allow_target_mismatch"]
+    target, fingerprint = find_target(adapter, arguments["target"], allow_mismatch=allowed)
     prompts = text_ids(texts, load_tokenizer(target))
     options, longest = _plan(adapter, target, arguments, max(map(len, prompts)))
     engine_options = EngineOptions(
@@ -121,9 +129,16 @@ def _measure(adapter: Adapter, from_hub: bool, arguments: dict[str, Any], say: A
         tensor_parallel_size=arguments["tensor_parallel_size"],
     )
     say("starting vLLM")
-    with ProfileEngine("profile", engine_options, measured_spec(adapter, base, options)) as engine:
+    spec = measured_spec(adapter, base, options, allow_target_mismatch=allowed)
+    with ProfileEngine("profile", engine_options, spec) as engine:
         engine.wait_until_ready()
-        return engine.profile(adapter, options, prompts, say)
+        measured = engine.profile(adapter, options, prompts, say)
+    if fingerprint is None or fingerprint == measured.profile.target_fingerprint:
+        return measured
+    # The engine's process knows the adapter's target only; a server compares with the one that it serves.
+    return dataclasses.replace(
+        measured, profile=dataclasses.replace(measured.profile, target_fingerprint=fingerprint)
+    )
 
 
 def _plan(

@@ -1,0 +1,108 @@
+"""`ppow bench` and `ppow profile` up to where engines start: what they refuse, what they pass on, what they keep."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from serving_profile import PROFILE, plain_adapter
+
+from ppow_train import cli
+from ppow_train.preflight import find_target
+from ppow_train.profile_engine import Measured
+from ppow_train.serving_eval import NONE, Run
+from vllm_ppow.artifact import fingerprint_model
+from vllm_ppow.metrics import SpecDecodeCounts
+
+COUNTS = SpecDecodeCounts(10, 40, 20, (9, 6, 4, 1))
+COMMANDS = ("bench", "profile")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An adapter, prompts, a target that it was not trained for; no engine may start unless a test lets it."""
+    plain_adapter(tmp_path / "adapter")
+    (tmp_path / "target").mkdir()
+    save_file({"a": torch.ones(2, 2)}, tmp_path / "target" / "model.safetensors")
+    (tmp_path / "target" / "config.json").write_text('{"max_position_embeddings": 4096}')
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    monkeypatch.setattr("ppow_train.serving_eval.subprocess.Popen", None)
+    monkeypatch.setattr("vllm_ppow.resolve.resolve_base_drafter", lambda *_: tmp_path / "drafter")
+    monkeypatch.setattr("ppow_train.generation.load_tokenizer", lambda _: None)
+    monkeypatch.setattr("ppow_train.prompts.text_ids", lambda texts, _: [[1, 2, 3] for _ in texts])
+    return tmp_path
+
+
+def call(place, command, *more):
+    given = [command, "--adapter", str(place / "adapter"), "--prompts", str(place / "p.jsonl")]
+    return cli.run([*given, "--target", str(place / "target"), *more])
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Stand-ins for the engines of both commands; what they were started with and asked to do."""
+    seen = types.SimpleNamespace(specs=[], runs=[])
+
+    class Stand:
+        def __init__(self, name, options, spec):
+            self.name = name
+            seen.specs.append(spec)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc_info):
+            return None
+
+        def wait_until_ready(self):
+            return None
+
+        def run(self, prompts, *, max_tokens, temperature, with_gaps=False):
+            seen.runs.append((self.name, len(prompts), max_tokens, temperature, with_gaps))
+            gaps = [[9.0] * max_tokens for _ in prompts] if with_gaps else None
+            counts = None if self.name == NONE else COUNTS
+            return Run([[3] * max_tokens for _ in prompts], 1.0, counts, gaps)
+
+        def profile(self, adapter, options, prompts, say):
+            return Measured(PROFILE, 0.1, 0.2)
+
+    monkeypatch.setattr("ppow_train.benchmark.Engine", Stand)
+    monkeypatch.setattr("ppow_train.profile_engine.ProfileEngine", Stand)
+    return seen
+
+
+# ---------------------------------------------------------------- another target
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_another_target_is_refused_before_an_engine_starts(place, command, capsys):
+    assert call(place, command) == 1
+    told = capsys.readouterr().err
+    assert "is not the target that the adapter was trained for" in told
+    assert "--allow-target-mismatch" in told
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_another_target_is_measured_where_it_is_allowed(place, command, engines):
+    """The engines that serve the adapter are told; vLLM's own speculative config takes no such key."""
+    assert call(place, command, "--allow-target-mismatch") == 0
+    ours = [spec for spec in engines.specs if spec and spec["method"] == "ppow"]
+    assert len(ours) == (2 if command == "bench" else 1)
+    assert all(spec["ppow"]["allow_target_mismatch"] is True for spec in ours)
+    if command == "profile":
+        written = json.loads((place / "adapter" / "cost_profile.json").read_text())
+        assert written["target_fingerprint"] == fingerprint_model(place / "target")
+
+
+def test_the_target_of_the_adapter_needs_no_flag(place):
+    target = place / "target"
+    trained = types.SimpleNamespace(
+        name_or_path=str(target), revision=None, fingerprint=fingerprint_model(target)
+    )
+    adapter = types.SimpleNamespace(config=types.SimpleNamespace(target=trained))
+    assert find_target(adapter, None, allow_mismatch=False) == (target, trained.fingerprint)
+    (target / "model.safetensors").unlink()
+    assert find_target(adapter, None, allow_mismatch=True) == (target, None)

@@ -1,0 +1,41 @@
+"""What `ppow bench` and `ppow profile` make sure of before the first engine starts. Left out: vLLM's own checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ppow_train.errors import UserError
+from vllm_ppow.artifact import Adapter, ArtifactError, fingerprint_model
+from vllm_ppow.resolve import resolve_directory
+
+
+def find_target(adapter: Adapter, given: str | None, *, allow_mismatch: bool) -> tuple[Path, str | None]:
+    """The target to measure with.
+
+    Args:
+        given: directory or Hub repo id; None: the one that the adapter was trained for.
+        allow_mismatch: another target, such as a quantised copy, is what the user wants.
+
+    Returns:
+        Its directory, and its fingerprint; None where none can be taken, as of weights that are no safetensors.
+
+    Raises:
+        UserError: it is another target.
+        ArtifactError: it is not there.
+    """
+    recorded = adapter.config.target
+    directory, _ = (
+        resolve_directory(given) if given else resolve_directory(recorded.name_or_path, recorded.revision)
+    )
+    found = None
+    try:
+        found = fingerprint_model(directory)
+        problem = f"its fingerprint is {found[:19]}…, recorded is {recorded.fingerprint[:19]}…"
+    except ArtifactError as error:
+        problem = f"its fingerprint cannot be taken: {str(error).rstrip('.')}"
+    if found != recorded.fingerprint and not allow_mismatch:
+        raise UserError(
+            f"{directory} is not the target that the adapter was trained for, {recorded.name_or_path} ({problem}): "
+            "give that one, or --allow-target-mismatch to measure with this one, such as a quantised copy."
+        )
+    return directory, found
