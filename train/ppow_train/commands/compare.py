@@ -1,11 +1,15 @@
 """`ppow compare`: several objectives trained alike, counted by vLLM alike. Left out: training and measuring.
 
-Every (objective, seed) is one line of results.jsonl, so an interrupted comparison goes on where it stopped.
+    DIR/compare.json    what all adapters and results depend on; a comparison with other facts is refused
+    DIR/results.jsonl   one line per (objective, seed): an interrupted comparison goes on where it stopped
+
+Objectives, seeds and temperatures may be added later.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import statistics
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("ppow", "exact", "overlap", "cst:tv", "cst:kl")
 BASE = "base drafter"
+FACTS = "compare.json"
 
 
 @click.command()
@@ -72,19 +77,20 @@ def compare(
 
     names = {parse_objective(name): name for name in objectives}
     texts = read_prompts(held_out)
-    output.mkdir(parents=True, exist_ok=True)
     trainer = _Trainer(
         target, drafter, prompts, output, steps, max_new_tokens, serving_temperature, _parse_rates(rates)
     )
+    _begin(output, {**trainer.facts(), "held_out": _digest(held_out), "max_tokens": max_tokens})
     results = _Results(output / "results.jsonl")
     for seed in seeds:
         for name in (BASE, *names):
-            if results.has(name, seed):
+            missing = results.missing(name, seed, temperatures)
+            if not missing:
                 continue
             adapter = trainer.adapter(next(iter(names)) if name == BASE else name, seed)
             click.echo(f"seed {seed}: serving {name}", err=True)
             options = EngineOptions(str(trainer.target_directory), max_num_seqs=16, seed=seed)
-            results.add(name, seed, _serve(adapter, name, trainer, texts, options, temperatures, max_tokens))
+            results.add(name, seed, _serve(adapter, name, trainer, texts, options, missing, max_tokens))
     table = results.table([BASE, *names], seeds, temperatures)
     (output / "table.md").write_text(table, encoding="utf-8")
     click.echo(table)
@@ -101,6 +107,31 @@ def _parse_rates(rates: Sequence[str]) -> dict[str, float]:
         except ValueError as error:
             raise click.BadParameter(f"expected OBJECTIVE=RATE, got {rate!r} ({error})") from error
     return parsed
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _begin(output: Path, facts: dict[str, Any]) -> None:
+    """Write down what results depend on, or find it unchanged: what is there is used again, whatever the options."""
+    from ppow_train.errors import UserError
+    from ppow_train.trajectory_store import describe_changes, write_whole
+
+    if not (output / FACTS).exists():
+        if (output / "results.jsonl").exists() or (output / "adapters").exists():
+            raise UserError(f"{output} holds results, but no {FACTS} to say of what: name another --output.")
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(output, FACTS, json.dumps(facts, indent=1).encode())
+        return
+    try:
+        found = json.loads((output / FACTS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{output / FACTS} is damaged: name another --output.") from error
+    if changes := describe_changes(found, facts):
+        raise UserError(
+            f"{output} holds a comparison with {changes}: give the same options, or name another --output."
+        )
 
 
 @dataclasses.dataclass
@@ -124,6 +155,18 @@ class _Trainer:
     @property
     def target_directory(self) -> Path:
         return self.pair.target.directory
+
+    def facts(self) -> dict[str, Any]:
+        """What adapters depend on beside objective and seed, as JSON values."""
+        return {
+            "target": self.pair.target_ref.fingerprint,
+            "drafter": self.pair.drafter_ref.fingerprint,
+            "prompts": _digest(self.prompts),
+            "steps": self.steps,
+            "max_new_tokens": self.max_new_tokens,
+            "serving_temperature": self.serving_temperature,
+            **{f"learning_rate of {objective}": rate for objective, rate in self.rates.items()},
+        }
 
     def adapter(self, objective: str, seed: int) -> Adapter:
         """The adapter of an objective and seed, trained now if need be."""
@@ -192,18 +235,29 @@ def _serve(
 
 
 class _Results:
-    """results.jsonl: one line per arm and seed, written as soon as it is known."""
+    """results.jsonl: a line per arm and seed as soon as it is known, and one more for temperatures added later."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        self.rows = {(row["arm"], row["seed"]): row["counts"] for row in map(json.loads, lines)}
+        from ppow_train.trajectory_store import write_whole
 
-    def has(self, arm: str, seed: int) -> bool:
-        return (arm, seed) in self.rows
+        self.file = file
+        self.rows: dict[tuple[str, int], dict[str, Any]] = {}
+        content = file.read_bytes() if file.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:  # killed while it wrote: the next line must not continue this one
+            write_whole(file.parent, file.name, whole)
+        for row in map(json.loads, whole.splitlines()):
+            self._take(row["arm"], row["seed"], row["counts"])
+
+    def _take(self, arm: str, seed: int, counts: dict[str, Any]) -> None:
+        self.rows[arm, seed] = {**self.rows.get((arm, seed), {}), **counts}
+
+    def missing(self, arm: str, seed: int, temperatures: Sequence[float]) -> list[float]:
+        """Temperatures that the arm has not been served at."""
+        return [t for t in temperatures if f"{t:g}" not in self.rows.get((arm, seed), {})]
 
     def add(self, arm: str, seed: int, counts: dict[str, Any]) -> None:
-        self.rows[arm, seed] = counts
+        self._take(arm, seed, counts)
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"arm": arm, "seed": seed, "counts": counts}) + "\n")
 

@@ -1,0 +1,126 @@
+"""`ppow compare` on a directory that an earlier call has filled: what is used again, what is refused.
+
+Left out: training and serving, which stand-ins count here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ppow_train import cli, pair
+from ppow_train.commands import compare
+
+NAMES = (compare.BASE, "exact")
+
+
+@pytest.fixture
+def served(monkeypatch) -> list[tuple[str, list[float]]]:
+    """What is served, instead of serving it."""
+    calls: list[tuple[str, list[float]]] = []
+
+    def serve(
+        adapter: Any, name: str, trainer: Any, texts: Any, options: Any, temperatures: Any, most: Any
+    ) -> dict[str, Any]:
+        calls.append((name, list(temperatures)))
+        return {f"{t:g}": {"num_accepted_tokens": 30, "num_drafts": 10} for t in temperatures}
+
+    ref = SimpleNamespace(fingerprint="f")
+    loaded = SimpleNamespace(target_ref=ref, drafter_ref=ref, target=SimpleNamespace(directory=Path("t")))
+    monkeypatch.setattr(pair, "load_pair", lambda *args: loaded)
+    monkeypatch.setattr(compare._Trainer, "adapter", lambda *args: None)
+    monkeypatch.setattr(compare, "_serve", serve)
+    return calls
+
+
+@pytest.fixture
+def run(tmp_path, served):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n', encoding="utf-8")
+
+    def call(*options: str) -> int:
+        served.clear()
+        files = ["--prompts", str(prompts), "--held-out", str(prompts), "--output", str(tmp_path / "out")]
+        return cli.run(
+            [
+                "compare",
+                "--target",
+                "t",
+                "--drafter",
+                "d",
+                *files,
+                "--objective",
+                "exact",
+                "--seed",
+                "0",
+                *options,
+            ]
+        )
+
+    return call
+
+
+def test_the_same_again_serves_nothing(run, served, tmp_path):
+    assert run() == 0
+    assert served == [(name, [1.0, 0.0]) for name in NAMES]
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert run() == 0
+    assert served == []
+    assert (tmp_path / "out" / "table.md").read_text(encoding="utf-8") == table
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        (["--steps", "7"], "steps 100 (now 7)"),
+        (["--max-tokens", "8"], "max_tokens 64 (now 8)"),
+        (["--max-new-tokens", "8"], "max_new_tokens 128 (now 8)"),
+        (["--serving-temperature", "0"], "serving_temperature 1.0 (now 0.0)"),
+        (["--learning-rate", "exact=0.5"], "learning_rate of exact None (now 0.5)"),
+    ],
+)
+def test_other_options_are_refused(options, change, run, served, capsys):
+    assert run() == 0
+    assert run(*options) != 0
+    assert served == []
+    message = capsys.readouterr().err
+    assert change in message
+    assert "give the same options, or name another --output" in message
+
+
+def test_other_prompts_are_refused(run, tmp_path, capsys):
+    assert run() == 0
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "b"}\n', encoding="utf-8")
+    assert run() != 0
+    assert "held_out" in capsys.readouterr().err
+
+
+def test_results_of_unknown_options_are_refused(run, served, tmp_path, capsys):
+    assert run() == 0
+    (tmp_path / "out" / compare.FACTS).unlink()
+    assert run() != 0
+    assert served == []
+    assert "no compare.json" in capsys.readouterr().err
+
+
+def test_a_temperature_added_later_is_served_alone(run, served):
+    assert run("--temperature", "1") == 0
+    assert run("--temperature", "1", "--temperature", "0.5") == 0
+    assert served == [(name, [0.5]) for name in NAMES]
+    assert run("--temperature", "0.5", "--temperature", "1") == 0
+    assert served == []
+
+
+def test_a_line_cut_off_by_a_kill_is_served_again(run, served, tmp_path):
+    assert run() == 0
+    file = tmp_path / "out" / "results.jsonl"
+    content = file.read_bytes()
+    file.write_bytes(content[:-9])
+    assert run() == 0
+    assert served == [("exact", [1.0, 0.0])]
+    assert file.read_bytes() == content
+    assert [json.loads(line)["arm"] for line in content.splitlines()] == list(NAMES)
