@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from serving_profile import PROFILE, plain_adapter
 
 from ppow_train import cli
+from ppow_train.benchmark import ARMS, Work, run_benchmark
 from ppow_train.preflight import find_target
 from ppow_train.profile_engine import Measured
-from ppow_train.serving_eval import NONE, Run
+from ppow_train.serving_eval import NONE, EngineOptions, Run
 from vllm_ppow.artifact import fingerprint_model
 from vllm_ppow.metrics import SpecDecodeCounts
 
@@ -106,3 +107,24 @@ def test_the_target_of_the_adapter_needs_no_flag(place):
     assert find_target(adapter, None, allow_mismatch=False) == (target, trained.fingerprint)
     (target / "model.safetensors").unlink()
     assert find_target(adapter, None, allow_mismatch=True) == (target, None)
+
+
+# ---------------------------------------------------------------- warm-up
+
+
+@pytest.mark.parametrize("concurrency", [2, 8])
+def test_every_arm_has_the_same_warm_up_before_it_is_timed(engines, concurrency):
+    """The pass whose log probabilities are read is no head start: it comes after what is timed."""
+    config = types.SimpleNamespace(drafter_type="eagle3", draft_sample_method="probabilistic")
+    run_benchmark(
+        types.SimpleNamespace(config=config, directory="a"),
+        "base",
+        EngineOptions("t", max_num_seqs=concurrency),
+        Work([[1, 2]] * 5, max_tokens=20, temperatures=[0.0, 1.0], rounds=2),
+        num_speculative_tokens=4,
+        side_by_side=True,
+    )
+    timed = [(number, 20, t, False) for t in (0.0, 1.0) for number in (min(concurrency, 5), 5, 5)]
+    for arm in ARMS:
+        done = [run[1:] for run in engines.runs if run[0] == arm]
+        assert done == timed + ([(5, 20, 0.0, True)] if arm == NONE else [])

@@ -45,7 +45,8 @@ class Work:
         prompts: token ids.
         max_tokens: output tokens per prompt at most.
         temperatures: of sampling, one after the other.
-        rounds: passes over the prompts at each temperature; a short warm-up precedes the first.
+        rounds: passes over the prompts at each temperature; an untimed one over as many prompts as run at the same
+            time, the same for every arm, precedes the first.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -143,13 +144,15 @@ def run_benchmark(
     reference = None
     for group in groups:
         with _started(group, options, say) as engines:
-            if NONE in engines and 0 in work.temperatures:
+            for temperature in work.temperatures:
+                runs[temperature] |= _take_turns(engines, work, temperature, options.max_num_seqs, say)
+            if (
+                NONE in engines and 0 in work.temperatures
+            ):  # last: no arm is warmer than another when it is timed
                 say("greedy output without speculation, and how clear each choice was")
                 reference = engines[NONE].run(
                     work.prompts, max_tokens=work.max_tokens, temperature=0.0, with_gaps=True
                 )
-            for temperature in work.temperatures:
-                runs[temperature] |= _take_turns(engines, work, temperature, say)
     return [_summarise(arm, t, runs[t], reference if t == 0 else None) for t in runs for arm in specs]
 
 
@@ -176,10 +179,17 @@ def _started(
 
 
 def _take_turns(
-    engines: Mapping[str, Engine], work: Work, temperature: float, say: Callable[[str], None]
+    engines: Mapping[str, Engine],
+    work: Work,
+    temperature: float,
+    concurrency: int,
+    say: Callable[[str], None],
 ) -> _Runs:
-    for engine in engines.values():
-        engine.run(work.prompts[:4], max_tokens=min(16, work.max_tokens), temperature=temperature)
+    say(f"temperature {temperature:g}, warm-up")
+    for engine in (
+        engines.values()
+    ):  # to the end: every batch size and context that is timed, kernels chosen and compiled
+        engine.run(work.prompts[:concurrency], max_tokens=work.max_tokens, temperature=temperature)
     runs: _Runs = {arm: [] for arm in engines}
     for round_number in range(work.rounds):
         for arm, engine in engines.items():
