@@ -128,3 +128,45 @@ def test_every_arm_has_the_same_warm_up_before_it_is_timed(engines, concurrency)
     for arm in ARMS:
         done = [run[1:] for run in engines.runs if run[0] == arm]
         assert done == timed + ([(5, 20, 0.0, True)] if arm == NONE else [])
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def _out(place, command):
+    return place / "out" if command == "bench" else place / "out" / "profile.json"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_place_that_takes_no_file_is_refused_before_an_engine_starts(place, command, capsys, monkeypatch):
+    (place / "out").mkdir()
+
+    def refuse(**given):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("ppow_train.preflight.tempfile.TemporaryFile", refuse)
+    assert call(place, command, "--allow-target-mismatch", "--output", str(_out(place, command))) == 1
+    told = capsys.readouterr().err
+    assert f"Nothing can be written to {place / 'out'} (Permission denied): name another place" in told
+
+
+def test_a_file_is_no_directory_for_results(place, capsys):
+    (place / "out").write_text("")
+    assert call(place, "bench", "--allow-target-mismatch", "--output", str(place / "out")) == 1
+    assert "name another place with --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_results_that_cannot_be_written_are_shown_all_the_same(place, command, engines, capsys, monkeypatch):
+    (place / "out").mkdir()
+
+    def full(*given):
+        raise OSError(28, "No space left on device", "x")
+
+    monkeypatch.setattr("ppow_train.report.write_json", full)
+    monkeypatch.setattr("vllm_ppow.cost_profile.write_profile_file", full)
+    output = str(_out(place, command))
+    assert call(place, command, "--allow-target-mismatch", "--json", "--output", output) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)
+    assert "No space left" in shown.err

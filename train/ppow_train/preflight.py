@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from ppow_train.errors import UserError
 from vllm_ppow.artifact import Adapter, ArtifactError, fingerprint_model
 from vllm_ppow.resolve import resolve_directory
+
+
+def check_writable(directory: Path) -> None:
+    """Make sure that results can be written to a directory, which is made where it is missing.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"Nothing can be written to {directory} ({error.strerror}): name another place with --output."
+        ) from error
 
 
 def find_target(adapter: Adapter, given: str | None, *, allow_mismatch: bool) -> tuple[Path, str | None]:

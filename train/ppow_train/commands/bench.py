@@ -75,32 +75,34 @@ def bench(output: Path | None, as_json: bool, **arguments: Any) -> None:
 
     console = Console(stderr=as_json)
     directory, num_prompts, results = _measure(
-        arguments, lambda text: console.print(f"  {text}", style="dim")
+        arguments, output, lambda text: console.print(f"  {text}", style="dim")
     )
     told = ("max_tokens", "concurrency")
     facts = {"adapter": str(directory), "prompts": str(arguments["prompts"])}
     value = to_json(results, facts | {name: arguments[name] for name in told})
     file = arguments["prompts"].name
-    if output:
-        write_json(output / "benchmark.json", value)
-        write_plot(output / "benchmark.png", results, f"{file}, {num_prompts} prompts")
     print_table(results, f"{file}: {num_prompts} prompts × {arguments['max_tokens']} tokens", console)
     if as_json:
         click.echo(json.dumps(value))
+    if output:  # after they are shown: what took long is not lost with a disk that is full by now
+        write_json(output / "benchmark.json", value)
+        write_plot(output / "benchmark.png", results, f"{file}, {num_prompts} prompts")
     if any(result.changes_output for result in results):
         raise click.ClickException(
             "greedy output differs from no speculation: do not serve this; please report it."
         )
 
 
-def _measure(arguments: dict[str, Any], say: Callable[[str], None]) -> tuple[Path, int, list[ArmResult]]:
+def _measure(
+    arguments: dict[str, Any], output: Path | None, say: Callable[[str], None]
+) -> tuple[Path, int, list[ArmResult]]:
     """Directory of the adapter, prompts used, and what the arms did with them."""
     import torch
 
     from ppow_train.benchmark import Work, run_benchmark
     from ppow_train.data import read_prompts
     from ppow_train.generation import load_tokenizer
-    from ppow_train.preflight import find_target
+    from ppow_train.preflight import check_writable, find_target
     from ppow_train.prompts import text_ids
     from ppow_train.serving_eval import EngineOptions
     from vllm_ppow.artifact import read_adapter
@@ -112,6 +114,8 @@ def _measure(arguments: dict[str, Any], say: Callable[[str], None]) -> tuple[Pat
     base = resolve_base_drafter(loaded, from_hub, arguments["drafter"])
     allowed = arguments["allow_target_mismatch"]
     target, _ = find_target(loaded, arguments["target"], allow_mismatch=allowed)
+    if output:
+        check_writable(output)
     side_by_side = arguments["side_by_side"]
     results = run_benchmark(
         loaded,

@@ -78,6 +78,7 @@ def profile(output: Path | None, as_json: bool, **arguments: Any) -> None:
     from rich.console import Console
 
     from ppow_train.errors import UserError
+    from ppow_train.preflight import check_writable
     from ppow_train.profile_table import as_json as to_json
     from ppow_train.profile_table import print_table
     from vllm_ppow.artifact import read_adapter
@@ -93,15 +94,16 @@ def profile(output: Path | None, as_json: bool, **arguments: Any) -> None:
     file = output or directory / COST_PROFILE_FILE
     if not file.parent.is_dir() or file.is_dir():
         raise UserError(f"--output {file} must be a file in a directory that exists.")
+    check_writable(file.parent)
     console = Console(stderr=as_json)
     measured = _measure(
         loaded, from_hub, arguments, lambda text: console.print(f"  {text}", style="dim", highlight=False)
     )
-    write_profile_file(file, measured.profile)
     print_table(measured, console)
-    console.print(f"Written: {file}", soft_wrap=True, highlight=False)
     if as_json:
         click.echo(json.dumps(to_json(measured) | {"file": str(file)}))
+    write_profile_file(file, measured.profile)  # after it is shown: a disk may be full by now
+    console.print(f"Written: {file}", soft_wrap=True, highlight=False)
 
 
 def _measure(adapter: Adapter, from_hub: bool, arguments: dict[str, Any], say: Any) -> Measured:
