@@ -170,3 +170,22 @@ def test_results_that_cannot_be_written_are_shown_all_the_same(place, command, e
     shown = capsys.readouterr()
     assert json.loads(shown.out)
     assert "No space left" in shown.err
+
+
+# ---------------------------------------------------------------- wrong usage
+
+
+@pytest.mark.parametrize("value", ["0", "-1"])
+@pytest.mark.parametrize(
+    "option",
+    ["--rounds", "--num-speculative-tokens", "--limit", "--concurrency", "--max-tokens", "--max-model-len"],
+)
+def test_numbers_that_nothing_can_be_measured_with_are_wrong_usage(option, value, capsys):
+    assert cli.run(["bench", "--adapter", "a", "--prompts", "p", option, value]) == 2
+    assert option in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_negative_temperature_is_wrong_usage(command, capsys):
+    assert cli.run([command, "--adapter", "a", "--prompts", "p", "--temperature", "-0.5"]) == 2
+    assert "--temperature" in capsys.readouterr().err

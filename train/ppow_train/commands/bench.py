@@ -30,14 +30,39 @@ if TYPE_CHECKING:
     "--drafter",
     help="directory or Hub repo id of the base drafter  [default: the one the adapter was trained on]",
 )
-@click.option("--num-speculative-tokens", type=int, help="K, tokens per draft  [default: the adapter's]")
-@click.option("--max-tokens", default=64, show_default=True, help="output tokens per prompt at most")
-@click.option("--limit", default=64, show_default=True, help="prompts to use at most")
 @click.option(
-    "--temperature", "temperatures", multiple=True, type=float, default=(0.0, 1.0), show_default=True
+    "--num-speculative-tokens", type=click.IntRange(1), help="K, tokens per draft  [default: the adapter's]"
 )
-@click.option("--concurrency", default=8, show_default=True, help="requests that run at the same time")
-@click.option("--rounds", default=3, show_default=True, help="passes over the prompts, of every arm")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="output tokens per prompt at most",
+)
+@click.option("--limit", type=click.IntRange(1), default=64, show_default=True, help="prompts to use at most")
+@click.option(
+    "--temperature",
+    "temperatures",
+    multiple=True,
+    type=click.FloatRange(0),
+    default=(0.0, 1.0),
+    show_default=True,
+)
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="requests that run at the same time",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="passes over the prompts, of every arm",
+)
 @click.option(
     "--side-by-side/--one-at-a-time", default=None,
     help="all engines up, taking turns, or one after the other  [default: side by side on a CPU, one at a time on "
@@ -50,7 +75,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="GPUs of the target",
 )
-@click.option("--max-model-len", default=2048, show_default=True, help="tokens of prompt and output at most")
+@click.option(
+    "--max-model-len",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    help="tokens of prompt and output at most",
+)
 @click.option(
     "--compile/--eager",
     "compiled",
