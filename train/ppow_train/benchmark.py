@@ -146,9 +146,8 @@ def run_benchmark(
         with _started(group, options, say) as engines:
             for temperature in work.temperatures:
                 runs[temperature] |= _take_turns(engines, work, temperature, options.max_num_seqs, say)
-            if (
-                NONE in engines and 0 in work.temperatures
-            ):  # last: no arm is warmer than another when it is timed
+            # Last: no arm is warmer than another when it is timed.
+            if NONE in engines and 0 in work.temperatures:
                 say("greedy output without speculation, and how clear each choice was")
                 reference = engines[NONE].run(
                     work.prompts, max_tokens=work.max_tokens, temperature=0.0, with_gaps=True
@@ -168,9 +167,8 @@ def _started(
         for arm, spec in specs.items():
             say(f"starting vLLM: {arm}")
             engines[arm] = stack.enter_context(Engine(arm, options, spec))
-            if (
-                on_gpu
-            ):  # vLLM measures the GPU's memory while it starts: nothing else may claim some meanwhile
+            # vLLM measures the GPU's memory while it starts: nothing else may claim some meanwhile.
+            if on_gpu:
                 engines[arm].wait_until_ready()
         if not on_gpu:
             for engine in engines.values():
@@ -186,9 +184,8 @@ def _take_turns(
     say: Callable[[str], None],
 ) -> _Runs:
     say(f"temperature {temperature:g}, warm-up")
-    for engine in (
-        engines.values()
-    ):  # to the end: every batch size and context that is timed, kernels chosen and compiled
+    # To the end: every batch size and context that is timed, kernels chosen and compiled.
+    for engine in engines.values():
         engine.run(work.prompts[:concurrency], max_tokens=work.max_tokens, temperature=temperature)
     runs: _Runs = {arm: [] for arm in engines}
     for round_number in range(work.rounds):

@@ -122,9 +122,8 @@ class HuggingFaceBackend:
             UserError: a prompt and its continuation do not fit the target.
         """
         longest = max(map(len, prompt_ids), default=0)
-        check_length(
-            longest + self.sampling.max_new_tokens, self.model.config
-        )  # not hours later, in its batch
+        # Here, not hours later in its batch.
+        check_length(longest + self.sampling.max_new_tokens, self.model.config)
         torch.manual_seed(seed)
         ends, pad = self.sampling.end_token_ids, self.tokenizer.pad_token_id
         completion_ids: list[list[int]] = []

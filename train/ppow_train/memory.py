@@ -136,9 +136,8 @@ def _chain_bytes(runner: WindowRunner, config: PPOWConfig, length: int, each: in
     if not runner.target.tap_layers and not config.is_rollout:
         return 0.0
     keys = length + steps * each / 2
-    return steps * (
-        drafter.activations + 2 * keys * drafter.element
-    )  # the mask, as it is made and as it is read
+    # The mask, as it is made and as it is read.
+    return steps * (drafter.activations + 2 * keys * drafter.element)
 
 
 def _lora_weights(runner: WindowRunner, config: PPOWConfig) -> int:

@@ -224,9 +224,8 @@ def _run(request: _Request, prompts: Iterator[Prompt]) -> Manifest:
     sampling = Sampling(request.max_new_tokens, request.temperature, end_tokens(directory, tokenizer))
     longest = _check_fit(directory, tokenized, sampling)
     if request.endpoint is not None and not is_whole(request.output):
-        _endpoint(request, directory, sampling).check_length(
-            longest
-        )  # before the set is begun with these prompts
+        # Before the set is begun with these prompts.
+        _endpoint(request, directory, sampling).check_length(longest)
     again = _trained_on(tokenized, request.held_out_share)
     num_records = len(tokenized.ids) + len(again) * (request.continuations - 1)
     facts = _facts(request, fingerprint, tokenized, sampling)

@@ -188,9 +188,8 @@ class Study:
             one_done = any(self._run(key, wanted) for key in wanted if key is not None and key not in done)
             # Last, so that it delays nothing that a table can show.
             if not one_done and not any(self._time(*timing) for timing in timings):
-                time.sleep(
-                    _POLL_S
-                )  # what is left is being done elsewhere, or waits for learning rates that are
+                # What is left is being done elsewhere, or waits for learning rates that are.
+                time.sleep(_POLL_S)
 
     def _run(self, key: RunKey, wanted: Collection[RunKey | None]) -> bool:
         """Do a run unless another process does; whether it was done here."""
