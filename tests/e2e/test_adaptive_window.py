@@ -101,7 +101,7 @@ def test_greedy_output_is_the_targets_and_lengths_vary(served, without_speculati
 def force(monkeypatch, llm, choose):
     """Replace the policy's choice by a function of the step's number."""
     steps = iter(range(10**6))
-    monkeypatch.setattr(scheduler_of(llm).ppow_window, "choose", lambda batch, context: choose(next(steps)))
+    monkeypatch.setattr(scheduler_of(llm).ppow_window, "choose", lambda *asked: choose(next(steps)))
 
 
 def drafts_after_a_pause(monkeypatch, llm, drafts, number=3):

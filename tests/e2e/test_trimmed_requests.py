@@ -57,7 +57,7 @@ def trimmed(served, monkeypatch):
         return drafts
 
     monkeypatch.setattr(drafter, "propose", record)
-    monkeypatch.setattr(scheduler.ppow_window, "choose", lambda batch, context: K)
+    monkeypatch.setattr(scheduler.ppow_window, "choose", lambda *asked: K)
     monkeypatch.setattr(drafter.ppow_window, "_rate_at", lambda batch: 100.0)  # tokens per second
     monkeypatch.setattr(drafter.ppow_window.verify_price, "seconds_per_token", lambda batch: 4e-3)
     monkeypatch.setattr(drafter.ppow_window.pass_cost, "step_seconds", lambda batch, length: 4e-3)
