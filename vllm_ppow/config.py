@@ -32,9 +32,8 @@ ADAPTER_KEY = "ppow_adapter"  # inside model_loader_extra_config: directory of t
 HOT_SWAP_KEY = "ppow_hot_swap"
 WINDOW_KEY = "ppow_window"  # inside model_loader_extra_config: options of an adaptive window; absent: fixed
 WINDOWS = ("adaptive", "fixed")
-TARGET_KEY = (
-    "ppow_target"  # inside model_loader_extra_config: fingerprint of the target, None if it has none here
-)
+# Inside model_loader_extra_config: fingerprint of the target, None if it has none here.
+TARGET_KEY = "ppow_target"
 FINGERPRINT_KEY = "ppow_fingerprint"  # inside model_loader_extra_config: the adapter that was checked here
 
 # vLLM takes these for another method when they occur anywhere in a draft model's path, even if a method is given

@@ -88,10 +88,7 @@ def read_model_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         ArtifactError: missing, unreadable or not a JSON object.
     """
     path = Path(directory) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is not readable JSON ({error}): copy the model again.") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ArtifactError(
             f"{path} must hold a JSON object, got {type(config).__name__}: copy the model again."
