@@ -27,6 +27,8 @@ _PATIENCE = 4
 # A probe holds its K for so many steps: the first drafts it, the others also verify it and are timed. The first of
 # these do not count where the length is new (step_cost.py), so a first probe is longer.
 _PROBE_STEPS, _FIRST_PROBE_STEPS = 2, 5
+# Probes that a length which was never timed gets before others, in one octave of batch sizes.
+_FIRST_PROBES = 6
 # Steps given to one draft length while costs are being identified, even if none of them could be timed.
 _LEARNING_STEPS = 8
 # Every so many steps the choice is computed anew for a batch size; in between it stands.
@@ -120,6 +122,7 @@ class DraftWindow:
         self._current = self.lengths[-1]
         self._held: tuple[int, int] | None = None  # (length, steps) of a probe or of learning under way
         self._learning: dict[tuple[int, int], int] = {}
+        self._first_probes: dict[tuple[int, int], int] = {}
         self._since_probe = 0
         self._probes = 0
         self._decided: dict[int, tuple[int, int, list[float]]] = {}
@@ -219,12 +222,13 @@ class DraftWindow:
 
     def _due_probe(self, batch: int, best: int, promised: Sequence[float], decodes: bool) -> int | None:
         """The length to probe now, if its turn has come: mostly the next longer one, the dearer the rarer."""
-        probe, is_timed = self._next_probe(batch, best)
+        probe = self._next_probe(batch, best)
         if probe is None:
             return None
         slower = promised[self.lengths.index(best)] / promised[self.lengths.index(probe)] - 1.0
         tokens = (1.0 + self._promise[probe]) / (1.0 + self._promise[best])
-        held, budget = (_PROBE_STEPS, PROBE_BUDGET) if is_timed else (_FIRST_PROBE_STEPS, FIRST_PROBE_BUDGET)
+        is_new = not self.cost.is_timed(batch, probe)
+        held, budget = (_FIRST_PROBE_STEPS, FIRST_PROBE_BUDGET) if is_new else (_PROBE_STEPS, PROBE_BUDGET)
         steps = held * slower * tokens / budget  # what the probe loses, in steps at the best length
         wait = min(max(steps, PROBE_EVERY[0]), PROBE_EVERY[1])
         if self._since_probe < (wait if decodes else _PATIENCE * wait):
@@ -232,22 +236,25 @@ class DraftWindow:
         self._since_probe = 0
         self._probes += 1
         self._held = (probe, held - 1)
+        if is_new:
+            octave = (batch.bit_length(), probe)
+            self._first_probes[octave] = self._first_probes.get(octave, 0) + 1
         return probe
 
-    def _next_probe(self, batch: int, best: int) -> tuple[int | None, bool]:
-        """The length to probe next, None where there is no other, and whether it was timed at such batch sizes.
+    def _next_probe(self, batch: int, best: int) -> int | None:
+        """The length to probe next; None where there is no other.
 
-        A length beside the best that never was comes first.
+        One beside the best that was never timed at such batch sizes comes first, a bounded number of times: traffic may
+        leave it untimed all the same, and others must have their turn.
         """
         at = self.lengths.index(best)
         for beside in self.lengths[max(0, at - 1) : at] + self.lengths[at + 1 : at + 2]:
             if not self.cost.is_timed(batch, beside):
-                return beside, False
+                spent = self._first_probes.get((batch.bit_length(), beside), 0)
+                if spent < _FIRST_PROBES:
+                    return beside
         others = self._neighbours(best)
-        if not others:
-            return None, True
-        probe = others[self._probes % len(others)]
-        return probe, self.cost.is_timed(batch, probe)
+        return others[self._probes % len(others)] if others else None
 
     def _neighbours(self, best: int) -> list[int]:
         """Lengths around the best in the order they are probed: next longer, next shorter, longer, half, far longer."""

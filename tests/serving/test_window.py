@@ -240,3 +240,13 @@ def test_lengths_that_were_never_timed_are_probed_sooner():
     assert window.choose(32) == 0
     _, chosen = serve(window, lambda batch, verified, drafted: 0.1 + 0.03 * drafted, falling(0.6), 32, 200)
     assert _most(chosen[-100:]) >= 1
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_a_length_that_traffic_never_lets_be_timed_does_not_keep_others_from_being_probed(decodes):
+    """Where every step prefills, or batches change too fast, `observe_step` is never called."""
+    window = new_window(profile=Exact(processor), prior=[0.9, 0.8, 0.7, 0.6])
+    best = window.choose(2, 400, decodes)
+    chosen = [window.choose(2, 400, decodes) for _ in range(6000)]
+    assert 1 <= best < 7
+    assert {best - 1, best + 1, best + 2} <= set(chosen)
