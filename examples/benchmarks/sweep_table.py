@@ -36,11 +36,16 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Ours at one concurrency, against the fixed K that is best there, no speculation, and every fixed K."""
+    """Ours at one concurrency, against the fixed K that is best there, no speculation, and every fixed K.
+
+    `over_chosen` is against the K that a user would have fixed who measured before: in each round the one that was best
+    in the other rounds. None with one round.
+    """
 
     concurrency: int
     best_fixed: str
     over_best: Spread
+    over_chosen: Spread | None
     over_none: Spread
     over_every_fixed: dict[str, Spread]
 
@@ -117,37 +122,67 @@ def ratios(
         for line in lines
         if line["temperature"] == temperature and line["concurrency"] == concurrency
     }
-    found = [
+    return _spread(
         value / speed[block, reference]
         for (block, name), value in speed.items()
         if name == arm and (block, reference) in speed
-    ]
-    if not found:
+    )
+
+
+def over_chosen(lines: Sequence[dict[str, Any]], temperature: float, concurrency: int) -> Spread | None:
+    """Ours in each round over the fixed K that was best in the other rounds; None with one round.
+
+    The best of several noisy medians is partly luck; what it does in a round that had no part in the choice is not.
+    """
+    here = [x for x in lines if (x["temperature"], x["concurrency"]) == (temperature, concurrency)]
+    found = []
+    for number in sorted({line["round"] for line in here}):
+        others = [line for line in here if line["round"] != number]
+        gains = _gains(others, temperature, concurrency)
+        if not gains:
+            continue
+        this = [line for line in here if line["round"] == number]
+        chosen = max(gains, key=lambda arm: gains[arm].median)
+        if (spread := ratios(this, ADAPTIVE, chosen, temperature, concurrency)) is not None:
+            found.append(spread.median)
+    return _spread(found)
+
+
+def _spread(found: Iterable[float]) -> Spread | None:
+    values = list(found)
+    if not values:
         return None
-    return Spread(statistics.median(found), (max(found) - min(found)) / 2, min(found), len(found))
+    return Spread(statistics.median(values), (max(values) - min(values)) / 2, min(values), len(values))
+
+
+def _gains(lines: Sequence[dict[str, Any]], temperature: float, concurrency: int) -> dict[str, Spread]:
+    """Every fixed K over no speculation, in the order of the lengths."""
+    arms = order_arms({line["arm"] for line in lines if is_fixed(line["arm"])})
+    found = {arm: ratios(lines, arm, NONE, temperature, concurrency) for arm in arms}
+    return {arm: gain for arm, gain in found.items() if gain is not None}
 
 
 def judge(lines: Sequence[dict[str, Any]], temperature: float) -> list[Verdict]:
     """A verdict for every concurrency at which ours, no speculation and a fixed K were measured.
 
-    The best fixed K is chosen by the same figures that it is then judged by, which flatters it: the comparison errs
-    against ours.
+    The best fixed K is chosen by the same figures that it is then judged by, which flatters it: that comparison errs
+    against ours, `over_chosen` does not.
     """
     verdicts = []
     for concurrency in sorted({line["concurrency"] for line in lines if line["temperature"] == temperature}):
-        arms = {line["arm"] for line in lines if line["concurrency"] == concurrency}
 
-        def over(arm: str, reference: str, concurrency: int = concurrency) -> Spread | None:
-            return ratios(lines, arm, reference, temperature, concurrency)
+        def over(reference: str, concurrency: int = concurrency) -> Spread | None:
+            return ratios(lines, ADAPTIVE, reference, temperature, concurrency)
 
-        gains = {arm: gain for arm in arms if is_fixed(arm) and (gain := over(arm, NONE))}
-        over_none = over(ADAPTIVE, NONE)
+        gains = _gains(lines, temperature, concurrency)
+        over_none = over(NONE)
         if not gains or over_none is None:
             continue
         best = max(gains, key=lambda arm: gains[arm].median)
-        every = {arm: spread for arm in gains if (spread := over(ADAPTIVE, arm))}
+        every = {arm: spread for arm in gains if (spread := over(arm))}
         if best in every:
-            verdicts.append(Verdict(concurrency, best, every[best], over_none, every))
+            chosen = over_chosen(lines, temperature, concurrency)
+            verdicts.append(Verdict(concurrency, best, every[best], chosen, over_none, every))
     return verdicts
 
 
@@ -186,7 +221,10 @@ def order_arms(arms: Iterable[str]) -> list[str]:
 
 
 def make_table(lines: Sequence[dict[str, Any]], temperature: float) -> str:
-    """Markdown: output tokens/s over no speculation by arm and concurrency, and what ours is over the best fixed K."""
+    """Markdown: output tokens/s over no speculation by arm and concurrency, and what ours is over the best fixed K.
+
+    "Best of the other rounds": in each round the K that was best in the others, as of one who measured before.
+    """
     lines = [line for line in lines if line["temperature"] == temperature]
     arms = [arm for arm in order_arms({line["arm"] for line in lines}) if arm != NONE]
     verdicts = {verdict.concurrency: verdict for verdict in judge(lines, temperature)}
@@ -196,6 +234,7 @@ def make_table(lines: Sequence[dict[str, Any]], temperature: float) -> str:
         *(f"{arm} ÷ none" for arm in arms),
         "best fixed",
         "ours ÷ best",
+        "ours ÷ best of the other rounds",
         "blocks",
     ]
     rows = [head, ["---"] * len(head)]
@@ -209,9 +248,14 @@ def make_table(lines: Sequence[dict[str, Any]], temperature: float) -> str:
         row += [str(ratios(lines, arm, NONE, temperature, concurrency) or "–") for arm in arms]
         verdict = verdicts.get(concurrency)
         row += (
-            [verdict.best_fixed, str(verdict.over_best), str(verdict.over_best.count)]
+            [
+                verdict.best_fixed,
+                str(verdict.over_best),
+                str(verdict.over_chosen or "–"),
+                str(verdict.over_best.count),
+            ]
             if verdict
-            else ["–"] * 3
+            else ["–"] * 4
         )
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -189,6 +189,19 @@ def test_better_than_all_but_one_fixed_window_is_not_strictly_better():
     assert not verdict.is_strictly_better
 
 
+def test_luck_of_one_round_does_not_count_in_that_round():
+    """K=3 was lucky once, so that it is best of all rounds; the other rounds would not have chosen it in that one."""
+    gains = [(1.2, 1.8), (1.2, 1.1), (1.2, 1.25)]
+    lines = [entry for r, (k1, k3) in enumerate(gains) for entry in block(1, r, k1=k1, k3=k3, ours=1.2)]
+    (verdict,) = sweep_table.judge(lines, 0.0)
+    assert verdict.best_fixed == "K=3"
+    spread = verdict.over_chosen
+    # Without round 0 K=1 was better (1.2 to 1.175), without the others K=3 (1.525, 1.45).
+    assert sorted([1.0, 1.2 / 1.1, 1.2 / 1.25])[1] == spread.median
+    assert (spread.smallest, spread.count) == (pytest.approx(1.2 / 1.25), 3)
+    assert sweep_table.over_chosen(block(1, 0, k1=1.2, k3=1.3, ours=1.4), 0.0, 1) is None, "no other round"
+
+
 def test_nothing_measured_meets_no_aim():
     assert not any(met for met, _ in sweep_table.aims(sweep_table.judge([], 0.0)))
 
@@ -203,7 +216,10 @@ def test_report_writes_table_and_plots(tmp_path, capsys):
     ]
     assert serve_sweep.report(lines, {"machine": "m", "versions": "v"}, tmp_path)
     table = (tmp_path / "table.md").read_text()
-    assert table.count("| 1 | 75 | 1.20 ±0.00 | 1.50 ±0.00 | 1.60 ±0.00 | K=3 | 1.07 ±0.00 | 2 |") == 2
+    assert (
+        table.count("| 1 | 75 | 1.20 ±0.00 | 1.50 ±0.00 | 1.60 ±0.00 | K=3 | 1.07 ±0.00 | 1.07 ±0.00 | 2 |")
+        == 2
+    )
     assert table.count("- met: ") == 6
     assert capsys.readouterr().out.strip() == table.strip()
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
