@@ -24,7 +24,7 @@ FORMAT = 1
 
 _GRIDS = ("target_step_seconds", "draft_seconds", "overhead_seconds")
 _AXES = ("context_lengths", "batch_sizes", "draft_lengths")
-_TEXTS = ("vllm_version", "device", "dtype", "target_fingerprint", "adapter_fingerprint")
+_TEXTS = ("vllm_version", "device", "dtype", "quantization", "target_fingerprint", "adapter_fingerprint")
 
 
 class CostProfileError(ArtifactError):
@@ -56,6 +56,7 @@ class CostProfile:
             empty, where no prompts were run.
         num_drafts: drafts that the acceptance was counted on.
         enforce_eager: measured without compilation and CUDA graphs.
+        quantization: of the target, as vLLM names it (its checkpoint's, or one made while loading); "none".
         format: version of this file's format.
     """
 
@@ -75,6 +76,7 @@ class CostProfile:
     acceptance_per_position: tuple[float, ...] = ()
     num_drafts: int = 0
     enforce_eager: bool = False
+    quantization: str = "none"
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -122,7 +124,7 @@ class CostProfile:
 
         Args:
             found: any of vllm_version, device, dtype, tensor_parallel_size, target_fingerprint, adapter_fingerprint,
-                enforce_eager; None is not compared.
+                enforce_eager, quantization; None is not compared.
 
         Returns:
             One text per difference, such as "vllm_version 0.33.0, measured with 0.32.0".

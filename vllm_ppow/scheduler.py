@@ -66,6 +66,9 @@ class AdaptiveWindow:
             logger.exception(
                 "The draft window failed and is fixed at its maximum from now on; serving goes on."
             )
+            counts = self.ppow_window.counts
+            counts.layers = tuple(layer for layer in counts.layers if layer != "step")
+            self._report.write(counts, at_once=True)  # /metrics says so from now on
             return None
 
     def _choose(self, scheduler_output: SchedulerOutput) -> int:

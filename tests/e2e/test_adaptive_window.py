@@ -15,6 +15,7 @@ from serving_engine import engine
 from serving_pair import random_lora, save_adapter
 
 from vllm_ppow import scheduler as scheduler_module
+from vllm_ppow.window_report import read_report
 
 pytestmark = pytest.mark.engine
 
@@ -191,10 +192,17 @@ def test_an_error_in_the_policy_fixes_the_window_and_stops_nothing(
 
     logged = []
     monkeypatch.setattr(scheduler_module.logger, "exception", logged.append)
-    monkeypatch.setattr(scheduler, "_policy_failed", False)  # and back again after the test
+    for thing, name, value in (
+        (scheduler, "_policy_failed", False),
+        (scheduler.ppow_window.counts, "layers", ("step",)),
+    ):
+        monkeypatch.setattr(thing, name, value)  # and back again after the test
     monkeypatch.setattr(scheduler.ppow_window, method, failing)
     assert generate(served[1]) == without_speculation["six"]
     assert len(calls) == 5, "it is left alone from then on"
     (said,) = logged
     assert "fixed at its maximum" in said
     assert scheduler._last_scheduled == K
+    reported = read_report(scheduler._report.path)
+    assert reported is not None
+    assert reported["layers"] == [], "as of a fixed window: /metrics shows which layers decide"

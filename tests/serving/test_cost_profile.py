@@ -178,6 +178,7 @@ BAD = [
     ("num_drafts", -1, "a whole number >= 0"),
     ("device", 1, "text"),
     ("enforce_eager", 0, "true or false"),
+    ("quantization", None, "text"),
 ]
 
 

@@ -197,6 +197,13 @@ def test_what_is_a_tie_is_told_by_the_engine_in_its_own_dtype(monkeypatch):
     assert start_engine(options, None)["logprobs_mode"] == "raw_logits"
     assert "logprobs_mode" not in start_engine(options, {"method": "ppow"})
 
+    monkeypatch.setattr("ppow_train.serving_eval.gpu_share", lambda *_: 0.4)
+    more = dataclasses.asdict(EngineOptions("t", more={"quantization": "fp8"}))
+    started = start_engine(more, None)
+    assert (started["gpu_memory_utilization"], started["quantization"]) == (0.4, "fp8")
+    more["more"]["gpu_memory_utilization"] = 0.7
+    assert start_engine(more, None)["gpu_memory_utilization"] == 0.7, "what the user says"
+
 
 def test_an_arm_that_drafted_nothing_is_shown_and_its_json_is_json(capsys):
     idle = ArmResult(ADAPTIVE, 1.0, SpecDecodeCounts(0, 0, 0, ()), 100, [1.0], [1.0], None)

@@ -14,6 +14,7 @@ import pytest
 
 from ppow_train import cli, pair
 from ppow_train.commands import compare
+from ppow_train.trajectory_store import only_writer
 
 NAMES = (compare.BASE, "exact")
 
@@ -39,12 +40,13 @@ def served(monkeypatch) -> list[tuple[str, list[float]]]:
 
 @pytest.fixture
 def run(tmp_path, served):
-    prompts = tmp_path / "prompts.jsonl"
+    prompts, held_out = tmp_path / "prompts.jsonl", tmp_path / "held_out.jsonl"
     prompts.write_text('{"prompt": "a"}\n', encoding="utf-8")
+    held_out.write_text('{"prompt": "h"}\n', encoding="utf-8")
 
     def call(*options: str) -> int:
         served.clear()
-        files = ["--prompts", str(prompts), "--held-out", str(prompts), "--output", str(tmp_path / "out")]
+        files = ["--prompts", str(prompts), "--held-out", str(held_out), "--output", str(tmp_path / "out")]
         return cli.run(
             [
                 "compare",
@@ -94,9 +96,35 @@ def test_other_options_are_refused(options, change, run, served, capsys):
 
 def test_other_prompts_are_refused(run, tmp_path, capsys):
     assert run() == 0
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "b"}\n', encoding="utf-8")
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "b"}\n', encoding="utf-8")
     assert run() != 0
     assert "held_out" in capsys.readouterr().err
+
+
+def test_prompts_that_judge_are_not_trained_on(run, served, tmp_path, capsys):
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "b"}\n{"prompt": "a"}\n', encoding="utf-8")
+    assert run() == 1
+    assert served == []
+    assert "1 prompts of" in capsys.readouterr().err
+
+
+def test_other_versions_are_refused(run, served, capsys, monkeypatch):
+    assert run() == 0
+    version = compare.importlib.metadata.version
+    monkeypatch.setattr(
+        compare.importlib.metadata, "version", lambda name: "9.9" if name == "trl" else version(name)
+    )
+    assert run() == 1
+    assert served == []
+    assert f"version of trl {version('trl')} (now 9.9)" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_fill_one_directory(run, served, tmp_path, capsys):
+    with only_writer(tmp_path / "out"):
+        assert run() == 1
+    assert served == []
+    assert "is being written by another process" in capsys.readouterr().err
+    assert run() == 0
 
 
 def test_results_of_unknown_options_are_refused(run, served, tmp_path, capsys):

@@ -45,12 +45,13 @@ def call(place, command, *more):
 @pytest.fixture
 def engines(monkeypatch):
     """Stand-ins for the engines of both commands; what they were started with and asked to do."""
-    seen = types.SimpleNamespace(specs=[], runs=[])
+    seen = types.SimpleNamespace(specs=[], runs=[], options=[])
 
     class Stand:
         def __init__(self, name, options, spec):
             self.name = name
             seen.specs.append(spec)
+            seen.options.append(options)
 
         def __enter__(self):
             return self
@@ -107,6 +108,45 @@ def test_the_target_of_the_adapter_needs_no_flag(place):
     assert find_target(adapter, None, allow_mismatch=False) == (target, trained.fingerprint)
     (target / "model.safetensors").unlink()
     assert find_target(adapter, None, allow_mismatch=True) == (target, None)
+
+
+# ---------------------------------------------------------------- vLLM's own arguments
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_engine_gets_the_arguments_of_the_server(place, command, engines, capsys):
+    given = (
+        "--engine-arg",
+        "kv-cache-dtype=fp8",
+        "--engine-arg",
+        'hf_overrides={"a": 1}',
+        "--dtype",
+        "float32",
+    )
+    assert call(place, command, "--allow-target-mismatch", "--json", *given) == 0
+    wanted = {"kv_cache_dtype": "fp8", "hf_overrides": {"a": 1}}
+    assert len(engines.options) == (4 if command == "bench" else 1)
+    assert all((options.more, options.dtype) == (wanted, "float32") for options in engines.options)
+    if command == "bench":
+        told = json.loads(capsys.readouterr().out)
+        assert (told["engine_arguments"], told["dtype"], told["compiled"]) == (wanted, "float32", False)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("quantization", "expected NAME=VALUE"),
+        ("=fp8", "expected NAME=VALUE"),
+        ("quantisation=fp8", "did you mean quantization?"),
+        ("tensor_parallel_size=2", "use --tensor-parallel-size"),
+        ("max-model-len=64", "from its other options"),
+        ("speculative_config={}", "so that all arms do the same work"),
+    ],
+)
+def test_an_argument_that_cannot_be_passed_on_is_a_usage_error(place, command, given, told, capsys):
+    assert call(place, command, "--engine-arg", given) == 2
+    assert told in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- warm-up

@@ -228,11 +228,17 @@ def test_a_run_that_had_stopped_early_does_not_go_on(wrecked, directories, train
         max_steps=16,
         windows_per_step=16,
     )
-    stopped = trained(directories, training_rows, held_out, config, None).state
+    first = trained(directories, training_rows, held_out, config, None)
+    stopped = first.state
     last = stopped.curve[-1][0]
     assert last < 16
+    assert first.counted(last) == last
     checkpoint = Path(config.output_dir) / f"checkpoint-{last}"
-    resumed = trained(directories, training_rows, held_out, config, str(checkpoint)).state
+    again = trained(directories, training_rows, held_out, config, str(checkpoint))
+    resumed = again.state
+    assert again.counted(last + 1) == last, (
+        "the update that transformers makes all the same is not one of the run's"
+    )
     assert resumed.curve == stopped.curve
     assert all(resumed.best[name].equal(stopped.best[name]) for name in stopped.best)
 

@@ -261,8 +261,8 @@ def test_the_overview_has_a_column_for_every_cell_and_is_sorted():
 def small_study(directories, tmp_path) -> Path:
     """A plan for the test pair: two arms, one of them drafting, in two cells."""
     texts = ["windows", "of draft", "tokens ", "dow", "so", "many"]
-    for name in ("train", "held_out"):
-        lines = "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
+    for name, more in (("train", ""), ("held_out", " so")):
+        lines = "".join(json.dumps({"prompt": text + more}) + "\n" for text in texts)
         (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     cells = [
         {
@@ -290,6 +290,13 @@ def small_study(directories, tmp_path) -> Path:
     }
     (tmp_path / "plan.yaml").write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
     return tmp_path / "plan.yaml"
+
+
+def test_prompts_that_are_reported_are_not_trained_on(small_study, tmp_path, capsys):
+    with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"prompt": "many so"}\n')
+    assert run(["study", str(small_study), "--output", str(tmp_path / "out")]) == 1
+    assert "1 prompts of" in capsys.readouterr().err
 
 
 def test_a_study_goes_on_where_it_stopped_and_ends_in_a_table(small_study, tmp_path, capsys):

@@ -79,6 +79,18 @@ def prompt_hash(ids: Sequence[int]) -> bytes:
 # ---------------------------------------------------------------- files of JSON lines
 
 
+def check_apart(prompts: Path, held_out: Path) -> None:
+    """Refuse prompts to train on that results are judged by.
+
+    Raises:
+        UserError: some are in both files, or a file cannot be read.
+    """
+    if both := len(set(read_prompts(prompts)) & set(read_prompts(held_out))):
+        raise UserError(
+            f"{both} prompts of {prompts} are in {held_out} too, by which results are judged: take them out of one."
+        )
+
+
 def read_prompts(path: Path) -> list[str]:
     """Read a JSONL file with one `{"prompt": text}` per line; other keys are ignored.
 

@@ -242,6 +242,10 @@ class BestOnHeldOut(TrainerCallback):
                 for name, parameter in _trained(model).items():
                     parameter.copy_(written[name])
 
+    def counted(self, updates: int) -> int:
+        """Of the updates made, those of the run: not one made after it had stopped."""
+        return self.state.curve[-1][0] if self._at_stop else updates
+
     def facts(self) -> dict[str, Any]:
         """What the adapter records of its selection."""
         return {

@@ -41,6 +41,7 @@ class EngineOptions:
         seed: of the engine; the same calls in the same order sample the same tokens.
         tensor_parallel_size: of the target.
         neighbours: other engines that are up at the same time on the same GPUs.
+        more: other arguments of vLLM's engine, by name.
     """
 
     target: str
@@ -51,6 +52,7 @@ class EngineOptions:
     seed: int = 0
     tensor_parallel_size: int = 1
     neighbours: int = 0
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +252,9 @@ def start_engine(options: dict[str, Any], speculative_config: dict[str, Any] | N
 
     options = dict(options)
     share = gpu_share(options["tensor_parallel_size"], options.pop("neighbours"))
+    more = options.pop("more")
+    if share is not None:
+        more = {"gpu_memory_utilization": share, **more}
     return LLM(
         options.pop("target"),
         speculative_config=speculative_config,
@@ -257,7 +262,7 @@ def start_engine(options: dict[str, Any], speculative_config: dict[str, Any] | N
         enable_prefix_caching=False,  # the same prompts come again and again; each run must do the same work
         # What a tie is depends on the logits' magnitude (identity.py), which log probabilities do not tell.
         **({"logprobs_mode": "raw_logits"} if speculative_config is None else {}),
-        **({} if share is None else {"gpu_memory_utilization": share}),
+        **more,
         **options,
     )
 

@@ -138,7 +138,8 @@ def train_adapter(
         after = reporting() if reporting else None
         if reporting:
             reporting.forget()
-        training = training_facts(config, trajectories, trainer.state.global_step) | (facts or {})
+        updates = trainer.state.global_step if best is None else best.counted(trainer.state.global_step)
+        training = training_facts(config, trajectories, updates) | (facts or {})
         training["target_dtype"] = str(pair.target.model.dtype).removeprefix("torch.")
         training["peak_memory_bytes"] = peak_bytes(pair.target.model.device)  # of this process
         recorded = adapter_config(pair, config, training | held_out_facts(before, after, best))

@@ -322,6 +322,7 @@ def machine(vllm_config: Any) -> dict[str, Any]:
         "dtype": str(vllm_config.model_config.dtype).removeprefix("torch."),
         "tensor_parallel_size": vllm_config.parallel_config.tensor_parallel_size,
         "enforce_eager": vllm_config.model_config.enforce_eager,
+        "quantization": vllm_config.model_config.quantization or "none",
     }
 
 

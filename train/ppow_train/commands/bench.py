@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ppow_train.commands.engine_arguments import engine_argument_option
+
 if TYPE_CHECKING:
     from ppow_train.benchmark import ArmResult
 
@@ -82,6 +84,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="tokens of prompt and output at most",
 )
+@click.option("--dtype", default="auto", show_default=True, help="of the target, as in vLLM")
+@engine_argument_option
 @click.option(
     "--compile/--eager",
     "compiled",
@@ -108,7 +112,7 @@ def bench(output: Path | None, as_json: bool, **arguments: Any) -> None:
     directory, num_prompts, results = _measure(
         arguments, output, lambda text: console.print(f"  {text}", style="dim")
     )
-    told = ("max_tokens", "concurrency")
+    told = ("max_tokens", "concurrency", "dtype", "compiled", "tensor_parallel_size", "engine_arguments")
     facts = {"adapter": str(directory), "prompts": str(arguments["prompts"])}
     value = to_json(results, facts | {name: arguments[name] for name in told})
     file = arguments["prompts"].name
@@ -156,7 +160,9 @@ def _measure(
             arguments["max_model_len"],
             arguments["concurrency"],
             enforce_eager=not arguments["compiled"],
+            dtype=arguments["dtype"],
             tensor_parallel_size=arguments["tensor_parallel_size"],
+            more=arguments["engine_arguments"],
         ),
         Work(
             text_ids(texts, load_tokenizer(target)),

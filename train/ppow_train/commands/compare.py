@@ -8,8 +8,10 @@ Objectives, seeds and temperatures may be added later.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import re
 import statistics
@@ -71,29 +73,57 @@ def compare(
     temperatures: Sequence[float],
 ) -> None:
     """Train one adapter per objective and seed at equal windows and count accepted tokens per draft in vLLM."""
-    from ppow_train.data import read_prompts
     from ppow_train.objectives import parse_objective
-    from ppow_train.serving_eval import EngineOptions
+    from ppow_train.prompts import check_apart
+    from ppow_train.trajectory_store import only_writer
 
-    names = {parse_objective(name): name for name in objectives}
-    texts = read_prompts(held_out)
+    names = list(dict.fromkeys(map(parse_objective, objectives)))
+    check_apart(prompts, held_out)
     trainer = _Trainer(
         target, drafter, prompts, output, steps, max_new_tokens, serving_temperature, _parse_rates(rates)
     )
-    _begin(output, {**trainer.facts(), "held_out": _digest(held_out), "max_tokens": max_tokens})
-    results = _Results(output / "results.jsonl")
+    facts = {**trainer.facts(), "held_out": _digest(held_out), "max_tokens": max_tokens, **_versions()}
+    with only_writer(output):
+        _begin(output, facts)
+        results = _Results(output / "results.jsonl")
+        _finish(results, trainer, names, seeds, temperatures, held_out, max_tokens)
+        table = results.table([BASE, *names], seeds, temperatures)
+        (output / "table.md").write_text(table, encoding="utf-8")
+    click.echo(table)
+
+
+def _finish(
+    results: _Results,
+    trainer: _Trainer,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    temperatures: Sequence[float],
+    held_out: Path,
+    max_tokens: int,
+) -> None:
+    """Train and serve what is not known yet."""
+    from ppow_train.prompts import read_prompts
+    from ppow_train.serving_eval import EngineOptions
+
+    texts = read_prompts(held_out)
     for seed in seeds:
         for name in (BASE, *names):
             missing = results.missing(name, seed, temperatures)
             if not missing:
                 continue
-            adapter = trainer.adapter(next(iter(names)) if name == BASE else name, seed)
+            adapter = trainer.adapter(names[0] if name == BASE else name, seed)
             click.echo(f"seed {seed}: serving {name}", err=True)
             options = EngineOptions(str(trainer.target_directory), max_num_seqs=16, seed=seed)
             results.add(name, seed, _serve(adapter, name, trainer, texts, options, missing, max_tokens))
-    table = results.table([BASE, *names], seeds, temperatures)
-    (output / "table.md").write_text(table, encoding="utf-8")
-    click.echo(table)
+
+
+def _versions() -> dict[str, str]:
+    """Of what trains and serves: figures of two versions are not one comparison."""
+    installed = {}
+    for name in ("vllm", "torch", "transformers", "trl", "peft"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[f"version of {name}"] = importlib.metadata.version(name)
+    return installed
 
 
 def _parse_rates(rates: Sequence[str]) -> dict[str, float]:

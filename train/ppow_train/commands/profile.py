@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ppow_train.commands.engine_arguments import engine_argument_option
+
 if TYPE_CHECKING:
     from ppow_train.profile_engine import Measured
     from ppow_train.profiling import ProfileOptions
@@ -61,6 +63,7 @@ class _Numbers(click.ParamType):
 @click.option("--temperature", type=click.FloatRange(0), help="of acceptance  [default: the adapter's]")
 @click.option("--dtype", default="auto", show_default=True, help="of the target, as in vLLM")
 @click.option("--tensor-parallel-size", type=click.IntRange(1), default=1, show_default=True)
+@engine_argument_option
 @click.option(
     "--compile/--eager",
     "compiled",
@@ -129,6 +132,7 @@ def _measure(adapter: Adapter, from_hub: bool, arguments: dict[str, Any], say: A
         enforce_eager=not arguments["compiled"],
         dtype=arguments["dtype"],
         tensor_parallel_size=arguments["tensor_parallel_size"],
+        more=arguments["engine_arguments"],
     )
     say("starting vLLM")
     spec = measured_spec(adapter, base, options, allow_target_mismatch=allowed)

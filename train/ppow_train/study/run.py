@@ -21,6 +21,7 @@ from ppow_train.data import keep_long_enough, read_prompts
 from ppow_train.errors import UserError
 from ppow_train.generation import Round, load_or_generate, load_tokenizer
 from ppow_train.pair import Pair, load_pair
+from ppow_train.prompts import check_apart
 from ppow_train.rollout import WindowRunner
 from ppow_train.selection import Judge
 from ppow_train.study.costs import Costs, read_costs, write_costs
@@ -167,6 +168,8 @@ class Study:
         self._bench: CellBench | None = None
         for arm in self.plan.arms:  # before anything runs
             check_keys(self.plan.options_of(arm), f"arm {arm!r} of the plan")
+        for cell in self.plan.cells:
+            check_apart(Path(cell.prompts), Path(cell.held_out))
 
     def bench(self, name: str) -> CellBench:
         """The bench of a cell; the last one is kept."""
