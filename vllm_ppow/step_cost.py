@@ -34,6 +34,10 @@ FORGOTTEN = 0.01
 # Observations of a cell that tell how the machine's pace has changed since.
 PACED = 10
 _RIDGE = 1e-3
+# Of what steps take over a profile at least so much is a factor, the rest may be time that a server adds to every step.
+# Lengths are timed one after the other on a machine whose pace wanders, so that a longer one may look as cheap as a
+# shorter: the profile's shape would be given up for a constant.
+_LEAST_FACTOR = 0.7
 # Steps between fits, or as many as there are cells, since a fit takes about ten microseconds for each.
 _REFIT_EVERY = 32
 
@@ -224,7 +228,10 @@ class StepCost:
         self._fitted_at = self._now
         self._cells = {key: c for key, c in self._cells.items() if c.weight(self._now) >= FORGOTTEN}
         rows = [(cell.features, cell.typical, cell.weight(self._now)) for cell in self._cells.values()]
-        self._coefficients = _non_negative_ridge(rows, self._prior)
+        least = [0.0] * len(self._prior)
+        if self._profile is not None:
+            least[0] = _LEAST_FACTOR * _factor(rows)
+        self._coefficients = _ridge_from(least, rows, self._prior)
         self._least = min(_least(cell, length) for (_, length), cell in self._cells.items())
         for cell in self._cells.values():
             self._update_shift(cell)
@@ -239,46 +246,55 @@ def _least(cell: _Cell, length: int) -> tuple[float, float]:
     return cell.typical / (2 * length + 1), cell.batch
 
 
+def _factor(rows: Sequence[tuple[list[float], float, float]]) -> float:
+    """Geometric mean of what was seen over the first feature, by weight."""
+    logs = sum(weight * math.log(seconds / features[0]) for features, seconds, weight in rows)
+    return math.exp(logs / sum(weight for _, _, weight in rows))
+
+
 def _bucket(batch: int) -> int:
     """Batch sizes that share a cell: each its own up to 8, then four to the octave."""
     return batch if batch <= 8 else 8 + round(4 * math.log2(batch / 8))
 
 
-def _non_negative_ridge(
-    rows: Sequence[tuple[list[float], float, float]], prior: Sequence[float]
+def _ridge_from(
+    least: Sequence[float], rows: Sequence[tuple[list[float], float, float]], prior: Sequence[float]
 ) -> list[float]:
-    """Coefficients c >= 0 that minimise Σ weight · (features · c / seconds - 1)² + ridge · |c - prior|².
+    """Coefficients c >= least that minimise Σ weight · (features · c / seconds - 1)² + ridge · |c - prior|².
 
-    Negative ones are dropped. Features are scaled to their largest value over the rows, so that the ridge has no unit,
-    and what one row cannot tell apart is shared out evenly.
+    Lower ones are set to the least. Features are scaled to their largest value over the rows, so that the ridge has no
+    unit, and what one row cannot tell apart is shared out evenly.
 
     Args:
+        least: of each coefficient, >= 0.
         rows: (features, seconds, weight) of each cell.
         prior: coefficients that the ridge draws to.
     """
     width = len(prior)
     scale = [max(row[0][i] / row[1] for row in rows) or 1.0 for i in range(width)]
     total = sum(row[2] for row in rows)
+    start = [max(pair) for pair in zip(prior, least, strict=True)]
     active = list(range(width))
     while True:
         matrix = [[_RIDGE * total * (i == j) for j in active] for i in active]
         vector = [0.0] * len(active)
         for features, seconds, weight in rows:
             scaled = [features[i] / seconds / scale[i] for i in active]
-            missing = 1.0 - sum(prior[i] * features[i] for i in active) / seconds
+            missing = 1.0 - sum(start[i] * features[i] for i in range(width)) / seconds
             for i, left in enumerate(scaled):
                 vector[i] += weight * left * missing
                 for j, right in enumerate(scaled):
                     matrix[i][j] += weight * left * right
         changes = _solve(matrix, vector)
-        solved = [prior[i] * scale[i] + change for i, change in zip(active, changes, strict=True)]
-        worst = min(range(len(active)), key=solved.__getitem__)
-        if solved[worst] >= 0 or len(active) == 1:
+        above = [(start[i] - least[i]) * scale[i] + change for i, change in zip(active, changes, strict=True)]
+        worst = min(range(len(active)), key=above.__getitem__)
+        if above[worst] >= 0 or len(active) == 1:
             break
+        start[active[worst]] = least[active[worst]]
         del active[worst]
-    coefficients = [0.0] * width
-    for i, value in zip(active, solved, strict=True):
-        coefficients[i] = max(0.0, value) / scale[i]
+    coefficients = list(least)
+    for i, value in zip(active, above, strict=True):
+        coefficients[i] += max(0.0, value) / scale[i]
     return coefficients
 
 

@@ -2,8 +2,8 @@
 
 Both arms serve the same drafter with the same drafts: vLLM's own `eagle3` without this plugin (VLLM_PLUGINS= ), and
 `ppow` with an adapter whose deltas are zero, merged all the same. Steps: two engines stay up and take turns over the
-same prompts (A B B A …); outputs and drafts must be equal in every pair, or the times would be of different work.
-Start-up: fresh processes in turns. Each figure is the median of the pairs' ratios with its 95 % interval by order
+same prompts (A B B A …); outputs and drafts must be equal in every pair, or the times would be of different work. A pass
+has two times, that on the wall and the CPU time of its engine. Start-up: fresh processes in turns. Each figure is the median of the pairs' ratios with its 95 % interval by order
 statistics, which assumes nothing of their distribution and is not moved by a few disturbed pairs. Left out: the
 adaptive window, which changes what is drafted (serve_sweep.py).
 
@@ -97,26 +97,31 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def summarise(pairs: Sequence[tuple[float, float]], most: float) -> dict[str, Any]:
-    """Seconds (bare, ours) of pairs to what ours costs over bare: median, its interval, and whether the aim is met."""
+    """Seconds (bare, ours) of pairs to what ours costs over bare: median, its interval, and whether the aim is met.
+
+    It is shown to be met where the whole interval is below the aim.
+    """
     costs = [ours / bare - 1 for bare, ours in pairs]
+    interval = median_interval(costs)
     return {
         "cost_median": statistics.median(costs),
-        "cost_interval": median_interval(costs),
+        "cost_interval": interval,
         "aim": most,
         "met": statistics.median(costs) <= most,
+        "shown": interval is not None and interval[1] <= most,
         "pairs": [list(pair) for pair in pairs],
     }
 
 
 def time_steps(
     options: EngineOptions, specs: dict[str, Any], prompts: list[list[int]], max_tokens: int, rounds: int
-) -> dict[str, Any]:
-    """Passes over the prompts by both engines in turns; the first pair warms up and is not counted."""
+) -> dict[str, dict[str, Any]]:
+    """Passes over the prompts by both engines in turns, by wall and by CPU time; the first pair only warms up."""
     engines = {arm: start_engine(arm, options, spec) for arm, spec in specs.items()}
     try:
         for engine in engines.values():
             engine.wait_until_ready()
-        pairs, drafts = [], 0
+        walls, cpus, drafts = [], [], 0
         with make_progress() as progress:
             task = progress.add_task("steps", total=rounds + 1, note="")
             for index in range(rounds + 1):
@@ -126,13 +131,17 @@ def time_steps(
                 }
                 check_same_work(runs)
                 if index:
-                    pairs.append((runs[BARE].seconds, runs[OURS].seconds))
+                    walls.append((runs[BARE].seconds, runs[OURS].seconds))
+                    cpus.append((runs[BARE].cpu_seconds or 0.0, runs[OURS].cpu_seconds or 0.0))
                     drafts = runs[BARE].counts.num_drafts if runs[BARE].counts else 0
                 progress.update(task, advance=1, note=f"{runs[OURS].seconds / runs[BARE].seconds - 1:+.1%}")
     finally:
         for engine in engines.values():
             engine.close()
-    return {**summarise(pairs, MAX_STEP_COST), "drafts_per_pass": drafts}
+    return {
+        "step": {**summarise(walls, MAX_STEP_COST), "drafts_per_pass": drafts},
+        "step_cpu": summarise(cpus, MAX_STEP_COST),
+    }
 
 
 def time_start(arm: str, options: dict[str, Any]) -> dict[str, float]:
@@ -176,7 +185,7 @@ def time_starts(options: EngineOptions, specs: dict[str, Any], starts: int) -> d
 
 def show(name: str, result: dict[str, Any]) -> str:
     """One line of the result."""
-    verdict = "met" if result["met"] else "MISSED"
+    verdict = ("met" if result["shown"] else "met, not shown") if result["met"] else "MISSED"
     interval = result["cost_interval"]
     spread = "no interval" if interval is None else "{:+.2%} … {:+.2%}".format(*interval)
     return (
@@ -207,7 +216,7 @@ def main(
         specs = speculative_configs(make_adapter(Path(scratch) / "zero", 0.0), num_speculative_tokens)
         results: dict[str, Any] = {}
         if rounds:
-            results["step"] = time_steps(options, specs, prompts, max_tokens, rounds)
+            results |= time_steps(options, specs, prompts, max_tokens, rounds)
             write_json(output, results)  # starts take long, too
         if starts:
             results |= {f"start_{name}": r for name, r in time_starts(options, specs, starts).items()}

@@ -36,6 +36,18 @@ def test_costs_are_of_pairs():
     assert "MISSED" in overhead.show("step", overhead.summarise([(1.0, 1.2)], 0.05))
 
 
+def test_a_median_below_the_aim_is_not_enough_to_show_it():
+    noisy = [(1.0, 1.0 + cost) for cost in (-0.05, -0.04, 0.0, 0.005, 0.03, 0.04, 0.05)]
+    result = overhead.summarise(noisy, 0.01)
+    assert (result["met"], result["shown"]) == (True, False)
+    assert overhead.show("step", result).endswith("met, not shown")
+    quiet = overhead.summarise(
+        [(1.0, 1.0 + cost / 10) for cost in (-0.05, -0.04, 0.0, 0.005, 0.03, 0.04, 0.05)], 0.01
+    )
+    assert quiet["shown"]
+    assert overhead.show("step", quiet).endswith(": met")
+
+
 def test_the_interval_holds_the_median_of_what_is_drawn_from():
     """Exact ranks from tables of the sign test, and coverage on a skewed law with outliers."""
     assert overhead.median_interval(range(5)) is None

@@ -65,6 +65,8 @@ class Run:
         counts: what vLLM counted in it; None without speculation.
         gaps: per prompt and token, log probability of the best token minus that of the second; None if not asked for.
         ties_up_to: with the gaps, up to which gap the choice is a tie in the engine's dtype (identity.py).
+        cpu_seconds: CPU time of the engine's own process in the pass, all threads; on a CPU its work, which other
+            processes disturb less than the wall time.
     """
 
     tokens: list[list[int]]
@@ -72,6 +74,7 @@ class Run:
     counts: SpecDecodeCounts | None
     gaps: list[list[float]] | None = None
     ties_up_to: list[list[float]] | None = None
+    cpu_seconds: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -192,6 +195,7 @@ class Engine:
             None if counts is None else SpecDecodeCounts(**counts),
             answer["gaps"],
             answer["ties_up_to"],
+            answer["cpu_seconds"],
         )
 
     def close(self) -> None:
@@ -304,9 +308,9 @@ def _run_once(llm: Any, request: dict[str, Any], speculating: bool) -> dict[str,
         for seed in request["seeds"] or [None] * len(prompts)
     ]
     before = SpecDecodeCounts.from_metrics(llm.get_metrics()) if speculating else None
-    started = time.perf_counter()
+    started, started_cpu = time.perf_counter(), time.process_time()
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
     counts = None
     if before is not None:
         counts = dataclasses.asdict(SpecDecodeCounts.from_metrics(llm.get_metrics()) - before)
@@ -317,6 +321,7 @@ def _run_once(llm: Any, request: dict[str, Any], speculating: bool) -> dict[str,
     return {
         "tokens": [list(one.token_ids) for one in done],
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "counts": counts,
         "gaps": gaps,
         "ties_up_to": ties_up_to,
