@@ -5,7 +5,7 @@ Both arms serve the same drafter with the same drafts: vLLM's own `eagle3` witho
 same prompts (A B B A …); outputs and drafts must be equal in every pair, or the times would be of different work. A
 pass has two times, that on the wall and the CPU time of its engine. Start-up: fresh processes in turns. Each figure is
 the median of the pairs' ratios with its 95 % interval by order statistics, which assumes nothing of their distribution
-and is not moved by a few disturbed pairs. Left out: the adaptive window, which changes what is drafted (serve_sweep.py).
+and is not moved by a few disturbed pairs. Left out: the adaptive window, which drafts otherwise (serve_sweep.py).
 
     OMP_NUM_THREADS=1 python examples/benchmarks/overhead.py --output overhead.json
 """
