@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -12,11 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from serving_hub import add_to_cache
 from serving_pair import K, random_adapter
+from serving_profile import PROFILE
 
 from ppow_train import cli
 from ppow_train.doctor import Question, examine
 from vllm_ppow.compat import capabilities
 from vllm_ppow.config import rewrite
+from vllm_ppow.cost_profile import write_cost_profile
 
 
 @pytest.fixture(scope="module", params=["eagle3", "causal_lm", "original"])
@@ -75,6 +78,28 @@ def test_command_line_and_json(pair, adapter, capsys):
     shown = capsys.readouterr().out
     assert "fail  adapter" in shown
     assert shown.endswith("It would not be served.\n")
+
+
+def test_the_cost_profile_is_looked_at(pair, causal_adapter, tmp_path):
+    copied = tmp_path / "adapter"
+    shutil.copytree(causal_adapter.directory, copied)
+    asked = Question(str(pair.target), str(copied))
+    assert "learned while serving" in found(examine(asked), "ok")["cost profile"]
+    same = dataclasses.replace(
+        PROFILE,
+        vllm_version=capabilities.installed_distribution()[1],
+        adapter_fingerprint=causal_adapter.config.adapter_fingerprint,
+        target_fingerprint=causal_adapter.config.target.fingerprint,
+    )
+    write_cost_profile(copied, same)
+    told = found(examine(asked), "ok")["cost profile"]
+    assert "of a CPU: bfloat16, quantization none, compiled, TP 1" in told
+    write_cost_profile(copied, dataclasses.replace(same, adapter_fingerprint="sha256:" + "2" * 64))
+    told = found(examine(asked), "warn")["cost profile"]
+    assert "adapter_fingerprint" in told
+    assert "measure again with ppow profile" in told
+    (copied / "cost_profile.json").write_text("{")
+    assert "not readable JSON" in found(examine(asked), "warn")["cost profile"]
 
 
 def test_another_target(pair, adapter, tmp_path):

@@ -27,6 +27,7 @@ from vllm_ppow.artifact import (
     safetensors_ranges,
 )
 from vllm_ppow.compat.capabilities import installed_distribution, probe
+from vllm_ppow.cost_profile import CostProfileError, read_cost_profile
 from vllm_ppow.resolve import is_offline, resolve_base_drafter, resolve_directory
 
 Status = Literal["ok", "warn", "fail"]
@@ -107,6 +108,7 @@ def examine(question: Question) -> Diagnosis:
         _context_lengths(diagnosis, base, target)
     if adapter:
         _drafting(diagnosis, adapter, question.num_speculative_tokens)
+        _cost_profile(diagnosis, adapter, question.allow_target_mismatch)
     if adapter and base:
         _native_config(diagnosis, question)
     return diagnosis
@@ -344,6 +346,35 @@ def _drafting(diagnosis: Diagnosis, adapter: Adapter, asked: int | None) -> None
         "ok",
         f"{config.draft_sample_method}, as the adapter was trained for at temperature {config.temperature:g}",
     )
+
+
+def _cost_profile(diagnosis: Diagnosis, adapter: Adapter, another_target: bool) -> None:
+    """What the draft window starts from. How a server will run (dtype, graphs, quantisation) is not known here."""
+    try:
+        profile = read_cost_profile(adapter.directory)
+    except CostProfileError as error:
+        diagnosis.add("cost profile", "warn", f"learned while serving: {error}")
+        return
+    if profile is None:
+        diagnosis.add(
+            "cost profile", "ok", "none: costs are learned while serving, or measured by ppow profile"
+        )
+        return
+    found = installed_distribution()
+    differences = profile.differences(
+        vllm_version=found[1] if found else None,
+        adapter_fingerprint=adapter.config.adapter_fingerprint,
+        target_fingerprint=None if another_target else adapter.config.target.fingerprint,
+    )
+    if differences:
+        detail = f"of another set-up ({'; '.join(differences)}), so that costs are learned while serving"
+        diagnosis.add("cost profile", "warn", detail, "measure again with ppow profile.")
+        return
+    graphs = "eager" if profile.enforce_eager else "compiled"
+    kind = (
+        f"{profile.dtype}, quantization {profile.quantization}, {graphs}, TP {profile.tensor_parallel_size}"
+    )
+    diagnosis.add("cost profile", "ok", f"of {profile.device}: {kind}; used by a server that runs so")
 
 
 def _native_config(diagnosis: Diagnosis, question: Question) -> None:
