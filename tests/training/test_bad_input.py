@@ -53,6 +53,8 @@ def refused(*parts: str) -> Any:
         ('{"text": "a"}\n', ["line 1", "text"]),
         ('"prompt"\n', ["line 1", "JSON object"]),
         ('{"prompt": 3}\n', ["line 1", "non-empty text", "got 3"]),
+        ('{"messages": []}\n', ["line 1", "non-empty text", "messages"]),
+        ('{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}\n', ["line 1", "got both"]),
         ('{"prompt": ""}\n', ["line 1", "non-empty text"]),
     ],
 )
@@ -60,15 +62,15 @@ def test_prompts(content, parts, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text(content, encoding="utf-8")
     with refused("prompts.jsonl", *parts):
-        read_prompts(path)
+        read_prompts(path, None)
 
 
 def test_prompts_that_cannot_be_read(tmp_path):
     with refused("cannot be read", "UTF-8"):
-        read_prompts(tmp_path / "absent.jsonl")
+        read_prompts(tmp_path / "absent.jsonl", None)
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "ä"}'.encode("latin-1"))
     with refused("cannot be read", "UTF-8"):
-        read_prompts(tmp_path / "latin.jsonl")
+        read_prompts(tmp_path / "latin.jsonl", None)
 
 
 def test_prompts_may_hold_any_sign(tmp_path):
@@ -76,7 +78,7 @@ def test_prompts_may_hold_any_sign(tmp_path):
     path = tmp_path / "prompts.jsonl"
     lines = [json.dumps({"prompt": text, "file": "x"}, ensure_ascii=False) for text in texts]
     path.write_bytes("\r\n".join(lines).encode())
-    assert read_prompts(path) == texts
+    assert read_prompts(path, None) == texts
 
 
 # ---------------------------------------------------------------- trajectories

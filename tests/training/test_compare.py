@@ -33,6 +33,7 @@ def served(monkeypatch) -> list[tuple[str, list[float]]]:
     ref = SimpleNamespace(fingerprint="f")
     loaded = SimpleNamespace(target_ref=ref, drafter_ref=ref, target=SimpleNamespace(directory=Path("t")))
     monkeypatch.setattr(pair, "load_pair", lambda *args: loaded)
+    monkeypatch.setattr("ppow_train.generation.load_tokenizer", lambda directory: None)
     monkeypatch.setattr(compare._Trainer, "adapter", lambda *args: None)
     monkeypatch.setattr(compare, "_serve", serve)
     return calls

@@ -1,4 +1,4 @@
-"""Prompts of every form become token ids, each once. Left out: `read_prompts` (test_bad_input.py)."""
+"""Prompts of every form become token ids, each once. Left out: what is refused (test_bad_input.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import pytest
 from test_bad_input import refused
 
 from ppow_train.generation import load_tokenizer
-from ppow_train.prompts import Prompt, prompt_hash, read_dataset, read_requests, tokenize
+from ppow_train.prompts import (
+    Prompt,
+    check_apart,
+    prompt_hash,
+    read_dataset,
+    read_prompts,
+    read_requests,
+    text_ids,
+    tokenize,
+)
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
@@ -66,6 +75,26 @@ def test_every_form(row, wanted, tmp_path, chat_tokenizer):
     assert texts(chat_tokenizer, write(tmp_path, row)) == wanted
 
 
+def test_training_and_measuring_take_what_data_takes(tmp_path, chat_tokenizer):
+    """Texts stay texts, which name sets of trajectories that are already there; chats are ids by the template."""
+    path = write(tmp_path, {"prompt": "windows"}, {"messages": CHAT}, {"body": {"prompt": [5, 6]}})
+    prompts = read_prompts(path, chat_tokenizer)
+    assert prompts[0] == "windows"
+    assert prompts[2] == [5, 6]
+    ids = text_ids(prompts, chat_tokenizer)
+    assert ids == [list(one) for one in tokenize(read_requests(path), chat_tokenizer).ids]
+    assert chat_tokenizer.decode(ids[1]) == "<user>draft<assistant>"
+
+
+def test_chats_that_judge_are_not_trained_on(tmp_path):
+    (tmp_path / "a").mkdir()
+    path = write(tmp_path, {"messages": CHAT}, {"prompt": "of"})
+    answered = [*CHAT, {"role": "assistant", "content": "of"}]
+    with refused("1 prompts of", "take them out of one"):
+        check_apart(path, write(tmp_path / "a", {"request": {"messages": answered}}, {"prompt": "windows"}))
+    check_apart(path, write(tmp_path / "a", {"messages": answered, "tools": [{"name": "f"}]}))
+
+
 def test_token_ids_of_a_log_are_taken_as_they_are(tmp_path, tokenizer):
     path = write(tmp_path, {"body": {"prompt": [5, 6, 7]}}, {"body": {"prompt": [[8], [9, 10]]}})
     assert [list(ids) for ids in tokenize(read_requests(path), tokenizer).ids] == [[5, 6, 7], [8], [9, 10]]
@@ -100,7 +129,7 @@ def test_the_assistants_closing_answer_is_left_out_and_counted(answers, tmp_path
         ({"text": "a"}, ["line 1", "`prompt` or `messages`", "neither"]),
         ({"prompt": "a", "messages": CHAT}, ["line 1", "both"]),
         ({"body": {"input": "a"}}, ["neither"]),
-        (["prompt"], ["neither"]),
+        (["prompt"], ["JSON object"]),
         ({"prompt": ""}, ["line 1", "non-empty"]),
         ({"prompt": 3}, ["non-empty text", "got 3"]),
         ({"messages": []}, ["non-empty"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from serving_profile import PROFILE
 from training_pair import K
 
 from ppow_train import cli
-from ppow_train.generation import Round
+from ppow_train.generation import Round, load_tokenizer
 from ppow_train.objectives.names import unused_options
 from ppow_train.trajectory_store import derive_seed
 from vllm_ppow.cost_profile import write_cost_profile
@@ -66,6 +67,26 @@ def test_prompts_that_are_held_out_are_not_trained_on(command, continued, tmp_pa
     assert trained == [text for number, text in enumerate(TEXTS) if number not in (3, 5)]
     assert measured == [TEXTS[3], "of", TEXTS[5]]
     assert json.loads(shown.out)["training"]["trajectories"] <= 6
+
+
+def test_chats_are_trained_on_and_held_out_by_what_the_target_sees(
+    command, continued, tmp_path, capsys, directories
+):
+    target = shutil.copytree(directories.target, tmp_path / "target")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+    command[command.index("--target") + 1] = str(target)
+    chats = [
+        {"messages": [{"role": "user", "content": text}]} for text in ("windows of", TEXTS[3], "many drafts")
+    ]
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
+    assert cli.run([*command, "--held-out", str(held_out)]) == 0
+    assert "1 of 8 prompts are held out too" in capsys.readouterr().err
+    (_, trained, _, _), (_, measured, _, _) = continued
+    assert TEXTS[3] not in trained
+    tokenizer = load_tokenizer(target)
+    assert [tokenizer.decode(ids) for ids in measured] == ["windows of", TEXTS[3], "many drafts"]
 
 
 def test_nothing_is_said_or_dropped_without_an_overlap(command, continued, tmp_path, capsys):

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ppow_train.errors import UserError
+from ppow_train.prompts import Text
 from ppow_train.prompts import read_prompts as read_prompts
 from ppow_train.types import FlatTrajectories, Trajectories
 
@@ -79,7 +80,7 @@ def load_trajectories(directory: Path) -> Trajectories:
 
 
 def trajectory_key(
-    prompts: Sequence[str],
+    prompts: Sequence[Text],
     target_fingerprint: str,
     max_new_tokens: int,
     temperature: float,

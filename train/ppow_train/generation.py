@@ -16,7 +16,7 @@ import torch
 
 from ppow_train.data import load_trajectories, save_trajectories, trajectory_key
 from ppow_train.errors import UserError
-from ppow_train.prompts import begins_with_bos, text_ids
+from ppow_train.prompts import Text, begins_with_bos, text_ids
 from ppow_train.trajectory_store import derive_seed
 from ppow_train.types import Trajectories
 
@@ -78,7 +78,7 @@ def load_tokenizer(target: Path) -> PreTrainedTokenizerBase:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Text],
     *,
     max_new_tokens: int,
     temperature: float,
@@ -288,7 +288,7 @@ def load_or_generate(
     cache: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Text],
     *,
     target_fingerprint: str,
     max_new_tokens: int,

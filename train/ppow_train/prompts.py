@@ -22,6 +22,8 @@ from ppow_train.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# A prompt to continue: text, or token ids where special tokens are settled.
+Text = str | list[int]
 _HOLDERS, _WRAPPERS = ("prompt", "messages"), ("body", "request")
 _EXAMPLE = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
 
@@ -85,34 +87,27 @@ def check_apart(prompts: Path, held_out: Path) -> None:
     Raises:
         UserError: some are in both files, or a file cannot be read.
     """
-    if both := len(set(read_prompts(prompts)) & set(read_prompts(held_out))):
+    trained, judging = ({_key(one) for one in read_requests(path)} for path in (prompts, held_out))
+    if both := len(trained & judging):
         raise UserError(
             f"{both} prompts of {prompts} are in {held_out} too, by which results are judged: take them out of one."
         )
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Read a JSONL file with one `{"prompt": text}` per line; other keys are ignored.
+def _key(prompt: Prompt) -> str:
+    return json.dumps([prompt.text, prompt.ids, prompt.messages, prompt.template_options], sort_keys=True)
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+    """Read a JSONL file of prompts, chats or logged requests; chats become token ids by the target's template.
+
+    Args:
+        tokenizer: the target's.
 
     Raises:
-        UserError: missing file, malformed line (with its number), or no prompt at all.
+        UserError: as `read_requests`, or a chat that the template refuses.
     """
-    prompts = [_plain_prompt(line, path, number) for number, line in _lines(path)]
-    if not prompts:
-        raise UserError(f'Prompts {path} is empty: give at least one line like {{"prompt": "…"}}.')
-    return prompts
-
-
-def _plain_prompt(line: str, path: Path, number: int) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f'{path}, line {number}: expected a JSON object like {{"prompt": "…"}}, got {line[:60]!r}.'
-        ) from error
-    if not isinstance(prompt, str) or not prompt:
-        raise UserError(f"{path}, line {number}: prompt must be a non-empty text, got {prompt!r}.")
-    return prompt
+    return [one.text if one.text is not None else list(_ids(one, tokenizer)) for one in read_requests(path)]
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
@@ -142,10 +137,12 @@ def read_requests(path: Path) -> list[Prompt]:
 def _request(line: str, where: str) -> Iterator[Prompt]:
     try:
         value = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: expected a JSON object like {_EXAMPLE}, got {line[:60]!r}.") from error
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object like {_EXAMPLE}, got {line[:60]!r}.")
     value = _innermost(value)
-    found = [key for key in _HOLDERS if isinstance(value, dict) and value.get(key) is not None]
+    found = [key for key in _HOLDERS if value.get(key) is not None]
     if len(found) != 1:
         what = "both" if found else f"neither in {line[:60]!r}"
         raise UserError(f"{where}: expected `prompt` or `messages`, got {what}: give {_EXAMPLE}.")
@@ -155,9 +152,9 @@ def _request(line: str, where: str) -> Iterator[Prompt]:
     yield from prompts_of(value[found[0]], where, options)
 
 
-def _innermost(value: Any) -> Any:
+def _innermost(value: dict[str, Any]) -> dict[str, Any]:
     """The object with the prompt: the line itself, or what a log wraps it in."""
-    while isinstance(value, dict) and not any(key in value for key in _HOLDERS):
+    while not any(key in value for key in _HOLDERS):
         inner = [value[key] for key in _WRAPPERS if isinstance(value.get(key), dict)]
         if not inner:
             break
@@ -275,18 +272,20 @@ def read_dataset(name: str, split: str, column: str, subset: str | None = None) 
 # ---------------------------------------------------------------- token ids
 
 
-def begins_with_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the text brings its own token of the beginning, as one with its chat template applied does."""
-    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+def begins_with_bos(text: Text, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text brings its own token of the beginning, as one with its chat template applied does."""
+    return isinstance(text, str) and bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
 
 
-def text_ids(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def text_ids(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of texts to continue, the same in training, `ppow data` and every benchmark.
 
-    Special tokens are added as the tokenizer does, unless the text begins with them.
+    Special tokens are added as the tokenizer does, unless the text begins with them; token ids stay as they are.
     """
     return [
         tokenizer(text, add_special_tokens=not begins_with_bos(text, tokenizer))["input_ids"]
+        if isinstance(text, str)
+        else text
         for text in texts
     ]
 

@@ -30,6 +30,7 @@ from ppow_train.machine import peak_bytes
 from ppow_train.microbatches import choose_windows_per_forward, divide_step
 from ppow_train.pair import Pair
 from ppow_train.progress import ProgressBar
+from ppow_train.prompts import Text
 from ppow_train.rollout import WindowRunner
 from ppow_train.selection import BestOnHeldOut, Judge, SelectionState, require_held_out, split_held_out
 from ppow_train.target_cache import TargetCache, open_cache
@@ -46,7 +47,7 @@ def get_trajectories(
     max_new_tokens: int,
     rounds: Sequence[Round],
     progress: Progress,
-    texts: Sequence[str] | None = None,
+    texts: Sequence[Text] | None = None,
 ) -> Trajectories:
     """The target's continuations of a prompt file, round by round, generated or from the cache.
 
@@ -54,7 +55,7 @@ def get_trajectories(
         texts: those of the file to continue; None for all.
     """
     tokenizer = load_tokenizer(pair.target.directory)
-    texts = read_prompts(prompts) if texts is None else texts
+    texts = read_prompts(prompts, tokenizer) if texts is None else texts
     task = progress.add_task(f"target continues {prompts.name}", total=len(texts) * len(rounds), note="")
     parts = []
     for index, drawn in enumerate(rounds):

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--adapter", required=True, help="adapter directory or Hub repo id")
 @click.option(
-    "--prompts", required=True, type=click.Path(path_type=Path), help='JSONL, one {"prompt": "…"} per line'
+    "--prompts",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="JSONL of prompts, chats or logged requests",
 )
 @click.option(
     "--target", help="directory or Hub repo id of the target  [default: the one the adapter was trained for]"
@@ -135,15 +138,14 @@ def _measure(
     import torch
 
     from ppow_train.benchmark import Work, run_benchmark
-    from ppow_train.data import read_prompts
     from ppow_train.generation import load_tokenizer
     from ppow_train.preflight import check_writable, find_target
-    from ppow_train.prompts import text_ids
+    from ppow_train.prompts import read_prompts, read_requests, text_ids
     from ppow_train.serving_eval import EngineOptions
     from vllm_ppow.artifact import read_adapter
     from vllm_ppow.resolve import resolve_base_drafter, resolve_directory
 
-    texts = read_prompts(arguments["prompts"])[: arguments["limit"]]
+    read_requests(arguments["prompts"])  # a malformed line is reported first
     directory, from_hub = resolve_directory(arguments["adapter"])
     loaded = read_adapter(directory)
     base = resolve_base_drafter(loaded, from_hub, arguments["drafter"])
@@ -151,6 +153,8 @@ def _measure(
     target, _ = find_target(loaded, arguments["target"], allow_mismatch=allowed)
     if output:
         check_writable(output)
+    tokenizer = load_tokenizer(target)
+    prompts = text_ids(read_prompts(arguments["prompts"], tokenizer)[: arguments["limit"]], tokenizer)
     side_by_side = arguments["side_by_side"]
     results = run_benchmark(
         loaded,
@@ -165,7 +169,7 @@ def _measure(
             more=arguments["engine_arguments"],
         ),
         Work(
-            text_ids(texts, load_tokenizer(target)),
+            prompts,
             arguments["max_tokens"],
             arguments["temperatures"],
             arguments["rounds"],
@@ -175,4 +179,4 @@ def _measure(
         allow_target_mismatch=allowed,
         say=say,
     )
-    return directory, len(texts), results
+    return directory, len(prompts), results

@@ -23,6 +23,7 @@ import click
 
 if TYPE_CHECKING:
     from ppow_train.config import PPOWConfig
+    from ppow_train.prompts import Text
     from ppow_train.serving_eval import EngineOptions
     from vllm_ppow.artifact import Adapter
 
@@ -102,10 +103,11 @@ def _finish(
     max_tokens: int,
 ) -> None:
     """Train and serve what is not known yet."""
+    from ppow_train.generation import load_tokenizer
     from ppow_train.prompts import read_prompts
     from ppow_train.serving_eval import EngineOptions
 
-    texts = read_prompts(held_out)
+    texts = read_prompts(held_out, load_tokenizer(trainer.target_directory))
     for seed in seeds:
         for name in (BASE, *names):
             missing = results.missing(name, seed, temperatures)
@@ -239,7 +241,7 @@ def _serve(
     adapter: Adapter,
     name: str,
     trainer: _Trainer,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     options: EngineOptions,
     temperatures: Sequence[float],
     max_tokens: int,

@@ -171,8 +171,9 @@ def _work(tiny: Path, num_prompts: int, max_tokens: int) -> Work:
     from ppow_train.generation import load_tokenizer
     from ppow_train.prompts import text_ids
 
-    texts = read_prompts(tiny / "prompts" / "tests_held_out.jsonl")[:num_prompts]
-    prompts = text_ids(texts, load_tokenizer(tiny / "target"))
+    tokenizer = load_tokenizer(tiny / "target")
+    texts = read_prompts(tiny / "prompts" / "tests_held_out.jsonl", tokenizer)[:num_prompts]
+    prompts = text_ids(texts, tokenizer)
     return Work(prompts, max_tokens, (0.0, 1.0), rounds=1)
 
 

@@ -42,7 +42,10 @@ class _Numbers(click.ParamType):
 @click.command()
 @click.option("--adapter", required=True, help="adapter directory or Hub repo id")
 @click.option(
-    "--prompts", required=True, type=click.Path(path_type=Path), help='JSONL, one {"prompt": "…"} per line'
+    "--prompts",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="JSONL of prompts, chats or logged requests",
 )
 @click.option("--target", help="directory or Hub repo id of the target  [default: the adapter's own]")
 @click.option(
@@ -110,19 +113,19 @@ def profile(output: Path | None, as_json: bool, **arguments: Any) -> None:
 
 
 def _measure(adapter: Adapter, from_hub: bool, arguments: dict[str, Any], say: Any) -> Measured:
-    from ppow_train.data import read_prompts
     from ppow_train.generation import load_tokenizer
     from ppow_train.preflight import find_target
     from ppow_train.profile_engine import ProfileEngine, measured_spec
-    from ppow_train.prompts import text_ids
+    from ppow_train.prompts import read_prompts, read_requests, text_ids
     from ppow_train.serving_eval import EngineOptions
     from vllm_ppow.resolve import resolve_base_drafter
 
-    texts = read_prompts(arguments["prompts"])[: arguments["limit"]]
+    read_requests(arguments["prompts"])  # a malformed line is reported first
     base = resolve_base_drafter(adapter, from_hub, arguments["drafter"])
     allowed = arguments["allow_target_mismatch"]
     target, fingerprint = find_target(adapter, arguments["target"], allow_mismatch=allowed)
-    prompts = text_ids(texts, load_tokenizer(target))
+    tokenizer = load_tokenizer(target)
+    prompts = text_ids(read_prompts(arguments["prompts"], tokenizer)[: arguments["limit"]], tokenizer)
     options, longest = _plan(adapter, target, arguments, max(map(len, prompts)))
     engine_options = EngineOptions(
         str(target),

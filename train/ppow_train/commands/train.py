@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
-    help='JSONL file, one {"prompt": "…"} per line',
+    help="JSONL file of prompts, chats or logged requests",
 )
 @click.option(
     "--data",
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--held-out",
     type=click.Path(path_type=Path),
-    help="JSONL file of prompts to measure on, never trained on",
+    help="the same, to measure on, never trained on",
 )
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="directory of the adapter")
 @click.option(
@@ -90,11 +90,11 @@ def train(
     """
     prompts, data, held_out = (arguments[name] for name in ("prompts", "data", "held_out"))
     _check_usage(ctx, prompts, data)
-    from ppow_train.data import read_prompts
+    from ppow_train.prompts import read_requests
 
     for file in (prompts, held_out):
         if file is not None:
-            read_prompts(file)  # a malformed line is reported before models are loaded
+            read_requests(file)  # a malformed line is reported before models are loaded
     if data is not None:
         from ppow_train.trajectory_store import read_manifest
 

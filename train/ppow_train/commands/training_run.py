@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ppow_train.generation import Round
     from ppow_train.pair import Pair
     from ppow_train.parity import Parity
+    from ppow_train.prompts import Text
     from ppow_train.training import TrainingResult
     from ppow_train.types import Trajectories
 
@@ -163,7 +164,9 @@ def _splits(
         config.continuations = read_manifest(request.data).facts.get("continuations", 1)  # for the record
         return load_splits(request.data, pair.target_ref.fingerprint, config.serving_temperature)
 
-    def generated(file: Path, texts: list[str], rounds: Sequence[Round], max_new_tokens: int) -> Trajectories:
+    def generated(
+        file: Path, texts: list[Text], rounds: Sequence[Round], max_new_tokens: int
+    ) -> Trajectories:
         return get_trajectories(
             pair,
             file,
@@ -185,7 +188,7 @@ def _splits(
     return trajectories, generated(request.held_out, held_out, once, longer)
 
 
-def _texts(request: Request, pair: Pair, held_out_tokens: int, tell: bool) -> tuple[list[str], list[str]]:
+def _texts(request: Request, pair: Pair, held_out_tokens: int, tell: bool) -> tuple[list[Text], list[Text]]:
     """Texts to train on and texts that are held out, none in both; all of them fit the target.
 
     Args:
@@ -201,8 +204,8 @@ def _texts(request: Request, pair: Pair, held_out_tokens: int, tell: bool) -> tu
     assert request.prompts is not None
     tokenizer = load_tokenizer(pair.target.directory)
     texts, held_out = (
-        read_prompts(request.prompts),
-        read_prompts(request.held_out) if request.held_out else [],
+        read_prompts(request.prompts, tokenizer),
+        read_prompts(request.held_out, tokenizer) if request.held_out else [],
     )
     ids, held_out_ids = text_ids(texts, tokenizer), text_ids(held_out, tokenizer)
     apart = {prompt_hash(one) for one in held_out_ids}

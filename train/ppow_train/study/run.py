@@ -62,7 +62,7 @@ class CellBench:
             self.cache,
             self.pair.target.model,
             self.tokenizer,
-            read_prompts(Path(file)),
+            read_prompts(Path(file), self.tokenizer),
             target_fingerprint=self.pair.target_ref.fingerprint,
             max_new_tokens=new_tokens,
             temperature=drawn.temperature,
