@@ -41,6 +41,7 @@ def resolve_directory(
             name_or_path,
             revision=revision,
             cache_dir=cache_dir,
+            local_files_only=is_offline(),  # or some versions ask the Hub what a pinned commit holds
             allow_patterns=["*.safetensors", *SMALL_FILES],
             ignore_patterns=["original/*", "consolidated*"],  # the same weights again (model_weight_files)
         )

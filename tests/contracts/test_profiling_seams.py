@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 
-from vllm_ppow.compat import seams
+from vllm_ppow.compat import seams, v2_runner
 
 
 def source(module, owner, method, *parameters):
@@ -34,9 +34,10 @@ def test_v1_drafts_in_one_method_while_it_samples():
 
 
 def test_v2_drafts_in_its_speculator_while_it_samples():
+    """As many tokens as the scheduler says, or as many in every step: then the window is fixed (compat/window.py)."""
     text = source(*V2, "sample_tokens")
     assert text.count("self.speculator.propose(") == 1
-    assert "num_speculative_tokens=num_spec_tokens" in text
+    assert ("num_speculative_tokens=num_spec_tokens" in text) == v2_runner.drafts_as_scheduled()
     assert "self.speculator" in source(*V2, "__init__")
 
 

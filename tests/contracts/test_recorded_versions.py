@@ -96,6 +96,14 @@ def test_the_load_shims_that_this_version_needs(version):
 
 
 @each_version
+def test_which_v2_runners_draft_as_the_scheduler_says(version):
+    """`v2_runner.drafts_as_scheduled` asks for this field; before 0.32 the window is fixed on the V2 runner."""
+    kept = recording(version)["modules"]["vllm.v1.worker.gpu.model_runner"]["classes"]["ExecuteModelState"]
+    old = tuple(map(int, version.split(".")[:2])) < (0, 32)
+    assert ("num_spec_tokens_to_schedule" in kept["fields"]) is not old
+
+
+@each_version
 def test_no_drafter_of_the_v2_runner_is_overlooked(version):
     """A class that loads a drafter with the target's load config, and that method ppow can reach, needs a shim."""
     loads = {

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_ppow.compat import profiling, seams
+from vllm_ppow.compat import profiling, seams, v2_runner
 from vllm_ppow.compat.profiling import StepProfiler, verified_length
 
 CPU = torch.device("cpu")
@@ -64,7 +64,8 @@ DECODING = scheduled({"a": 3, "b": 3}, {"a": [1, 2], "b": [3, 4]})
 
 
 @pytest.mark.parametrize("make", [V1Runner, V2Runner])
-def test_drafting_is_told_from_the_target(make):
+def test_drafting_is_told_from_the_target(make, monkeypatch):
+    monkeypatch.setattr(v2_runner, "drafts_as_scheduled", lambda: True)
     worker = SimpleNamespace(model_runner=make())
     profiling.start_timing(worker)
     for _ in range(2):
@@ -79,6 +80,16 @@ def test_drafting_is_told_from_the_target(make):
     profiling.stop_timing(worker)
     assert type(worker.model_runner) is make
     assert type(getattr(worker.model_runner, "speculator", Speculator())) is Speculator
+
+
+def test_a_v2_runner_that_drafts_alike_in_every_step_is_not_measured(monkeypatch):
+    monkeypatch.setattr(v2_runner, "drafts_as_scheduled", lambda: False)
+    worker = SimpleNamespace(model_runner=V2Runner())
+    with pytest.raises(
+        seams.SeamMissingError, match=r"V2Runner\.sample_tokens .* as many tokens in every step"
+    ):
+        profiling.start_timing(worker)
+    assert type(worker.model_runner) is V2Runner
 
 
 def test_which_steps_decode():

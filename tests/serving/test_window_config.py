@@ -71,6 +71,18 @@ def test_adaptive_is_the_default_and_names_the_scheduler(built, log):
     assert not warnings(log)
 
 
+@pytest.mark.parametrize("heeds", [True, False])
+def test_a_v2_runner_that_drafts_alike_in_every_step_has_a_fixed_window(built, log, monkeypatch, heeds):
+    monkeypatch.setattr(window.v2_runner, "drafts_as_scheduled", lambda: heeds)
+    config = built()
+    config.scheduler_config.scheduler_cls = None
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    window.attach(config)
+    assert is_adaptive(config) is heeds
+    assert (config.scheduler_config.scheduler_cls is not None) is heeds
+    assert ["drafts as many tokens in every step" in text for text in warnings(log)] == [True] * (not heeds)
+
+
 def test_asynchronous_scheduling_gets_the_asynchronous_one(built):
     config = built()
     config.scheduler_config.async_scheduling = True  # a CPU forbids it

@@ -163,7 +163,7 @@ def _vllm(diagnosis: Diagnosis) -> None:
         for sentence in has.missing:
             diagnosis.add("vLLM", "fail", sentence)
     elif has.tested:
-        diagnosis.add("vLLM", "ok", f"{name}, on which every test ran; all hooks are there")
+        diagnosis.add("vLLM", "ok", f"{name}, on which the tests of serving ran; all hooks are there")
     else:
         diagnosis.add("vLLM", "warn", f"{name} has every hook, but the tests did not run on it")
     _plugin(diagnosis, has.registered)

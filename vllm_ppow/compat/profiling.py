@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_ppow.compat import seams
+from vllm_ppow.compat import seams, v2_runner
 
 # What a runner's passes took, and what a scheduler is told to draft; neither is hung on vLLM's objects.
 _watches: weakref.WeakKeyDictionary[Any, _Watch] = weakref.WeakKeyDictionary()
@@ -190,6 +190,9 @@ def start_timing(worker: Any) -> None:
     if speculator is None:
         _adopt(runner, _timed_v1_runner, "execute_model", "sample_tokens", "propose_draft_token_ids")
     else:
+        if not v2_runner.drafts_as_scheduled():
+            why = "it drafts as many tokens in every step, whatever the scheduler says"
+            raise seams.missing(type(runner).__module__, type(runner).__name__, "sample_tokens", why)
         _adopt(runner, _timed_runner, "execute_model", "sample_tokens")
         _adopt(speculator, _timed_speculator, "propose")
         _watches[speculator] = watch

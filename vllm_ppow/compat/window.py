@@ -13,7 +13,7 @@ import importlib
 from typing import Any
 
 from vllm_ppow.acceptance import AcceptanceEstimate, TrimmedAcceptance
-from vllm_ppow.compat import draft_window, profiling, seams
+from vllm_ppow.compat import draft_window, profiling, seams, v2_runner
 from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, TARGET_KEY, WINDOW_KEY, PPOWServingError
 from vllm_ppow.cost_profile import CostProfile, CostProfileError, read_cost_profile
 from vllm_ppow.step_cost import StepCost
@@ -144,6 +144,13 @@ def attach(vllm_config: Any) -> None:
     """Name our scheduler in a finished VllmConfig whose speculative config asks for an adaptive window."""
     options = options_of(vllm_config.speculative_config)
     if options is None:
+        return
+    if vllm_config.use_v2_model_runner and not v2_runner.drafts_as_scheduled():
+        seams.logger.warning(
+            "The draft window stays fixed at its maximum: the V2 model runner of this vLLM drafts as many tokens in "
+            "every step."
+        )
+        setattr(vllm_config.speculative_config, TABLE, None)
         return
     if options["per_request"] and (reason := _no_trimming(vllm_config)) is not None:
         seams.logger.info("Drafts are of one length per step, not trimmed by request: %s", reason)
