@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from serving_pair import K, random_adapter
 
+from vllm_ppow import resolve
 from vllm_ppow.artifact import ArtifactError, ModelRef, fingerprint_model, write_adapter
 from vllm_ppow.config import PPOWOptions, PPOWServingError, parse_options, rewrite
 
@@ -136,7 +137,8 @@ def test_relative_paths_become_absolute(pair, causal_adapter, monkeypatch):
     assert Path(native["draft_load_config"]["model_loader_extra_config"]["ppow_adapter"]).is_absolute()
 
 
-def test_adapter_and_its_revision_come_from_the_hub(pair, causal_adapter, tmp_path, monkeypatch):
+@pytest.mark.parametrize("offline", [True, False])
+def test_adapter_and_its_revision_come_from_the_hub(pair, causal_adapter, tmp_path, monkeypatch, offline):
     import huggingface_hub
 
     inside = tmp_path / "snapshot"
@@ -147,15 +149,18 @@ def test_adapter_and_its_revision_come_from_the_hub(pair, causal_adapter, tmp_pa
     (inside / "ppow_config.json").write_text(json.dumps(raw))
     asked = []
 
-    def snapshot_download(repo, revision, cache_dir, allow_patterns, ignore_patterns):
-        asked.append((repo, revision))
+    def snapshot_download(repo, revision, cache_dir, local_files_only, allow_patterns, ignore_patterns):
+        asked.append((repo, revision, local_files_only))
         assert "original/*" in ignore_patterns
         assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in allow_patterns)
         return str(inside)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(resolve, "is_offline", lambda: offline)
     native = rewrite({"method": "ppow", "model": "org/adapter", "revision": "v2"}, str(pair.target))
-    assert asked == [("org/adapter", "v2")]
+    assert asked == [("org/adapter", "v2", offline)], (
+        "offline some versions would ask for a pinned commit's files"
+    )
     assert native["model"] == str(inside / "drafter")
     assert "revision" not in native
 
