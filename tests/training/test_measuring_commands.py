@@ -30,7 +30,7 @@ def place(tmp_path, monkeypatch):
     save_file({"a": torch.ones(2, 2)}, tmp_path / "target" / "model.safetensors")
     (tmp_path / "target" / "config.json").write_text('{"max_position_embeddings": 4096}')
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
-    monkeypatch.setattr("ppow_train.serving_eval.subprocess.Popen", None)
+    monkeypatch.setattr("ppow_train.serving_eval.subprocess", None)
     monkeypatch.setattr("vllm_ppow.resolve.resolve_base_drafter", lambda *_: tmp_path / "drafter")
     monkeypatch.setattr("ppow_train.generation.load_tokenizer", lambda _: None)
     monkeypatch.setattr("ppow_train.prompts.text_ids", lambda texts, _: [[1, 2, 3] for _ in texts])

@@ -82,6 +82,13 @@ def probe() -> Capabilities:
     )
 
 
+def engine_arguments() -> list[str]:
+    """Names of all arguments that this vLLM's engine takes; imports it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return [field.name for field in dataclasses.fields(EngineArgs)]
+
+
 def _has(require: Callable[[], None]) -> bool:
     from vllm_ppow.compat.seams import SeamMissingError
 

@@ -5,7 +5,6 @@ Left out: those that the measuring commands set themselves.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 from collections.abc import Callable
@@ -66,9 +65,9 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 def _check_known(arguments: dict[str, Any]) -> None:
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm_ppow.compat.capabilities import engine_arguments
 
-    known = [field.name for field in dataclasses.fields(EngineArgs)]
+    known = engine_arguments()
     for name in arguments:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
