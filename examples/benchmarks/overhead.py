@@ -132,7 +132,7 @@ def time_steps(
                 check_same_work(runs)
                 if index:
                     walls.append((runs[BARE].seconds, runs[OURS].seconds))
-                    cpus.append((runs[BARE].cpu_seconds or 0.0, runs[OURS].cpu_seconds or 0.0))
+                    cpus.append((runs[BARE].cpu_seconds, runs[OURS].cpu_seconds))
                     drafts = runs[BARE].counts.num_drafts if runs[BARE].counts else 0
                 progress.update(task, advance=1, note=f"{runs[OURS].seconds / runs[BARE].seconds - 1:+.1%}")
     finally:

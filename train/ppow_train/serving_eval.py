@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -65,8 +66,7 @@ class Run:
         counts: what vLLM counted in it; None without speculation.
         gaps: per prompt and token, log probability of the best token minus that of the second; None if not asked for.
         ties_up_to: with the gaps, up to which gap the choice is a tie in the engine's dtype (identity.py).
-        cpu_seconds: CPU time of the engine's own process in the pass, all threads; on a CPU its work, which other
-            processes disturb less than the wall time.
+        cpu_seconds: CPU time of the engine's own process in the pass, all threads; nan where it was not taken.
     """
 
     tokens: list[list[int]]
@@ -74,7 +74,7 @@ class Run:
     counts: SpecDecodeCounts | None
     gaps: list[list[float]] | None = None
     ties_up_to: list[list[float]] | None = None
-    cpu_seconds: float | None = None
+    cpu_seconds: float = math.nan
 
     @property
     def num_tokens(self) -> int:
