@@ -31,7 +31,7 @@ ADAPTER_KEY = "ppow_adapter"  # inside model_loader_extra_config: directory of t
 # inside model_loader_extra_config, only where swapping is on: from where adapters may come (hot_swap.py)
 HOT_SWAP_KEY = "ppow_hot_swap"
 WINDOW_KEY = "ppow_window"  # inside model_loader_extra_config: options of an adaptive window; absent: fixed
-WINDOWS = ("adaptive", "fixed")
+WINDOWS = ("auto", "adaptive", "fixed")
 # Inside model_loader_extra_config: fingerprint of the target, None if it has none here.
 TARGET_KEY = "ppow_target"
 FINGERPRINT_KEY = "ppow_fingerprint"  # inside model_loader_extra_config: the adapter that was checked here
@@ -62,14 +62,14 @@ class PPOWOptions:
         hot_swap_directory: directory whose adapters the server may be told over HTTP to swap to; besides them, the Hub
             repo that the adapter came from.
         window: "adaptive" drafts as many tokens per step as pay, at most num_speculative_tokens; "fixed" always
-            drafts num_speculative_tokens.
+            drafts num_speculative_tokens; "auto" is "adaptive" but where vLLM would give up full CUDA graphs for it.
         min_tokens: tokens that an adaptive window drafts at least, 0 to num_speculative_tokens.
         per_request: let an adaptive window trim drafts request by request where this vLLM's runner can; an experiment.
     """
 
     base_drafter: str | None = None
     allow_target_mismatch: bool = False
-    window: str = "adaptive"
+    window: str = "auto"
     min_tokens: int = 0
     per_request: bool = False
     hot_swap: bool = False

@@ -63,7 +63,7 @@ def unpacked(runner: WindowRunner) -> WindowPath:
         end = start + runner.num_speculative_tokens
         ids = rows.input_ids[:, : int(end.max())]
         own = Trajectories(ids, rows.prompt_lengths, end)
-        every = torch.arange(len(start))
+        every = torch.arange(len(start), device=start.device)
         return (
             WindowRunner(
                 runner.target,
@@ -95,7 +95,7 @@ def _plain_logps(
     """TRL's forward: left-padded prefix and window, the head on the window alone; its entropies too."""
     length = tokens.shape[1]
     width = int(start.max()) + length
-    ids = torch.zeros(len(start), width, dtype=torch.long)
+    ids = torch.zeros(len(start), width, dtype=torch.long, device=start.device)
     mask = torch.zeros_like(ids)
     for row, (index, first) in enumerate(zip(trajectory.tolist(), start.tolist(), strict=True)):
         ids[row, width - length - first :] = torch.cat(
@@ -131,6 +131,7 @@ class Benchmark:
     ) -> None:
         self.per_step, self.group, self.length = per_step, group, length
         drafter = pair.drafter
+        self.device = pair.target.model.device
         inject_adapter_in_model(
             LoraConfig(r=32, lora_alpha=64, target_modules=drafter.lora_targets), drafter.model
         )
@@ -138,11 +139,12 @@ class Benchmark:
         self.weights = []
         for name, parameter in drafter.model.named_parameters():
             if "lora_B" in name:
-                parameter.data = torch.randn(parameter.shape, generator=self.generator) * 0.01
+                noise = torch.randn(parameter.shape, generator=self.generator) * 0.01
+                parameter.data = noise.to(self.device)
             parameter.requires_grad_("lora_" in name)
             if "lora_" in name:
                 self.weights.append(parameter)
-        runner = WindowRunner(pair.target, drafter, trajectories, length, temperature=1.0)
+        runner = WindowRunner(pair.target, drafter, trajectories.to(self.device), length, temperature=1.0)
         self.runner, self.paths = runner, {"packed": packed(runner), "unpacked": unpacked(runner)}
 
     def round(self, windows: int, packed_first: bool) -> dict[str, Any]:
@@ -150,20 +152,19 @@ class Benchmark:
         trajectories = self.runner.trajectories
         chosen = torch.randperm(len(trajectories), generator=self.generator)[: self.per_step].sort().values
         starts_each = windows // (self.per_step * self.group)
-        room = trajectories.num_starts(self.length)[chosen][:, None]
+        room = trajectories.num_starts(self.length).cpu()[chosen][:, None]
         offset = (torch.rand(len(chosen), starts_each, generator=self.generator) * room).long()
-        start = (
-            (trajectories.first_starts()[chosen][:, None] + offset).flatten().repeat_interleave(self.group)
-        )
-        trajectory = chosen.repeat_interleave(starts_each * self.group)
+        first = trajectories.first_starts().cpu()[chosen][:, None]
+        start = (first + offset).flatten().repeat_interleave(self.group).to(self.device)
+        trajectory = chosen.repeat_interleave(starts_each * self.group).to(self.device)
         noise = self.runner.draw_noise(len(start), self.generator)
         seconds, rollouts, results = {}, {}, {}
         order = ("packed", "unpacked") if packed_first else ("unpacked", "packed")
         for name in order:
             self.runner.target.forget()
-            begin = clocks()
+            begin = clocks(self.device)
             rollouts[name] = self.paths[name].roll_out(trajectory, start, noise)
-            seconds[name] = clocks() - begin
+            seconds[name] = clocks(self.device) - begin
         shared = rollouts["packed"]  # the update of both is on the same drafted windows
         advantages = group_advantages(shared, self.group)
         for name in order:
@@ -171,11 +172,11 @@ class Benchmark:
                 self.runner.read_target(trajectory, start)  # as its rollout left it
             else:
                 self.runner.target.forget()
-            begin = clocks()
+            begin = clocks(self.device)
             logps = self.paths[name].draft_logps(trajectory, start, shared.tokens)
             loss = ppow_loss(logps, shared, advantages)
             gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.weights)])
-            seconds[name] += clocks() - begin
+            seconds[name] += clocks(self.device) - begin
             results[name] = loss.item(), gradient
         same = (rollouts["packed"].tokens == rollouts["unpacked"].tokens).all(-1)
         spent = {
@@ -202,8 +203,10 @@ def _agreement(results: dict[str, tuple[float, torch.Tensor]]) -> dict[str, floa
     return {"loss_difference": loss_difference, "gradient_difference": gradient_difference}
 
 
-def clocks() -> torch.Tensor:
-    """Seconds on both clocks, [2]."""
+def clocks(device: torch.device) -> torch.Tensor:
+    """Seconds on both clocks, [2], when the device has done all that it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
@@ -223,13 +226,17 @@ def summarise(rounds: list[dict[str, Any]], windows: int) -> dict[str, Any]:
     return summary
 
 
-def facts(**options: Any) -> dict[str, Any]:
+def _card(device: str) -> str:
+    return platform.machine() if device == "cpu" else torch.cuda.get_device_name(device)
+
+
+def facts(device: str, **options: Any) -> dict[str, Any]:
     """What is needed to repeat the measurement."""
     packages = ("torch", "transformers", "trl", "peft", "speculators")
     return {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "machine": f"{_card(device)}, Python {platform.python_version()}",
         "threads": torch.get_num_threads(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         "clocks": "seconds of wall and of this process's CPU time, alternating rounds, other jobs on the machine",
@@ -270,6 +277,7 @@ def _line(clock: str, rates: dict[str, Any]) -> str:
 @click.option("--num-generations", default=8, show_default=True, help="G, windows of one start")
 @click.option("--num-speculative-tokens", default=8, show_default=True, help="K")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="JSON to write")
 def main(
     target: str,
@@ -283,6 +291,7 @@ def main(
     num_generations: int,
     num_speculative_tokens: int,
     seed: int,
+    device: str,
     output: Path,
 ) -> None:
     """Packed against unpacked windows: rollout, verification and gradient of ppow's update."""
@@ -291,7 +300,7 @@ def main(
     options = {k: v for k, v in click.get_current_context().params.items() if isinstance(v, int)}
     results = []
     for name in drafters:
-        pair = load_pair(target, name)
+        pair = load_pair(target, name, device, "float32")  # the paths must agree
         with make_progress() as progress:
             trajectories = get_trajectories(
                 pair,
@@ -316,7 +325,9 @@ def main(
                 "mean_tokens": long.lengths.float().mean().item(),
             }
             results.append({**shape, **summary, "rounds": timed})
-            write_json(output, {**facts(**options), "results": results})  # each as soon as it is known
+            write_json(
+                output, {**facts(device, **options), "results": results}
+            )  # each as soon as it is known
             click.echo(
                 f"{kind}, {windows} windows, " + "; ".join(_line(clock, summary[clock]) for clock in CLOCKS)
             )

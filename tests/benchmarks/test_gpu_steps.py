@@ -5,18 +5,24 @@ Left out: what needs CUDA (tests/gpu), so graphs, the V2 runner, synthetic accep
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+
+from ppow_train.errors import UserError
+from ppow_train.serving_eval import EngineOptions, Run
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "benchmarks"
 sys.path.append(str(FOLDER / "gpu"))
 
+import arms as gpu_arms  # noqa: E402
 import random_pair  # noqa: E402
 import steps as gpu_steps  # noqa: E402
 import summary as gpu_summary  # noqa: E402
@@ -59,19 +65,29 @@ def test_the_pair_is_merged_by_the_loaders_own_merge_and_built_once(tmp_path):
 
 
 def plan(path: Path, backend: str = "cuda", tiny: bool = False) -> gpu_steps.Plan:
-    return gpu_steps.Plan(path, backend, tiny)
+    return gpu_steps.Plan(path, backend, tiny, tuple(range(1, 11)), (1, 2, 4, 8, 16, 32, 64))
 
 
 def test_the_steps_are_what_the_benchmark_promises(tmp_path):
     names = list(gpu_steps.steps(plan(tmp_path)))
-    assert names[0] == "loop"
-    assert [n for n in names if n.startswith("identity")] == [
-        f"identity-{runner}-{mode}" for runner in ("v1", "v2") for mode in ("eager", "graphs")
-    ]
-    arms = [n for n in names if n.startswith("arm-")]
-    assert arms == ["arm-none", *(f"arm-fixed-{k:02d}" for k in range(1, 11)), "arm-adaptive"]
-    assert names.index("profile") < names.index("arm-adaptive")
-    assert plan(tmp_path).batches == (1, 2, 4, 8, 16, 32, 64)
+    identity = [f"identity-{runner}-{mode}" for runner in ("v1", "v2") for mode in ("eager", "graphs")]
+    assert names == ["loop", "train-eagle3", "train-causal_lm", *identity, "profile", "arms"]
+
+
+def test_arms_are_none_every_length_and_the_adaptive_window(tmp_path, monkeypatch):
+    every = [f"fixed-{k:02d}" for k in range(1, 11)]
+    monkeypatch.setattr(gpu_steps, "_steerable_runner", lambda: None)
+    arms = gpu_steps.all_arms(plan(tmp_path))
+    assert [arm.name for arm in arms] == ["none", *every, "adaptive"]
+    assert {arm.runner for arm in arms} == {None}
+
+
+def test_where_only_the_v1_runner_adapts_arms_are_alike_and_v2s_are_shown_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_steps, "_steerable_runner", lambda: "0")
+    arms = {arm.name: arm for arm in gpu_steps.all_arms(plan(tmp_path))}
+    assert {arms[name].runner for name in ("none", "fixed-01", "fixed-10", "adaptive")} == {"0"}
+    assert {arms[name].runner for name in ("v2-none", "v2-fixed-01", "v2-fixed-10")} == {"1"}
+    assert arms["v2-fixed-03"].spec == arms["fixed-03"].spec
 
 
 def test_on_a_gpu_every_arm_accepts_alike(tmp_path):
@@ -79,6 +95,107 @@ def test_on_a_gpu_every_arm_accepts_alike(tmp_path):
     assert whole["num_speculative_tokens"] == 10
     assert short["synthetic_acceptance_rates"] == whole["synthetic_acceptance_rates"][:3] == [0.75, 0.6, 0.48]
     assert whole["rejection_sample_method"] == "synthetic"
+
+
+def test_unknown_arms_are_refused(tmp_path):
+    unknown = dataclasses.replace(plan(tmp_path, "cpu", tiny=True), arms=("none", "fixed-99"))
+    with pytest.raises(SystemExit, match="No arms fixed-99: choose from none, fixed-01"):
+        gpu_steps.arms(unknown)
+
+
+@pytest.mark.parametrize("text", ["0,1", "2,1", "1,1"])
+def test_lengths_and_batches_ascend(tmp_path, text, capsys):
+    with pytest.raises(SystemExit):
+        gpu_steps.main(["list", "--output", str(tmp_path), "--batches", text])
+    assert "must be positive and ascend" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- engines in turns
+
+
+def arm(name: str, runner: str | None = None) -> gpu_arms.Arm:
+    return gpu_arms.Arm(name, None if name == "none" else {"method": "ppow"}, runner)
+
+
+def test_every_group_has_the_arm_that_others_are_compared_with():
+    names = [
+        [one.name for one in group] for group in gpu_arms.groups([*map(arm, ("none", "a", "b", "c"))], 3)
+    ]
+    assert names == [["none", "a", "b"], ["none", "c"]]
+    alone = gpu_arms.groups([*map(arm, ("none", "a"))], 1)
+    assert [[one.name for one in group] for group in alone] == [["none"], ["a"]]
+
+
+class FakeEngine:
+    """Notes when it is loaded, and the environment that it was started with."""
+
+    calls: ClassVar[list[tuple[str, int]]] = []
+    runners: ClassVar[dict[str, str | None]] = {}
+    tokens_short = 0
+
+    def __init__(self, name, options, spec):
+        self.name = name
+        FakeEngine.runners[name] = os.environ.get(gpu_arms.RUNNER)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        pass
+
+    def wait_until_ready(self):
+        if self.name == "broken":
+            raise UserError("The engine of arm 'broken' stopped: out of memory")
+
+    def run(self, prompts, *, max_tokens, temperature):
+        FakeEngine.calls.append((self.name, len(prompts)))
+        return Run([[1] * (max_tokens - self.tokens_short) for _ in prompts], 2.0, None)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(gpu_arms, "Engine", FakeEngine)
+    monkeypatch.setattr(FakeEngine, "calls", [])
+    monkeypatch.setattr(FakeEngine, "runners", {})
+    monkeypatch.setenv(gpu_arms.RUNNER, "user's")
+    return FakeEngine
+
+
+def measured(names: list[str], path: Path, **load) -> tuple[list[str], list[dict]]:
+    arms = [arm(name, "0" if name == "a" else None) for name in names]
+    work = gpu_arms.Load(
+        **{"batches": (1, 4), "max_tokens": 3, "rounds": 2, "seconds": 60, "vocab_size": 64, **load}
+    )
+    failures = gpu_arms.measure(arms, EngineOptions("t"), work, 9, path, lambda text: None)
+    return failures, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_arms_take_turns_and_each_round_begins_with_another(fake, tmp_path):
+    failures, figures = measured(["none", "a"], tmp_path / "arms.jsonl")
+    assert failures == []
+    warm_up, rounds = fake.calls[:4], fake.calls[4:]
+    assert warm_up == [("none", 1), ("a", 1), ("none", 4), ("a", 4)]
+    assert rounds == [*warm_up, ("a", 1), ("none", 1), ("a", 4), ("none", 4)]
+    assert len(figures) == 8
+    assert figures[0] == {"group": 0, "round": 0, "arm": "none", "batch": 1, "tokens_per_second": 1.5}
+    assert fake.runners == {"none": None, "a": "0"}
+    assert os.environ[gpu_arms.RUNNER] == "user's"
+
+
+def test_an_arm_that_does_not_start_is_told_and_the_others_are_measured(fake, tmp_path):
+    failures, figures = measured(["none", "broken"], tmp_path / "arms.jsonl")
+    assert failures == ["The engine of arm 'broken' stopped: out of memory"]
+    assert {figure["arm"] for figure in figures} == {"none"}
+
+
+def test_no_round_begins_after_the_time_is_up(fake, tmp_path):
+    assert measured(["none"], tmp_path / "arms.jsonl", seconds=-1.0) == ([], [])
+
+
+def test_texts_that_end_early_are_no_figures(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeEngine, "tokens_short", 1)
+    with pytest.raises(UserError, match="1 requests ended after 2 tokens instead of 3"):
+        measured(["none"], tmp_path / "arms.jsonl")
 
 
 def test_unknown_steps_are_refused(tmp_path, capsys):
@@ -158,34 +275,46 @@ def result(**more):
     return {"card": "Card", "vllm": "0.26.0", "date": "2026-01-02T03:04:05", "tiny": False, **more}
 
 
-def rates(**by_batch):
-    return result(measured=[{"batch": int(b[1:]), "tokens_per_second": r} for b, r in by_batch.items()])
+def figures(arm: str, group: int = 0, **by_batch: list[float]) -> list[dict]:
+    return [
+        {"group": group, "round": number, "arm": arm, "batch": int(b[1:]), "tokens_per_second": rate}
+        for b, rates in by_batch.items()
+        for number, rate in enumerate(rates)
+    ]
 
 
-def test_the_summary_gives_ratios_of_medians_and_names_the_card():
-    shown = gpu_summary.summary(
-        {
-            "arm-none": rates(b1=[100, 90, 110], b8=[800]),
-            "arm-fixed-01": rates(b1=[150], b8=[1000]),
-            "arm-fixed-02": rates(b1=[200], b8=[900]),
-            "arm-adaptive": rates(b1=[190], b8=[1010]),
-        }
-    )
+def test_the_summary_gives_ratios_within_rounds_and_names_the_card():
+    measured = [
+        *figures("none", b1=[100, 50, 200], b8=[800, 800, 800]),
+        *figures("fixed-01", b1=[150, 75, 320], b8=[1000, 1000, 1000]),
+        *figures("fixed-02", b1=[200, 110, 400], b8=[900, 900, 900]),
+        *figures("none", group=1, b1=[50, 50, 50], b8=[400, 400, 400]),
+        *figures("adaptive", group=1, b1=[100, 99, 90], b8=[505, 505, 505]),
+    ]
+    shown = gpu_summary.summary({"profile": result()}, measured)
     assert "Ran on: Card, vLLM 0.26.0, 2026-01-02." in shown
-    assert "| fixed-02 | 2.00 | 1.12 |" in shown
-    assert "| adaptive over the best fixed | 0.95 | 1.01 |" in shown
+    assert "| fixed-02 | 2.00 (2.00 to 2.20) | 1.12 (1.12 to 1.12) |" in shown
+    assert "| adaptive over the best fixed | 0.90 (0.90 to 1.00) | 1.01 (1.01 to 1.01) |" in shown
+    assert "V2" not in shown
     assert "Greedy output: not run." in shown
     assert "Tiny" not in shown
+
+
+def test_the_summary_sets_the_adaptive_window_beside_the_other_runners_fixed_ones_too():
+    both = [*figures("none", b1=[100]), *figures("v2-fixed-03", b1=[150]), *figures("adaptive", b1=[180])]
+    assert "| adaptive over the best fixed on the V2 runner | 1.20" in gpu_summary.summary(
+        {"a": result()}, both
+    )
 
 
 def test_the_summary_shows_errors_and_says_when_it_means_nothing(tmp_path, capsys):
     compared = {
         "adapter against X": {"identical": 1, "prompts": 4, "ties": 0, "errors": ["a", "b"], "holds": False}
     }
-    shown = gpu_summary.summary({"identity-v1-eager": result(compared=compared) | {"tiny": True}})
+    shown = gpu_summary.summary({"identity-v1-eager": result(compared=compared) | {"tiny": True}}, [])
     assert "| identity-v1-eager | adapter against X | 1 of 4 | 0 | **2** |" in shown
     assert "says nothing about speed" in shown
-    assert "arm-none was not run" in shown
+    assert "the arm none was not run" in shown
     assert gpu_summary.main([str(tmp_path)]) == 1
     assert "run gpu.sh first" in capsys.readouterr().err
 
@@ -196,15 +325,19 @@ def test_the_summary_shows_errors_and_says_when_it_means_nothing(tmp_path, capsy
 @pytest.mark.engine
 @pytest.mark.slow
 def test_arms_of_the_random_pair_run_on_the_cpu(tmp_path):
-    """As the script runs them: the config-only target, the merged head, throughput at every batch."""
-    for step in ("arm-none", "arm-fixed-02"):
-        command = [sys.executable, FOLDER / "gpu" / "steps.py", step, "--output", tmp_path, *TINY]
-        environ = {**os.environ, "PYTHONPATH": f"{ROOT / 'train'}:{ROOT}"}
-        subprocess.run(command, check=True, env=environ)
-    found = json.loads((tmp_path / "arm-fixed-02.json").read_text())
-    assert [one["batch"] for one in found["measured"]] == [1, 2]
-    assert all(one["tokens_per_second"][0] > 0 for one in found["measured"])
-    assert all(one["num_draft_tokens"] == 2 * one["num_drafts"] for one in found["measured"])
-    assert "fixed-02" in gpu_summary.summary(
-        {p.stem: json.loads(p.read_text()) for p in tmp_path.glob("*.json")}
+    """As the script runs them: the config-only target, the merged head, two engines, throughput at every batch."""
+    command = [sys.executable, FOLDER / "gpu" / "steps.py", "arms", "--output", tmp_path, *TINY]
+    environ = {**os.environ, "PYTHONPATH": f"{ROOT / 'train'}:{ROOT}"}
+    subprocess.run([*command, "--arms", "none,fixed-02", "--rounds", "1"], check=True, env=environ)
+    found = [json.loads(line) for line in (tmp_path / "arms.jsonl").read_text().splitlines()]
+    assert [(one["arm"], one["batch"]) for one in found] == [
+        ("none", 1),
+        ("fixed-02", 1),
+        ("none", 2),
+        ("fixed-02", 2),
+    ]
+    assert all(one["tokens_per_second"] > 0 for one in found)
+    assert all(one["num_draft_tokens"] == 2 * one["num_drafts"] for one in found if one["arm"] == "fixed-02")
+    assert "| fixed-02 |" in gpu_summary.summary(
+        {"arms": json.loads((tmp_path / "arms.json").read_text())}, found
     )

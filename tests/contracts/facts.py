@@ -89,6 +89,20 @@ FACTS = (
         (("eagle-", "eagle3", "dflash", "dspark"),),
     ),
     Fact(
+        "the parameter that v2_runner.draws_independently asks for moves the draft's noise (the V2 runner, 0.31)",
+        "vllm.v1.worker.gpu.sample.gumbel",
+        "",
+        r"if IS_DRAFTING|pos = pos \+ _DRAFT_NOISE_SALT",
+        ((), ("if IS_DRAFTING", "pos = pos + _DRAFT_NOISE_SALT")),
+    ),
+    Fact(
+        "vLLM gives up full graphs for draft lengths that change on the V1 runner alone (compat/engine_choice.py)",
+        "vllm.config.vllm",
+        "VllmConfig._maybe_override_dynamic_sd_cudagraph_mode",
+        r"or self\.use_v2_model_runner|cudagraph_mode = CUDAGraphMode\.PIECEWISE",
+        (("or self.use_v2_model_runner", "cudagraph_mode = CUDAGraphMode.PIECEWISE"),),
+    ),
+    Fact(
         "in process, the worker's device is initialised before its models are loaded (compat/worker.py)",
         "vllm.v1.executor.uniproc_executor",
         "UniProcExecutor",

@@ -104,6 +104,14 @@ def test_which_v2_runners_draft_as_the_scheduler_says(version):
 
 
 @each_version
+def test_which_v2_runners_draw_drafts_independently(version):
+    """`v2_runner.draws_independently` asks for this parameter; before 0.31 sampled drafts are served by V1 alone."""
+    sampler = recording(version)["modules"]["vllm.v1.worker.gpu.sample.gumbel"]["functions"]["gumbel_sample"]
+    old = tuple(map(int, version.split(".")[:2])) < (0, 31)
+    assert ("is_drafting" in str(sampler)) is not old
+
+
+@each_version
 def test_no_drafter_of_the_v2_runner_is_overlooked(version):
     """A class that loads a drafter with the target's load config, and that method ppow can reach, needs a shim."""
     loads = {

@@ -68,7 +68,7 @@ def test_weights_inside_vllm_are_pefts_merge_bit_for_bit(
     original = base_loader.process_weights_after_loading
 
     def snapshot(model, *args, **kwargs):
-        loaded.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+        loaded.append({name: weight.detach().cpu().clone() for name, weight in model.named_parameters()})
         return original(model, *args, **kwargs)
 
     monkeypatch.setattr(base_loader, "process_weights_after_loading", snapshot)

@@ -25,9 +25,16 @@ def output(tmp_path_factory):
 
 
 def run(step: str, output: Path) -> dict:
-    environ = {**os.environ, "PYTHONPATH": f"{ROOT / 'train'}:{ROOT}"}
-    subprocess.run([sys.executable, STEPS, step, "--output", output, "--tiny"], check=True, env=environ)
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([f"{ROOT / 'train'}", f"{ROOT}", *sys.path])}
+    arguments = ["--output", output, "--tiny", "--kv-cache-gib", "0.5"]
+    subprocess.run([sys.executable, STEPS, step, *arguments], check=True, env=environ)
     return json.loads((output / f"{step}.json").read_text())
+
+
+@pytest.mark.parametrize("drafter", ["eagle3", "causal_lm"])
+def test_training_runs_and_its_acceptance_is_vllms(output, drafter):
+    training = run(f"train-{drafter}", output)["training"]
+    assert training["parity"]["holds"]
 
 
 @pytest.mark.parametrize("mode", ["eager", "graphs"])
@@ -37,6 +44,9 @@ def test_greedy_output_is_the_targets(output, runner, mode):
     assert {name: one["errors"] for name, one in compared.items() if not one["holds"]} == {}
 
 
-@pytest.mark.parametrize("step", ["profile", "arm-none", "arm-fixed-01", "arm-fixed-02", "arm-adaptive"])
-def test_the_random_pair_is_measured(output, step):
-    assert run(step, output)["backend"] == "cuda"
+def test_the_random_pair_is_measured(output):
+    assert run("profile", output)["backend"] == "cuda"
+    names = [arm["name"] for arm in run("arms", output)["arms"]]
+    figures = [json.loads(line) for line in (output / "arms.jsonl").read_text().splitlines()]
+    assert {figure["arm"] for figure in figures} == set(names)
+    assert {"none", "fixed-01", "adaptive"} <= set(names)

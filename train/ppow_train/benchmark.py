@@ -136,7 +136,7 @@ def run_benchmark(
         NONE: None,
         BASE: native_spec(adapter, base_drafter, num_speculative_tokens),
         ADAPTER: ours(),
-        ADAPTIVE: ours("adaptive"),
+        ADAPTIVE: ours("auto"),  # as served by default
     }
     specs = {arm: every[arm] for arm in arms}
     groups = [specs] if side_by_side else [{arm: spec} for arm, spec in specs.items()]

@@ -6,6 +6,7 @@ the translation itself (config.py).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -102,27 +103,51 @@ def _proving_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     """vLLM replaces the method when TARGET is itself a drafter in speculators format: never serve that silently."""
 
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_ppow.compat import window
+        from vllm_ppow.compat import engine_choice, window
 
         spec = requested(self)
-        asked = spec is not None
-        target = self.model
-        hot_swaps = spec is not None and is_ours(spec) and parse_options(spec.get("ppow")).hot_swap
-        if hot_swaps:
+        if spec is None or not is_ours(spec):
+            config = original(self, *args, **kwargs)
+            _check_stages(config)  # arguments that a config was built of before hold a native one that is still ours
+            window.attach(config)
+            return config
+        options = parse_options(spec.get("ppow"))
+        if options.hot_swap:
             hot_swap.prepare(self)
-        config = original(self, *args, **kwargs)
-        if hot_swaps:
-            hot_swap.check_engine(config)
-        if asked and not serves_ppow(config.speculative_config):
-            raise PPOWServingError(
-                f"vLLM dropped method ppow from the speculative config, because {target} is a drafter itself: give the "
-                'target as the model to serve, and the adapter under "model" of the speculative config.'
-            )
-        _check_stages(config)
+        given = copy.copy(self)  # vLLM fills in arguments while it builds
+
+        def build(changes: dict[str, Any]) -> Any:
+            """The config with other options of ours; from then on it is the one of these arguments."""
+            vars(self).update(vars(given))
+            self.speculative_config = {**spec, "ppow": {**(spec.get("ppow") or {}), **changes}}
+            for flag in _FLAGS:
+                setattr(self, flag, None)
+            return _proved(original(self, *args, **kwargs), target, options.hot_swap)
+
+        target = self.model
+        config = _proved(original(self, *args, **kwargs), target, options.hot_swap)
+        config = engine_choice.settle(config, options.window, build)
         window.attach(config)
         return config
 
     return create_engine_config
+
+
+def _proved(config: Any, target: str, hot_swaps: bool) -> Any:
+    """A finished config, if it serves method ppow.
+
+    Raises:
+        PPOWServingError: naming what to change.
+    """
+    if hot_swaps:
+        hot_swap.check_engine(config)
+    if not serves_ppow(config.speculative_config):
+        raise PPOWServingError(
+            f"vLLM dropped method ppow from the speculative config, because {target} is a drafter itself: give the "
+            'target as the model to serve, and the adapter under "model" of the speculative config.'
+        )
+    _check_stages(config)
+    return config
 
 
 def _check_stages(config: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 
 
 def drafts_as_scheduled() -> bool:
@@ -13,3 +14,15 @@ def drafts_as_scheduled() -> bool:
         return False
     kept = getattr(runner, "ExecuteModelState", None)  # what it remembers of a step until it samples
     return "num_spec_tokens_to_schedule" in getattr(kept, "_fields", ())
+
+
+def draws_independently() -> bool:
+    """Whether the draw in place of a rejected token is independent of the one that made the draft (vLLM >= 0.31).
+
+    Rejection sampling needs it where drafts are sampled; vllm-project/vllm#54282 gave drafts a stream of their own.
+    """
+    try:
+        gumbel = importlib.import_module("vllm.v1.worker.gpu.sample.gumbel")
+    except ImportError:
+        return False
+    return "is_drafting" in inspect.signature(gumbel.gumbel_sample).parameters

@@ -1,6 +1,6 @@
-"""Engines of the GPU benchmark: one in this process at a time, and what is measured on it.
+"""Engines of the GPU benchmark in this process, one at a time: greedy output, counts.
 
-Left out: which engines are compared (steps.py), models (random_pair.py).
+Left out: engines whose speed is compared (arms.py), which ones there are (steps.py), models (random_pair.py).
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import platform
-import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -88,32 +87,11 @@ def greedy(
     return tokens, *clearness(llm, [one.outputs[0].logprobs for one in outputs])
 
 
-def throughput(llm: Any, batch: int, vocab_size: int, max_tokens: int, rounds: int) -> dict[str, Any]:
-    """Output tokens per second with `batch` requests that all decode together, in each of some rounds."""
-    from vllm import SamplingParams
-
+def counts(llm: Any) -> Any:
+    """What vLLM counted since the engine started (SpecDecodeCounts); None without speculation."""
     from vllm_ppow.metrics import SpecDecodeCounts
 
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
-    requests = [{"prompt_token_ids": ids} for ids in prompts(batch, vocab_size)]
-    llm.generate(requests, params, use_tqdm=False)  # compiles and captures what this batch needs
-    rates = []
-    before = _counts(llm, SpecDecodeCounts)
-    for _ in range(rounds):
-        began = time.perf_counter()
-        llm.generate(requests, params, use_tqdm=False)
-        rates.append(batch * max_tokens / (time.perf_counter() - began))
-    found: dict[str, Any] = {"batch": batch, "tokens_per_second": rates}
-    after = _counts(llm, SpecDecodeCounts)
-    if before is not None and after is not None:
-        counts = after - before
-        found |= {"num_drafts": counts.num_drafts, "num_draft_tokens": counts.num_draft_tokens}
-        found["num_accepted_tokens"] = counts.num_accepted_tokens
-    return found
-
-
-def _counts(llm: Any, kind: Any) -> Any:
     try:
-        return kind.from_metrics(llm.get_metrics())
+        return SpecDecodeCounts.from_metrics(llm.get_metrics())
     except ValueError:
-        return None  # nothing speculates
+        return None

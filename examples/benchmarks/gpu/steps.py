@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -20,11 +21,15 @@ from typing import Any
 
 import engines
 import random_pair
+from arms import NONE, RUNNER, Arm, Load, measure
 
 from ppow_train.identity import compare
+from ppow_train.serving_eval import EngineOptions
 
 ROOT = Path(__file__).parents[3]
 TINY_PAIR = ROOT / "examples" / "tiny"
+# Of an engine of the Qwen3-8B-shaped pair: 16 of weights, the rest for CUDA, graphs and activations.
+GIB_BESIDE_CACHE = 19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,36 +40,48 @@ class Plan:
         output: directory of results.
         backend: "cuda", or "cpu" to try the steps without a GPU.
         tiny: a small random pair, short drafts and batches: says nothing about speed.
+        draft_lengths, batches: of the steps that measure speed.
+        rounds: of the step `arms` at most; as many as `minutes` hold.
+        arms: names of the arms to measure; empty: all.
+        kv_cache_gib: of every engine's KV cache; None lets vLLM take what is free, or share it among engines.
     """
 
     output: Path
     backend: str
     tiny: bool
+    draft_lengths: tuple[int, ...]
+    batches: tuple[int, ...]
+    rounds: int = 5
+    minutes: float = 6.0
+    arms: tuple[str, ...] = ()
+    kv_cache_gib: float | None = None
 
     @property
     def shape(self) -> random_pair.Shape:
         return random_pair.TINY if self.tiny else random_pair.QWEN3_8B
 
     @property
-    def draft_lengths(self) -> tuple[int, ...]:
-        return (1, 2) if self.tiny else tuple(range(1, 11))
-
-    @property
-    def batches(self) -> tuple[int, ...]:
-        return (1, 2) if self.tiny else (1, 2, 4, 8, 16, 32, 64)
-
-    @property
     def max_tokens(self) -> int:
-        return 16 if self.tiny else 256
+        return 16 if self.tiny else 128
 
     @property
     def engine_options(self) -> dict[str, Any]:
+        """Of every engine of the random pair."""
         return {
             "max_model_len": 256 if self.tiny else 2048,
             "max_num_seqs": self.batches[-1],
-            "load_format": "dummy",
+            "max_num_batched_tokens": 256
+            if self.tiny
+            else 2048,  # what vLLM keeps room for, by each of many engines
             "enforce_eager": self.backend == "cpu",
-        }
+        } | self.memory
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """A KV cache of a given size: vLLM then does not measure what is free, which other processes change."""
+        if self.kv_cache_gib is None:
+            return {}
+        return {"kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30), "gpu_memory_utilization": 0.02}
 
     def file(self, step: str) -> Path:
         return self.output / f"{step}.json"
@@ -75,14 +92,13 @@ def steps(plan: Plan) -> dict[str, Callable[[Plan], dict[str, Any]]]:
     runners = ("v1",) if plan.backend == "cpu" else ("v1", "v2")
     modes = ("eager",) if plan.backend == "cpu" else ("eager", "graphs")
     found: dict[str, Callable[[Plan], dict[str, Any]]] = {"loop": loop}
+    for drafter in ("eagle3", "causal_lm"):
+        found[f"train-{drafter}"] = lambda plan, d=drafter: train(plan, d)
     for runner in runners:
         for mode in modes:
             found[f"identity-{runner}-{mode}"] = lambda plan, r=runner, m=mode: identity(plan, r, m)
     found["profile"] = profile
-    found["arm-none"] = lambda plan: arm(plan, None)
-    for length in plan.draft_lengths:
-        found[f"arm-fixed-{length:02d}"] = lambda plan, k=length: arm(plan, fixed(plan, k))
-    found["arm-adaptive"] = lambda plan: arm(plan, adaptive(plan))
+    found["arms"] = arms
     return found
 
 
@@ -97,64 +113,101 @@ def loop(plan: Plan) -> dict[str, Any]:
         str(plan.output / "demo"),
         *(["--steps", "2", "--prompts", "4"] if plan.tiny else []),
     ]
+    return {"demo": _json_of(command, plan), **engines.environment()}
+
+
+def train(plan: Plan, drafter: str) -> dict[str, Any]:
+    """`ppow train` on the GPU, up to its parity gate: training's own acceptance against what vLLM counts."""
+    output = plan.output / f"trained-{drafter}"
+    prompts = TINY_PAIR / "prompts"
+    command = [sys.executable, "-m", "ppow_train.cli", "train", "--json"]
+    for name, value in {
+        "target": TINY_PAIR / "target",
+        "drafter": TINY_PAIR / drafter,
+        "prompts": prompts / "tests_train.jsonl",
+        "held-out": prompts / "tests_held_out.jsonl",
+        "output": output,
+        "cache": plan.output / f"trajectories-{drafter}",
+        "device": plan.backend,
+        "max-steps": 2 if plan.tiny else 100,
+    }.items():
+        command += [f"--{name}", str(value)]
+    return {"training": _json_of(command, plan), **engines.environment()}
+
+
+def _json_of(command: list[str], plan: Plan) -> Any:
+    """The last line that a command of ours prints.
+
+    Raises:
+        SystemExit: it failed; its own message is on stderr.
+    """
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=plan.output)
     if done.returncode:
-        raise SystemExit(f"ppow demo failed with exit code {done.returncode}: see its message above.")
-    return {"demo": json.loads(done.stdout.splitlines()[-1]), **engines.environment()}
+        raise SystemExit(f"ppow {command[3]} failed with exit code {done.returncode}: see its message above.")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def identity(plan: Plan, runner: str, mode: str) -> dict[str, Any]:
-    """Greedy tokens of the tiny target: without speculation, with the bare head, with the adapter of `loop`."""
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = {"v1": "0", "v2": "1"}[runner]
+    """Greedy tokens of the tiny target: without speculation, with the bare head, with an adapter of this output."""
+    os.environ[RUNNER] = {"v1": "0", "v2": "1"}[runner]
     number, length, tokens = (4, 3, 24) if plan.tiny else (32, 5, 128)
-    adapter = _demo_adapter(plan)
+    head = str(TINY_PAIR / "eagle3")
+    ours = {
+        **{"method": "ppow", "model": str(_adapter(plan)), "num_speculative_tokens": length},
+        "draft_sample_method": "greedy",
+    }
     specs: dict[str, dict[str, Any] | None] = {
         "no speculation": None,
-        "bare head": {
-            "method": "eagle3",
-            "model": str(TINY_PAIR / "eagle3"),
-            "num_speculative_tokens": length,
-        },
-        "adapter": {
-            **{"method": "ppow", "model": str(adapter), "num_speculative_tokens": length},
-            "ppow": {"base_drafter": str(TINY_PAIR / "eagle3")},
-            "draft_sample_method": "greedy",
-        },
+        "bare head": {"method": "eagle3", "model": head, "num_speculative_tokens": length},
+        "fixed": {**ours, "ppow": {"base_drafter": head, "window": "fixed"}},
+        "adaptive": {**ours, "ppow": {"base_drafter": head, "window": "adaptive", "min_tokens": 1}},
     }
-    options = {"max_model_len": 512, "max_num_seqs": number, "enforce_eager": mode == "eager"}
+    options = {"max_model_len": 512, "max_num_seqs": number, "enforce_eager": mode == "eager"} | plan.memory
     ids = engines.prompts(number, 2048)
-    outputs = {}
+    outputs, drafted = {}, {}
     for name, spec in specs.items():
         with engines.engine(TINY_PAIR / "target", spec, **options) as llm:
             outputs[name] = engines.greedy(llm, ids, tokens)
-    found = outputs["adapter"][0]
-    references = {"no speculation": "no speculation", "bare head, equal batch shapes": "bare head"}
+            counts = engines.counts(llm)
+            drafted[name] = None if counts is None else dataclasses.asdict(counts)
     compared = {}
-    for shown, name in references.items():
-        tokens_of, gaps, ties_up_to = outputs[name]
-        compared[f"adapter against {shown}"] = compare(tokens_of, gaps, found, ties_up_to)
+    for ours_, other, shown in (
+        ("fixed", "no speculation", "adapter against no speculation"),
+        ("fixed", "bare head", "adapter against bare head, equal batch shapes"),
+        ("adaptive", "no speculation", "adapter, adaptive window, against no speculation"),
+    ):
+        tokens_of, gaps, ties_up_to = outputs[other]
+        compared[shown] = compare(tokens_of, gaps, outputs[ours_][0], ties_up_to)
     results = {name: {**dataclasses.asdict(one), "holds": one.holds} for name, one in compared.items()}
-    return {"runner": runner, "mode": mode, "compared": results, **engines.environment()}
+    return {
+        "runner": runner,
+        "mode": mode,
+        "compared": results,
+        "counts": drafted,
+        **engines.environment(),
+    }
 
 
-def _demo_adapter(plan: Plan) -> Path:
-    found = sorted((plan.output / "demo").rglob("ppow_config.json"))
-    if not found:
-        raise SystemExit("No adapter of the tiny pair: run the step loop first.")
-    return found[0].parent
+def _adapter(plan: Plan) -> Path:
+    """The adapter of the tiny EAGLE-3 head that `loop` or `train-eagle3` made."""
+    for folder in (plan.output / "demo", plan.output / "trained-eagle3"):
+        for found in sorted(folder.rglob("ppow_config.json")):
+            return found.parent
+    raise SystemExit("No adapter of the tiny pair: run the step loop or train-eagle3 first.")
 
 
 # ---------------------------------------------------------------- cost and speed of a pair of real size
 
 
 def profile(plan: Plan) -> dict[str, Any]:
-    """The cost profile of the random pair, stored beside its adapter for `arm-adaptive`."""
+    """The cost profile of the random pair, stored beside its adapter for the adaptive arm."""
     from ppow_train.profiling import ProfileOptions, make_profile, measure_steps
     from vllm_ppow.artifact import read_adapter
     from vllm_ppow.compat.profiling import StepProfiler, draft_length_ladder, machine
     from vllm_ppow.cost_profile import COST_PROFILE_FILE, write_profile_file
     from vllm_ppow.metrics import SpecDecodeCounts
 
+    _choose_runner(_steerable_runner())
     pair = random_pair.build(plan.output / "pair", plan.shape, plan.draft_lengths[-1])
     options = ProfileOptions(
         batch_sizes=plan.batches,
@@ -163,13 +216,12 @@ def profile(plan: Plan) -> dict[str, Any]:
         steps=2 if plan.tiny else 5,
         rounds=1 if plan.tiny else 3,
     )
-    spec = adaptive(plan) | {
+    spec = fixed(plan, plan.draft_lengths[-1]) | {
         "num_speculative_tokens_per_batch_size": draft_length_ladder(options.draft_lengths)
     }
-    spec["ppow"] = {"window": "fixed"} if _has_window() else {}
     engine_options = plan.engine_options | {"max_model_len": options.max_model_len}
     engine_options["max_num_seqs"] = max(plan.batches[-1], len(options.draft_lengths))
-    with engines.engine(pair.target, spec, **engine_options) as llm:
+    with engines.engine(pair.target, spec, load_format="dummy", **engine_options) as llm:
         with StepProfiler(llm, options.draft_lengths[-1]) as profiler:
             samples = measure_steps(llm, profiler, options, engines.prompts(64, plan.shape.vocab_size), _say)
         where = machine(llm.llm_engine.vllm_config)
@@ -177,18 +229,66 @@ def profile(plan: Plan) -> dict[str, Any]:
     none = SpecDecodeCounts(0, 0, 0, ())
     found = make_profile(samples, none, options, read_adapter(pair.adapter), **where)
     write_profile_file(pair.adapter / COST_PROFILE_FILE, found)
-    return {"profile": dataclasses.asdict(found), **engines.environment()}
+    spreads = {" × ".join(map(str, point)): one.spread for point, one in samples.items()}
+    return {"profile": dataclasses.asdict(found), "spreads": spreads, **engines.environment()}
 
 
-def arm(plan: Plan, spec: dict[str, Any] | None) -> dict[str, Any]:
-    """Output tokens per second at every batch size under one speculative config."""
+def arms(plan: Plan) -> dict[str, Any]:
+    """Output tokens per second at every batch size of all arms, in turns; figures are in arms.jsonl as they come."""
     pair = random_pair.build(plan.output / "pair", plan.shape, plan.draft_lengths[-1])
-    with engines.engine(pair.target, spec, **plan.engine_options) as llm:
-        measured = [
-            engines.throughput(llm, batch, plan.shape.vocab_size, plan.max_tokens, 1 if plan.tiny else 3)
-            for batch in plan.batches
-        ]
-    return {"spec": spec, "measured": measured, **engines.environment()}
+    known = {arm.name: arm for arm in all_arms(plan)}
+    if unknown := set(plan.arms) - set(known):
+        raise SystemExit(f"No arms {', '.join(sorted(unknown))}: choose from {', '.join(known)}.")
+    chosen = [arm for name, arm in known.items() if not plan.arms or name in plan.arms]
+    more = {"load_format": "dummy", "skip_tokenizer_init": True} | plan.engine_options
+    options = EngineOptions(
+        str(pair.target),
+        dtype="bfloat16",
+        **{name: more.pop(name) for name in ("max_model_len", "max_num_seqs", "enforce_eager")},
+        more=more,
+    )
+    load = Load(plan.batches, plan.max_tokens, plan.rounds, 60 * plan.minutes, plan.shape.vocab_size)
+    figures = plan.output / "arms.jsonl"
+    figures.unlink(missing_ok=True)  # of an attempt that did not end
+    failures = measure(chosen, options, load, _at_once(plan), figures, _say)
+    if failures:
+        raise SystemExit("\n".join(["Not all arms started; arms.jsonl has the others.", *failures]))
+    return {"arms": [dataclasses.asdict(arm) for arm in chosen], **engines.environment()}
+
+
+def _at_once(plan: Plan) -> int:
+    """Engines that the free memory of the GPU holds; one at a time on a CPU."""
+    import torch
+
+    if plan.backend == "cpu":
+        return 2
+    free, _ = torch.cuda.mem_get_info()
+    each = (2 if plan.tiny else GIB_BESIDE_CACHE) + (plan.kv_cache_gib or 4)
+    return max(1, int(free / 2**30 / each))
+
+
+def all_arms(plan: Plan) -> list[Arm]:
+    """No speculation, every fixed draft length, the adaptive window; where that needs the V1 runner, V2's as well."""
+    runner = _steerable_runner()
+    found = [Arm(NONE, None, runner)]
+    found += [Arm(f"fixed-{k:02d}", fixed(plan, k), runner) for k in plan.draft_lengths]
+    found.append(Arm("adaptive", adaptive(plan), runner))
+    if runner == "0" and plan.backend == "cuda":
+        found.append(Arm(f"v2-{NONE}", None, "1"))
+        found += [Arm(f"v2-fixed-{k:02d}", fixed(plan, k), "1") for k in plan.draft_lengths]
+    return found
+
+
+def _steerable_runner() -> str | None:
+    """Value of VLLM_USE_V2_MODEL_RUNNER for the runner that heeds draft lengths; None: vLLM's own choice does."""
+    from vllm_ppow.compat import v2_runner
+
+    return None if v2_runner.drafts_as_scheduled() else "0"
+
+
+def _choose_runner(value: str | None) -> None:
+    if value is not None:
+        os.environ[RUNNER] = value
 
 
 def fixed(plan: Plan, length: int) -> dict[str, Any]:
@@ -198,25 +298,19 @@ def fixed(plan: Plan, length: int) -> dict[str, Any]:
         "method": "ppow",
         "model": str(random_pair.pair_in(plan.output / "pair").adapter),
         "num_speculative_tokens": length,
-        "ppow": {"window": "fixed"} if _has_window() else {},
+        "ppow": {"window": "fixed"},
         **(synthetic if plan.backend == "cuda" else {}),
     }
 
 
 def adaptive(plan: Plan) -> dict[str, Any]:
     """The adapter with the adaptive window, accepting as the fixed arms do."""
-    return fixed(plan, plan.draft_lengths[-1]) | {"ppow": {"window": "adaptive"} if _has_window() else {}}
+    return fixed(plan, plan.draft_lengths[-1]) | {"ppow": {"window": "adaptive"}}
 
 
 def acceptance(length: int) -> list[float]:
     """Share of drafts whose token is accepted by position, unconditional: 0.75 at first, 0.8 of that at each next."""
     return [round(0.75 * 0.8**i, 6) for i in range(length)]
-
-
-def _has_window() -> bool:
-    from vllm_ppow.config import PPOWOptions
-
-    return "window" in {field.name for field in dataclasses.fields(PPOWOptions)}
 
 
 def _say(text: str) -> None:
@@ -232,9 +326,31 @@ def main(argv: list[str]) -> int:
     parser.add_argument("step")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--backend", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="small models: a trial of the steps")
+    parser.add_argument(
+        "--draft-lengths", type=_ascending, help="K of the speed steps, such as 1,3,5 (default: 1 to 10)"
+    )
+    parser.add_argument("--batches", type=_ascending, help="requests at a time (default: 1,2,4,8,16,32,64)")
+    parser.add_argument("--rounds", type=int, default=5, help="of the step arms at most (default: 5)")
+    parser.add_argument(
+        "--minutes", type=float, default=6.0, help="in which rounds of the step arms begin (default: 6)"
+    )
+    parser.add_argument("--arms", default="", help="such as none,fixed-03,adaptive (default: all)")
+    parser.add_argument(
+        "--kv-cache-gib", type=float, help="KV cache of every engine (default: what vLLM finds free)"
+    )
     options = parser.parse_args(argv)
-    plan = Plan(options.output.resolve(), options.backend, options.tiny)
+    plan = Plan(
+        output=options.output.resolve(),
+        backend=options.backend,
+        tiny=options.tiny,
+        draft_lengths=options.draft_lengths or ((1, 2) if options.tiny else tuple(range(1, 11))),
+        batches=options.batches or ((1, 2) if options.tiny else (1, 2, 4, 8, 16, 32, 64)),
+        rounds=options.rounds,
+        minutes=options.minutes,
+        arms=tuple(filter(None, options.arms.split(","))),
+        kv_cache_gib=options.kv_cache_gib,
+    )
     known = steps(plan)
     if options.step == "list":
         print("\n".join(known))
@@ -250,6 +366,14 @@ def main(argv: list[str]) -> int:
     write(plan.file(options.step), known[options.step](plan) | {"tiny": plan.tiny, "backend": plan.backend})
     print(f"{options.step}: written {plan.file(options.step)}")
     return 0
+
+
+def _ascending(text: str) -> tuple[int, ...]:
+    """Positive whole numbers between commas, each larger than the one before."""
+    values = tuple(int(one) for one in text.split(","))
+    if values[0] < 1 or any(a >= b for a, b in itertools.pairwise(values)):
+        raise argparse.ArgumentTypeError(f"{text} must be positive and ascend, such as 1,2,4.")
+    return values
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

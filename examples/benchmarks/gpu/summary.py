@@ -11,30 +11,48 @@ import sys
 from pathlib import Path
 from typing import Any
 
+NONE, ADAPTIVE = "none", "adaptive"
+
 
 def main(argv: list[str]) -> int:
     """Print the summary of a directory; exit code 2 without one, 1 when it holds no results."""
     if len(argv) != 1:
         print("Name the directory of results: summary.py DIRECTORY", file=sys.stderr)
         return 2
-    results = {
-        path.stem: json.loads(path.read_text("utf-8")) for path in sorted(Path(argv[0]).glob("*.json"))
-    }
+    folder = Path(argv[0])
+    results = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
     if not results:
         print(f"Error: {argv[0]} holds no results: run gpu.sh first.", file=sys.stderr)
         return 1
-    print(summary(results))
+    figures = folder / "arms.jsonl"
+    lines = figures.read_text("utf-8").splitlines() if figures.exists() else []
+    print(summary(results, [json.loads(line) for line in lines]))
     return 0
 
 
-def summary(results: dict[str, dict[str, Any]]) -> str:
-    """All tables, from step -> result."""
+def summary(results: dict[str, dict[str, Any]], figures: list[dict[str, Any]]) -> str:
+    """All tables, from step -> result and from the lines of arms.jsonl."""
     places = sorted({f"{one['card']}, vLLM {one['vllm']}, {one['date'][:10]}" for one in results.values()})
     lines = ["Ran on: " + "; ".join(places) + "."]
     if any(one["tiny"] for one in results.values()):
         lines.append("**Tiny models: a trial of the steps, which says nothing about speed.**")
-    lines += ["", *_identity(results), "", *_arms(results)]
+    lines += ["", *_training(results), "", *_identity(results), "", *_arms(figures)]
     return "\n".join(lines)
+
+
+def _training(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Of every run of `ppow train` what its parity gate compared."""
+    rows = [
+        "| trained | accepted tokens per draft, simulated | counted by vLLM | parity gate |",
+        "|---|---|---|---|",
+    ]
+    for name, one in results.items():
+        if "training" in one:
+            parity = one["training"]["parity"]
+            figures = [parity[f"{who}_accepted_per_draft"] for who in ("simulated", "served")]
+            held = "held" if parity["holds"] else "**failed**"
+            rows.append(f"| {name} | {figures[0]:.3f} | {figures[1]:.3f} | {held} |")
+    return rows if len(rows) > 2 else ["Training: not run."]
 
 
 def _identity(results: dict[str, dict[str, Any]]) -> list[str]:
@@ -48,32 +66,64 @@ def _identity(results: dict[str, dict[str, Any]]) -> list[str]:
     return rows if len(rows) > 2 else ["Greedy output: not run."]
 
 
-def _arms(results: dict[str, dict[str, Any]]) -> list[str]:
-    arms = {
-        name.removeprefix("arm-"): _rates(one) for name, one in results.items() if name.startswith("arm-")
-    }
-    if "none" not in arms:
-        return ["Speed: arm-none was not run, to which all others are compared."]
-    batches = sorted(arms["none"])
+def _arms(figures: list[dict[str, Any]]) -> list[str]:
+    """Ratios within rounds, as median (lowest to highest)."""
+    worth = _over_none(figures)
+    if not worth:
+        return [f"Speed: the arm {NONE} was not run, to which all others are compared."]
+    names = list(dict.fromkeys(one["arm"] for one in figures))
+    batches = sorted({one["batch"] for one in figures})
     rows = [
-        "Output tokens per second over no speculation, by batch size:",
+        f"Output tokens per second over the arm {NONE} of the same round, median (lowest to highest), by batch size:",
         "",
         "| arm | " + " | ".join(map(str, batches)) + " |",
         "|---" * (len(batches) + 1) + "|",
+        *(_row(name, [worth.get((name, b), {}) for b in batches]) for name in names),
     ]
-    for name, rates in arms.items():
-        shown = [f"{rates[b] / arms['none'][b]:.2f}" if b in rates else "–" for b in batches]
-        rows.append(f"| {name} | " + " | ".join(shown) + " |")
-    fixed = [rates for name, rates in arms.items() if name.startswith("fixed-")]
-    if "adaptive" in arms and fixed:
-        best = {b: max(rates[b] for rates in fixed if b in rates) for b in batches}
-        shown = [f"{arms['adaptive'][b] / best[b]:.2f}" for b in batches]
-        rows.append("| adaptive over the best fixed | " + " | ".join(shown) + " |")
+    for prefix, shown in (("fixed-", "fixed"), ("v2-fixed-", "fixed on the V2 runner")):
+        fixed = [name for name in names if name.startswith(prefix)]
+        if ADAPTIVE in names and fixed:
+            cells = [_over_best(worth, fixed, batch) for batch in batches]
+            rows.append(_row(f"{ADAPTIVE} over the best {shown}", cells))
     return rows
 
 
-def _rates(result: dict[str, Any]) -> dict[int, float]:
-    return {one["batch"]: statistics.median(one["tokens_per_second"]) for one in result["measured"]}
+Worth = dict[tuple[str, int], dict[int, float]]  # (arm, batch) -> round -> tokens per second over NONE's
+
+
+def _over_none(figures: list[dict[str, Any]]) -> Worth:
+    none = {
+        (one["group"], one["round"], one["batch"]): one["tokens_per_second"]
+        for one in figures
+        if one["arm"] == NONE
+    }
+    worth: Worth = {}
+    for one in figures:
+        beside = none.get((one["group"], one["round"], one["batch"]))
+        if beside is not None:
+            ratios = worth.setdefault((one["arm"], one["batch"]), {})
+            ratios[one["round"]] = one["tokens_per_second"] / beside
+    return worth
+
+
+def _over_best(worth: Worth, fixed: list[str], batch: int) -> dict[int, float]:
+    """Round -> the adaptive arm over the fixed one with the best median."""
+    there = [name for name in fixed if (name, batch) in worth]
+    if not there:
+        return {}
+    best = worth[max(there, key=lambda name: statistics.median(worth[name, batch].values())), batch]
+    ours = worth.get((ADAPTIVE, batch), {})
+    return {number: ratio / best[number] for number, ratio in ours.items() if number in best}
+
+
+def _row(name: str, cells: list[dict[int, float]]) -> str:
+    shown = [
+        f"{statistics.median(cell.values()):.2f} ({min(cell.values()):.2f} to {max(cell.values()):.2f})"
+        if cell
+        else "–"
+        for cell in cells
+    ]
+    return f"| {name} | " + " | ".join(shown) + " |"
 
 
 if __name__ == "__main__":

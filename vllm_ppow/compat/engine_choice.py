@@ -1,0 +1,88 @@
+"""What can be decided only on vLLM's finished config, and then needs another one: the model runner, and the window.
+
+Two things that a GPU showed (0.26.0, H200; examples/benchmarks/README.md):
+
+- The V2 model runner before 0.31 draws the token in place of a rejected one with the noise that drew the draft
+  (vllm-project/vllm#54282): sampled drafts change the output's distribution. The V1 runner does not.
+- With draft lengths that may change, vLLM's V1 runner gives up full CUDA graphs, which costs more than a window earns.
+
+Left out: how a config is built (engine_args.py), what else forbids an adaptive window (window.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from vllm_ppow.compat import seams, v2_runner, window
+from vllm_ppow.config import PPOWServingError
+
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+# Changes of the options under "ppow" -> vLLM's finished config with them.
+Build = Callable[[dict[str, Any]], Any]
+
+
+def settle(config: Any, window_option: str, build: Build) -> Any:
+    """The config to serve with.
+
+    Args:
+        config: vLLM's finished VllmConfig for method ppow.
+        window_option: what the user said of the window, as in `PPOWOptions.window`.
+
+    Raises:
+        PPOWServingError: the user chose a runner on which sampled drafts change the output.
+    """
+    if _changes_output(config):
+        _choose_v1()
+        config = build({})
+    if window_option == "auto" and _may_have_cost_graphs(config):
+        fixed = build({"window": "fixed"})
+        if fixed.compilation_config.cudagraph_mode.has_full_cudagraphs():
+            seams.logger.warning(
+                "The draft window stays fixed at its maximum: for lengths that change the V1 model runner would give "
+                "up full CUDA graphs. vLLM 0.32's V2 model runner keeps them; "
+                '"ppow": {"window": "adaptive"} gives them up.'
+            )
+            return fixed
+        config = build({})
+    return config
+
+
+def _changes_output(config: Any) -> bool:
+    """Whether sampled output would not have the target's distribution."""
+    return (
+        bool(config.use_v2_model_runner)
+        and config.speculative_config.draft_sample_method == "probabilistic"
+        and not v2_runner.draws_independently()
+    )
+
+
+def _choose_v1() -> None:
+    """Have this process, and those that it starts, run the V1 model runner.
+
+    Raises:
+        PPOWServingError: the user chose the other.
+    """
+    why = (
+        "the V2 model runner of this vLLM draws the token in place of a rejected one with the noise that drew the "
+        "draft (vllm-project/vllm#54282, mended in 0.31), so that sampled drafts would change the output"
+    )
+    if RUNNER in os.environ:
+        raise PPOWServingError(
+            f"{RUNNER}={os.environ[RUNNER]} cannot serve sampled drafts: {why}. Leave it out, or give "
+            '"draft_sample_method": "greedy".'
+        )
+    seams.logger.warning("The V1 model runner is used (%s=0): %s.", RUNNER, why)
+    os.environ[RUNNER] = "0"
+
+
+def _may_have_cost_graphs(config: Any) -> bool:
+    """Whether an adaptive window is on, and full graphs are not, on the runner that cannot have both."""
+    mode = config.compilation_config.cudagraph_mode
+    return (
+        window.options_of(config.speculative_config) is not None
+        and not config.use_v2_model_runner
+        and bool(mode)  # without any graphs nothing was given up
+        and not mode.has_full_cudagraphs()
+    )
