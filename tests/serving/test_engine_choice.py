@@ -10,7 +10,7 @@ import pytest
 from serving_pair import random_adapter
 
 from vllm_ppow import plugin
-from vllm_ppow.compat import engine_choice, v2_runner, window
+from vllm_ppow.compat import engine_choice, profiling, v2_runner, window
 from vllm_ppow.compat.engine_choice import RUNNER
 from vllm_ppow.config import WINDOW_KEY, PPOWServingError
 
@@ -152,6 +152,15 @@ def test_graphs_that_the_user_gave_up_are_no_reason(log):
     assert window.options_of(settled.speculative_config) is not None
     assert build.asked == [{}, {"window": "fixed"}, {}]
     assert not log.records
+
+
+def test_the_profile_knows_graphs_that_were_given_up():
+    assert [profiling.lacks_full_graphs(config(adaptive=adaptive)) for adaptive in (True, False)] == [
+        True,
+        False,
+    ]
+    assert not profiling.lacks_full_graphs(config(v2=True))
+    assert not profiling.lacks_full_graphs(config(mode="NONE"))
 
 
 # ---------------------------------------------------------------- through vLLM's own EngineArgs

@@ -114,8 +114,13 @@ def run(
     say: Callable[[str], None] = lambda text: None,
 ) -> Measured:
     """Measure an `LLM` of this process that serves `adapter`."""
-    from vllm_ppow.compat.profiling import StepProfiler, machine
+    from vllm_ppow.compat.profiling import StepProfiler, lacks_full_graphs, machine
 
+    if lacks_full_graphs(llm.llm_engine.vllm_config):
+        say(
+            "without full CUDA graphs, which vLLM's V1 model runner gives up for draft lengths that change: a server "
+            "with a fixed window is faster than what is measured"
+        )
     with StepProfiler(llm, options.draft_lengths[-1]) as profiler:
         samples = measure_steps(llm, profiler, options, prompts, say)
         say(f"acceptance: {len(prompts)} prompts")

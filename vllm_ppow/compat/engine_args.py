@@ -108,7 +108,9 @@ def _proving_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         spec = requested(self)
         if spec is None or not is_ours(spec):
             config = original(self, *args, **kwargs)
-            _check_stages(config)  # arguments that a config was built of before hold a native one that is still ours
+            _check_stages(
+                config
+            )  # arguments that a config was built of before hold a native one that is still ours
             window.attach(config)
             return config
         options = parse_options(spec.get("ppow"))

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from vllm_ppow.compat import seams, v2_runner, window
+from vllm_ppow.compat import profiling, seams, v2_runner, window
 from vllm_ppow.config import PPOWServingError
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -78,11 +78,5 @@ def _choose_v1() -> None:
 
 
 def _may_have_cost_graphs(config: Any) -> bool:
-    """Whether an adaptive window is on, and full graphs are not, on the runner that cannot have both."""
-    mode = config.compilation_config.cudagraph_mode
-    return (
-        window.options_of(config.speculative_config) is not None
-        and not config.use_v2_model_runner
-        and bool(mode)  # without any graphs nothing was given up
-        and not mode.has_full_cudagraphs()
-    )
+    """Whether an adaptive window is on where vLLM cannot have it and full graphs."""
+    return window.options_of(config.speculative_config) is not None and profiling.lacks_full_graphs(config)

@@ -329,6 +329,12 @@ def machine(vllm_config: Any) -> dict[str, Any]:
     }
 
 
+def lacks_full_graphs(vllm_config: Any) -> bool:
+    """Whether the V1 model runner has CUDA graphs and none of whole steps, as where draft lengths may change."""
+    mode = vllm_config.compilation_config.cudagraph_mode
+    return not vllm_config.use_v2_model_runner and bool(mode) and not mode.has_full_cudagraphs()
+
+
 def device_name() -> str:
     """The device that vLLM runs on, in words; of a CPU the model and the number of cores it sees."""
     from vllm.platforms import current_platform
