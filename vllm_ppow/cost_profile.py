@@ -24,7 +24,11 @@ FORMAT = 1
 
 _GRIDS = ("target_step_seconds", "draft_seconds", "overhead_seconds")
 _AXES = ("context_lengths", "batch_sizes", "draft_lengths")
-_TEXTS = ("vllm_version", "device", "dtype", "quantization", "target_fingerprint", "adapter_fingerprint")
+_TEXTS = (
+    *("vllm_version", "device", "dtype", "quantization", "kv_cache_dtype"),
+    *("target_fingerprint", "adapter_fingerprint"),
+)
+_FLAGS = ("enforce_eager", "full_graphs")
 
 
 class CostProfileError(ArtifactError):
@@ -56,7 +60,9 @@ class CostProfile:
             empty, where no prompts were run.
         num_drafts: drafts that the acceptance was counted on.
         enforce_eager: measured without compilation and CUDA graphs.
+        full_graphs: measured with CUDA graphs of whole steps.
         quantization: of the target, as vLLM names it (its checkpoint's, or one made while loading); "none".
+        kv_cache_dtype: as vLLM names it; "auto" for the target's own dtype.
         format: version of this file's format.
     """
 
@@ -76,7 +82,9 @@ class CostProfile:
     acceptance_per_position: tuple[float, ...] = ()
     num_drafts: int = 0
     enforce_eager: bool = False
+    full_graphs: bool = False
     quantization: str = "none"
+    kv_cache_dtype: str = "auto"
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -124,7 +132,7 @@ class CostProfile:
 
         Args:
             found: any of vllm_version, device, dtype, tensor_parallel_size, target_fingerprint, adapter_fingerprint,
-                enforce_eager, quantization; None is not compared.
+                enforce_eager, full_graphs, quantization, kv_cache_dtype; None is not compared.
 
         Returns:
             One text per difference, such as "vllm_version 0.33.0, measured with 0.32.0".
@@ -134,6 +142,15 @@ class CostProfile:
             for name, value in found.items()
             if value is not None and value != getattr(self, name)
         ]
+
+    @property
+    def set_up(self) -> str:
+        """How the engine ran that was measured, for people."""
+        graphs = "eager" if self.enforce_eager else f"compiled{', full graphs' * self.full_graphs}"
+        return (
+            f"{self.dtype}, quantization {self.quantization}, KV cache {self.kv_cache_dtype}, {graphs}, "
+            f"TP {self.tensor_parallel_size}"
+        )
 
     @functools.cached_property
     def _step_grid(self) -> grid.Grid:
@@ -156,7 +173,8 @@ def _short(value: str | int) -> str:
 def _check(profile: CostProfile) -> None:
     for name in _TEXTS:
         _require(isinstance(getattr(profile, name), str), name, "text", getattr(profile, name))
-    _require(isinstance(profile.enforce_eager, bool), "enforce_eager", "true or false", profile.enforce_eager)
+    for name in _FLAGS:
+        _require(isinstance(getattr(profile, name), bool), name, "true or false", getattr(profile, name))
     for name in ("tensor_parallel_size", "num_speculative_tokens"):
         _require(_is_int(getattr(profile, name), 1), name, "a whole number >= 1", getattr(profile, name))
     for name, least in zip(_AXES, (1, 1, 0), strict=True):

@@ -178,6 +178,8 @@ BAD = [
     ("num_drafts", -1, "a whole number >= 0"),
     ("device", 1, "text"),
     ("enforce_eager", 0, "true or false"),
+    ("full_graphs", "yes", "true or false"),
+    ("kv_cache_dtype", None, "text"),
     ("quantization", None, "text"),
 ]
 

@@ -93,7 +93,7 @@ def test_the_cost_profile_is_looked_at(pair, causal_adapter, tmp_path):
     )
     write_cost_profile(copied, same)
     told = found(examine(asked), "ok")["cost profile"]
-    assert "of a CPU: bfloat16, quantization none, compiled, TP 1" in told
+    assert "of a CPU: bfloat16, quantization none, KV cache auto, compiled, TP 1" in told
     write_cost_profile(copied, dataclasses.replace(same, adapter_fingerprint="sha256:" + "2" * 64))
     told = found(examine(asked), "warn")["cost profile"]
     assert "adapter_fingerprint" in told

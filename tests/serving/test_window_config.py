@@ -225,6 +225,8 @@ def test_costs_and_acceptance_start_from_the_profile(profiled, log):
     [
         ({"device": "another"}, "device"),
         ({"vllm_version": "0.1"}, "vllm_version"),
+        ({"full_graphs": True}, "full_graphs"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
         ({"adapter_fingerprint": "sha256:" + "0" * 64}, "adapter_fingerprint"),
         ({"target_fingerprint": "sha256:" + "0" * 64}, "target_fingerprint"),
     ],

@@ -370,11 +370,9 @@ def _cost_profile(diagnosis: Diagnosis, adapter: Adapter, another_target: bool) 
         detail = f"of another set-up ({'; '.join(differences)}), so that costs are learned while serving"
         diagnosis.add("cost profile", "warn", detail, "measure again with ppow profile.")
         return
-    graphs = "eager" if profile.enforce_eager else "compiled"
-    kind = (
-        f"{profile.dtype}, quantization {profile.quantization}, {graphs}, TP {profile.tensor_parallel_size}"
+    diagnosis.add(
+        "cost profile", "ok", f"of {profile.device}: {profile.set_up}; used by a server that runs so"
     )
-    diagnosis.add("cost profile", "ok", f"of {profile.device}: {kind}; used by a server that runs so")
 
 
 def _native_config(diagnosis: Diagnosis, question: Question) -> None:

@@ -319,10 +319,14 @@ def machine(vllm_config: Any) -> dict[str, Any]:
     """The fields of a CostProfile that say where its figures hold."""
     from vllm.version import __version__
 
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    cache = vllm_config.cache_config.cache_dtype
     return {
         "vllm_version": __version__,
         "device": device_name(),
-        "dtype": str(vllm_config.model_config.dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "kv_cache_dtype": "auto" if cache == dtype else cache,
+        "full_graphs": vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs(),
         "tensor_parallel_size": vllm_config.parallel_config.tensor_parallel_size,
         "enforce_eager": vllm_config.model_config.enforce_eager,
         "quantization": vllm_config.model_config.quantization or "none",
