@@ -182,7 +182,7 @@ def start_timing(worker: Any) -> None:
     """Time this worker's passes from now on; called in its process.
 
     Raises:
-        SeamMissingError: its runner is not one of those we know.
+        SeamMissingError: its runner is not one of those we know, or cannot be steered.
     """
     runner = worker.model_runner
     watch = _Watch(_synchronizer(runner.device))
@@ -191,8 +191,10 @@ def start_timing(worker: Any) -> None:
         _adopt(runner, _timed_v1_runner, "execute_model", "sample_tokens", "propose_draft_token_ids")
     else:
         if not v2_runner.drafts_as_scheduled():
-            why = "it drafts as many tokens in every step, whatever the scheduler says"
-            raise seams.missing(type(runner).__module__, type(runner).__name__, "sample_tokens", why)
+            raise seams.SeamMissingError(
+                "The V2 model runner of this vLLM drafts as many tokens in every step, so that lengths cannot be "
+                "measured on it: set VLLM_USE_V2_MODEL_RUNNER=0 to measure the V1 runner, or take vLLM 0.32 or newer."
+            )
         _adopt(runner, _timed_runner, "execute_model", "sample_tokens")
         _adopt(speculator, _timed_speculator, "propose")
         _watches[speculator] = watch
