@@ -86,7 +86,7 @@ def test_a_v2_runner_that_drafts_alike_in_every_step_is_not_measured(monkeypatch
     monkeypatch.setattr(v2_runner, "drafts_as_scheduled", lambda: False)
     worker = SimpleNamespace(model_runner=V2Runner())
     with pytest.raises(
-        seams.SeamMissingError, match="as many tokens in every step.*set VLLM_USE_V2_MODEL_RUNNER=0"
+        seams.SeamMissingError, match=r"as many tokens in every step.*set VLLM_USE_V2_MODEL_RUNNER=0"
     ):
         profiling.start_timing(worker)
     assert type(worker.model_runner) is V2Runner
