@@ -11,6 +11,7 @@ where there is a cost profile, since a server adds time of its own to every step
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ FIRST_USES = 2
 HALF_LIFE = 4000
 # A cell that is worth less than this many observations is forgotten.
 FORGOTTEN = 0.01
+# The profile is asked for a request's context to so many tokens.
+CONTEXT_GRAIN = 32
 # Observations of a cell that tell how the machine's pace has changed since.
 PACED = 10
 _RIDGE = 1e-3
@@ -82,6 +85,8 @@ class StepCost:
 
     def __init__(self, profile: Profile | None = None) -> None:
         self._profile = profile
+        # A request grows by a few tokens every step: without rounding nothing would be found again.
+        self._profiled = functools.lru_cache(maxsize=4096)(profile.step_seconds) if profile else None
         self._cells: dict[tuple[int, int], _Cell] = {}
         self._octaves: dict[tuple[int, int], int] = {}
         # What the regression is drawn to: the profile as it is, or nothing.
@@ -191,9 +196,10 @@ class StepCost:
         return self._regressed(self._features(batch, length, context), batch)
 
     def _features(self, batch: float, length: int, context: float) -> list[float]:
-        if self._profile is None:
+        if self._profiled is None:
             return [1.0, batch, length, length * batch, context / 1024]
-        return [self._profile.step_seconds(round(batch), length, round(context / batch)), 1.0]
+        rounded = CONTEXT_GRAIN * round(context / batch / CONTEXT_GRAIN)
+        return [self._profiled(round(batch), length, rounded), 1.0]
 
     def _regressed(self, features: list[float], batch: float) -> float:
         """The regression, and never less than the least: after noise and jumps it may promise steps that are free."""
