@@ -23,6 +23,7 @@ from typing import Any, Literal
 from vllm_ppow.model_files import PEFT_WEIGHTS as PEFT_WEIGHTS
 from vllm_ppow.model_files import SMALL_FILES as SMALL_FILES
 from vllm_ppow.model_files import ArtifactError as ArtifactError
+from vllm_ppow.model_files import compare_fingerprint as compare_fingerprint
 from vllm_ppow.model_files import fingerprint_model as fingerprint_model
 from vllm_ppow.model_files import fingerprint_safetensors as fingerprint_safetensors
 from vllm_ppow.model_files import model_weight_files as model_weight_files

@@ -18,7 +18,7 @@ from vllm_ppow.artifact import (
     NATIVE_METHOD,
     Adapter,
     ArtifactError,
-    fingerprint_model,
+    compare_fingerprint,
     read_adapter,
     read_model_config,
 )
@@ -231,15 +231,13 @@ def _check_target(
 ) -> tuple[Path | None, str | None]:
     """Check that the adapter was trained for this target; its directory and fingerprint, None if it has none here."""
     recorded = adapter.config.target
-    directory = None
+    directory = found = None
     try:
         directory, _ = resolve_directory(target, revision, download_dir)
-        found = fingerprint_model(directory)
-        problem = f"its fingerprint is {found[:19]}…, recorded is {recorded.fingerprint[:19]}…"
+        found, problem = compare_fingerprint(directory, recorded.fingerprint)
     except ArtifactError as error:
-        found = None
-        problem = f"its fingerprint cannot be taken: {str(error).rstrip('.')}"
-    if found == recorded.fingerprint:
+        problem = f"it cannot be looked at: {str(error).rstrip('.')}"
+    if not problem:
         return directory, found
     if options.allow_target_mismatch:
         logger.warning(

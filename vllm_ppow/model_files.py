@@ -54,6 +54,22 @@ def fingerprint_model(directory: str | os.PathLike[str]) -> str:
     return fingerprint_safetensors(*files)
 
 
+def compare_fingerprint(directory: str | os.PathLike[str], recorded: str) -> tuple[str | None, str]:
+    """A model's fingerprint, and how it differs from one that was recorded, for a message.
+
+    Returns:
+        None where no fingerprint can be taken, as of weights that are no safetensors; "" where they are the same.
+    """
+    try:
+        found = fingerprint_model(directory)
+    except ArtifactError as error:
+        return None, f"its fingerprint cannot be taken: {str(error).rstrip('.')}"
+    return (
+        found,
+        "" if found == recorded else f"its fingerprint is {found[:19]}…, recorded is {recorded[:19]}…",
+    )
+
+
 def model_weight_files(directory: str | os.PathLike[str]) -> list[Path]:
     """The safetensors files that a model is loaded from, in name order: those its index names, where it has one.
 

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from ppow_train.errors import UserError
-from vllm_ppow.artifact import Adapter, ArtifactError, fingerprint_model
+from vllm_ppow.artifact import Adapter, compare_fingerprint
 from vllm_ppow.resolve import resolve_directory
 
 
@@ -44,13 +44,8 @@ def find_target(adapter: Adapter, given: str | None, *, allow_mismatch: bool) ->
     directory, _ = (
         resolve_directory(given) if given else resolve_directory(recorded.name_or_path, recorded.revision)
     )
-    found = None
-    try:
-        found = fingerprint_model(directory)
-        problem = f"its fingerprint is {found[:19]}…, recorded is {recorded.fingerprint[:19]}…"
-    except ArtifactError as error:
-        problem = f"its fingerprint cannot be taken: {str(error).rstrip('.')}"
-    if found != recorded.fingerprint and not allow_mismatch:
+    found, problem = compare_fingerprint(directory, recorded.fingerprint)
+    if problem and not allow_mismatch:
         raise UserError(
             f"{directory} is not the target that the adapter was trained for, {recorded.name_or_path} ({problem}): "
             "give that one, or --allow-target-mismatch to measure with this one, such as a quantised copy."
