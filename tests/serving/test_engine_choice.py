@@ -92,7 +92,7 @@ def test_sampled_drafts_go_to_the_v1_runner_where_v2_would_change_the_output(bia
 def test_a_runner_that_the_user_chose_is_not_overruled(biased, monkeypatch):
     monkeypatch.setenv(RUNNER, "1")
     build = Builder(v2=True, method="probabilistic")
-    with pytest.raises(PPOWServingError, match=r"=1 cannot serve sampled drafts.*Leave it out, or give"):
+    with pytest.raises(PPOWServingError, match=r"=1 cannot serve sampled drafts.*without it, or give"):
         engine_choice.settle(build({}), "adaptive", build)
 
 

@@ -19,6 +19,10 @@ from vllm_ppow.compat import profiling, seams, v2_runner, window
 from vllm_ppow.config import PPOWServingError
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+_WHY = (
+    "the V2 model runner of this vLLM draws the token in place of a rejected one with the noise that drew the draft "
+    "(vllm-project/vllm#54282, mended in 0.31), so that sampled drafts would change the output"
+)
 # Changes of the options under "ppow" -> vLLM's finished config with them.
 Build = Callable[[dict[str, Any]], Any]
 
@@ -36,6 +40,8 @@ def settle(config: Any, window_option: str, build: Build) -> Any:
     if _changes_output(config):
         _choose_v1()
         config = build({})
+        if _changes_output(config):  # vLLM keeps what it read of the environment once an engine has started
+            raise _refusal(f"{RUNNER} was read before and")
     if window_option == "auto" and _may_have_cost_graphs(config):
         fixed = build({"window": "fixed"})
         if fixed.compilation_config.cudagraph_mode.has_full_cudagraphs():
@@ -64,17 +70,17 @@ def _choose_v1() -> None:
     Raises:
         PPOWServingError: the user chose the other.
     """
-    why = (
-        "the V2 model runner of this vLLM draws the token in place of a rejected one with the noise that drew the "
-        "draft (vllm-project/vllm#54282, mended in 0.31), so that sampled drafts would change the output"
-    )
     if RUNNER in os.environ:
-        raise PPOWServingError(
-            f"{RUNNER}={os.environ[RUNNER]} cannot serve sampled drafts: {why}. Leave it out, or give "
-            '"draft_sample_method": "greedy".'
-        )
-    seams.logger.warning("The V1 model runner is used (%s=0): %s.", RUNNER, why)
+        raise _refusal(f"{RUNNER}={os.environ[RUNNER]}")
+    seams.logger.warning("The V1 model runner is used (%s=0): %s.", RUNNER, _WHY)
     os.environ[RUNNER] = "0"
+
+
+def _refusal(what: str) -> PPOWServingError:
+    return PPOWServingError(
+        f"{what} cannot serve sampled drafts: {_WHY}. Start with {RUNNER}=0 or without it, or give "
+        '"draft_sample_method": "greedy".'
+    )
 
 
 def _may_have_cost_graphs(config: Any) -> bool:
