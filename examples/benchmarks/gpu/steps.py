@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[3]
 TINY_PAIR = ROOT / "examples" / "tiny"
 # Of an engine of the Qwen3-8B-shaped pair: 16 of weights, the rest for CUDA, graphs and activations.
 GIB_BESIDE_CACHE = 19
+CACHE_GIB = 4  # of its KV cache, where several are up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +241,10 @@ def arms(plan: Plan) -> dict[str, Any]:
     if unknown := set(plan.arms) - set(known):
         raise SystemExit(f"No arms {', '.join(sorted(unknown))}: choose from {', '.join(known)}.")
     chosen = [arm for name, arm in known.items() if not plan.arms or name in plan.arms]
+    at_once = _at_once(plan)
+    if plan.backend == "cuda" and at_once > 1 and plan.kv_cache_gib is None:
+        # They start together: none may measure what is free.
+        plan = dataclasses.replace(plan, kv_cache_gib=CACHE_GIB)
     more = {"load_format": "dummy", "skip_tokenizer_init": True} | plan.engine_options
     options = EngineOptions(
         str(pair.target),
@@ -250,7 +255,7 @@ def arms(plan: Plan) -> dict[str, Any]:
     load = Load(plan.batches, plan.max_tokens, plan.rounds, 60 * plan.minutes, plan.shape.vocab_size)
     figures = plan.output / "arms.jsonl"
     figures.unlink(missing_ok=True)  # of an attempt that did not end
-    failures = measure(chosen, options, load, _at_once(plan), figures, _say)
+    failures = measure(chosen, options, load, at_once, figures, _say)
     if failures:
         raise SystemExit("\n".join(["Not all arms started; arms.jsonl has the others.", *failures]))
     return {"arms": [dataclasses.asdict(arm) for arm in chosen], **engines.environment()}
@@ -263,7 +268,7 @@ def _at_once(plan: Plan) -> int:
     if plan.backend == "cpu":
         return 2
     free, _ = torch.cuda.mem_get_info()
-    each = (2 if plan.tiny else GIB_BESIDE_CACHE) + (plan.kv_cache_gib or 4)
+    each = (2 if plan.tiny else GIB_BESIDE_CACHE) + (plan.kv_cache_gib or CACHE_GIB)
     return max(1, int(free / 2**30 / each))
 
 
