@@ -72,7 +72,9 @@ def _choose_v1() -> None:
     """
     if RUNNER in os.environ:
         raise _refusal(f"{RUNNER}={os.environ[RUNNER]}")
-    seams.logger.warning("The V1 model runner is used (%s=0): %s.", RUNNER, _WHY)
+    seams.logger.warning(
+        'The V1 model runner is used (%s=0): %s. With "draft_sample_method": "greedy" V2 is.', RUNNER, _WHY
+    )
     os.environ[RUNNER] = "0"
 
 
