@@ -131,10 +131,11 @@ def test_a_window_that_costs_full_graphs_stays_fixed_unless_asked_for(log):
 
 
 def test_both_at_once(biased):
-    """0.26 with an adapter for sampled drafts: V1, and there a fixed window."""
+    """0.26 with an adapter for sampled drafts: V1, and there a fixed window, for which full graphs are never lost."""
     build = Builder(v2=True, method="probabilistic")
     settled = engine_choice.settle(build({}), "auto", build)
     assert (settled.use_v2_model_runner, window.options_of(settled.speculative_config)) == (False, None)
+    assert build.asked == [{}, {"window": "fixed"}]
 
 
 @pytest.mark.parametrize("facts", [{"v2": True}, {"v2": False, "mode": "NONE"}])
@@ -210,5 +211,8 @@ def test_a_second_config_of_the_same_arguments_has_the_window_too(args):
     assert again.scheduler_config.scheduler_cls == "vllm_ppow.scheduler.PPOWScheduler"
 
 
-def test_the_installed_v2_runner_draws_independently():
-    assert v2_runner.draws_independently()  # 0.31 and newer
+def test_the_environment_is_put_right_before_every_engine(args, monkeypatch):
+    monkeypatch.setattr(engine_choice, "_chosen_here", True)
+    monkeypatch.setenv(RUNNER, "0")
+    args.create_engine_config()
+    assert RUNNER not in os.environ

@@ -189,3 +189,19 @@ def test_fits_are_rarer_where_there_is_more_to_fit(truth, monkeypatch):
 
 
 fit = StepCost._fit
+
+
+def test_the_profile_is_asked_for_contexts_to_a_grain_and_each_once():
+    asked = []
+
+    class Counting:
+        def step_seconds(self, batch, num_draft_tokens, context=None):
+            asked.append((batch, num_draft_tokens, context))
+            return 0.01 + 1e-5 * context
+
+    cost = StepCost(Counting())
+    near = [cost.step_seconds(4, 2, 4 * context) for context in (305, 310, 320, 335)]
+    assert asked == [(4, 2, 320)]
+    assert near == [near[0]] * 4
+    assert cost.step_seconds(4, 2, 4 * 340) > near[0]
+    assert asked[-1] == (4, 2, 352)

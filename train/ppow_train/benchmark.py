@@ -139,6 +139,9 @@ def run_benchmark(
         ADAPTIVE: ours("auto"),  # as served by default
     }
     specs = {arm: every[arm] for arm in arms}
+    options = dataclasses.replace(
+        options, sampled_drafts=adapter.config.draft_sample_method == "probabilistic"
+    )
     groups = [specs] if side_by_side else [{arm: spec} for arm, spec in specs.items()]
     runs: dict[float, _Runs] = {temperature: {} for temperature in work.temperatures}
     reference = None

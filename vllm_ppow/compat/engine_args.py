@@ -105,6 +105,7 @@ def _proving_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_ppow.compat import engine_choice, window
 
+        engine_choice.forget()
         spec = requested(self)
         if spec is None or not is_ours(spec):
             config = original(self, *args, **kwargs)

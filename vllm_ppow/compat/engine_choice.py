@@ -2,8 +2,8 @@
 
 Two things that a GPU showed (0.26.0, H200; examples/benchmarks/README.md):
 
-- The V2 model runner before 0.31 draws the token in place of a rejected one with the noise that drew the draft
-  (vllm-project/vllm#54282): sampled drafts change the output's distribution. The V1 runner does not.
+- The V2 model runner (of 0.26; 0.31's does not) draws the token in place of a rejected one with the noise that drew the
+  draft (vllm-project/vllm#54282): sampled drafts change the output's distribution. The V1 runner does not.
 - With draft lengths that may change, vLLM's V1 runner gives up full CUDA graphs, which costs more than a window earns.
 
 Left out: how a config is built (engine_args.py), what else forbids an adaptive window (window.py).
@@ -21,10 +21,22 @@ from vllm_ppow.config import PPOWServingError
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _WHY = (
     "the V2 model runner of this vLLM draws the token in place of a rejected one with the noise that drew the draft "
-    "(vllm-project/vllm#54282, mended in 0.31), so that sampled drafts would change the output"
+    "(vllm-project/vllm#54282, mended by 0.31), so that sampled drafts would change the output"
 )
 # Changes of the options under "ppow" -> vLLM's finished config with them.
 Build = Callable[[dict[str, Any]], Any]
+
+
+# Whether RUNNER is set because of us.
+_chosen_here = False
+
+
+def forget() -> None:
+    """Undo what an engine before needed of the environment: the next one may be of another kind."""
+    global _chosen_here
+    if _chosen_here:
+        os.environ.pop(RUNNER, None)
+        _chosen_here = False
 
 
 def settle(config: Any, window_option: str, build: Build) -> Any:
@@ -38,21 +50,36 @@ def settle(config: Any, window_option: str, build: Build) -> Any:
         PPOWServingError: the user chose a runner on which sampled drafts change the output.
     """
     if _changes_output(config):
-        _choose_v1()
-        config = build({})
-        if _changes_output(config):  # vLLM keeps what it read of the environment once an engine has started
-            raise _refusal(f"{RUNNER} was read before and")
+        return _settle_on_v1(window_option, build)
     if window_option == "auto" and _may_have_cost_graphs(config):
-        fixed = build({"window": "fixed"})
-        if fixed.compilation_config.cudagraph_mode.has_full_cudagraphs():
-            seams.logger.warning(
-                "The draft window stays fixed at its maximum: for lengths that change the V1 model runner would give "
-                "up full CUDA graphs. vLLM 0.32's V2 model runner keeps them; "
-                '"ppow": {"window": "adaptive"} gives them up.'
-            )
-            return fixed
-        config = build({})
+        return _adaptive_unless_it_costs(build)
     return config
+
+
+def _settle_on_v1(window_option: str, build: Build) -> Any:
+    _choose_v1()
+    try:
+        config = _adaptive_unless_it_costs(build) if window_option == "auto" else build({})
+    except Exception:
+        forget()
+        raise
+    if _changes_output(config):  # vLLM keeps what it read of the environment once an engine has started
+        forget()
+        raise _refusal(f"vLLM, which read {RUNNER} before,")
+    return config
+
+
+def _adaptive_unless_it_costs(build: Build) -> Any:
+    """On the V1 runner: a fixed window where it has full CUDA graphs, an adaptive one where there are none to lose."""
+    fixed = build({"window": "fixed"})
+    if not fixed.compilation_config.cudagraph_mode.has_full_cudagraphs():
+        return build({})
+    seams.logger.warning(
+        "The draft window stays fixed at its maximum: for lengths that change the V1 model runner would give up full "
+        "CUDA graphs (it does not now, whatever vLLM said above). vLLM 0.32's V2 model runner keeps them; "
+        '"ppow": {"window": "adaptive"} gives them up.'
+    )
+    return fixed
 
 
 def _changes_output(config: Any) -> bool:
@@ -70,12 +97,14 @@ def _choose_v1() -> None:
     Raises:
         PPOWServingError: the user chose the other.
     """
+    global _chosen_here
     if RUNNER in os.environ:
         raise _refusal(f"{RUNNER}={os.environ[RUNNER]}")
     seams.logger.warning(
         'The V1 model runner is used (%s=0): %s. With "draft_sample_method": "greedy" V2 is.', RUNNER, _WHY
     )
     os.environ[RUNNER] = "0"
+    _chosen_here = True
 
 
 def _refusal(what: str) -> PPOWServingError:

@@ -254,7 +254,7 @@ def _meaning(value: dict[str, Any], objective: str) -> str:
         sentences.append(
             "The tiny target's step costs hardly more than a draft step. With one of "
             f"{costlier['layers']} layers, output tokens per second over no speculation: base drafter "
-            f"{worth['base drafter']:.2f}×, adapter {worth['adapter']:.2f}×, adapter with the adaptive window "
+            f"{worth['base drafter']:.2f}×, adapter {worth['adapter']:.2f}×, adapter as served by default "
             f"{worth['adapter, adaptive']:.2f}×."
         )
     return "\n".join(sentences)
