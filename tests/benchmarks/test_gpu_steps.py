@@ -68,10 +68,15 @@ def plan(path: Path, backend: str = "cuda", tiny: bool = False) -> gpu_steps.Pla
     return gpu_steps.Plan(path, backend, tiny, tuple(range(1, 11)), (1, 2, 4, 8, 16, 32, 64))
 
 
-def test_the_steps_are_what_the_benchmark_promises(tmp_path):
+def test_the_steps_are_what_the_benchmark_promises(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_steps, "all_arms", lambda plan: [*map(arm, ("none", *"abcdef"))])
+    monkeypatch.setattr(gpu_steps, "_at_once", lambda plan: 2)
     names = list(gpu_steps.steps(plan(tmp_path)))
     identity = [f"identity-{runner}-{mode}" for runner in ("v1", "v2") for mode in ("eager", "graphs")]
-    assert names == ["loop", "train-eagle3", "train-causal_lm", *identity, "profile", "arms"]
+    assert names[:-6] == ["loop", "train-eagle3", "train-causal_lm", *identity, "profile"]
+    assert names[-6:] == [
+        f"arms-{number}" for number in range(1, 7)
+    ]  # two engines at once: each beside no speculation
 
 
 def test_arms_are_none_every_length_and_the_adaptive_window(tmp_path, monkeypatch):
@@ -100,7 +105,7 @@ def test_on_a_gpu_every_arm_accepts_alike(tmp_path):
 def test_unknown_arms_are_refused(tmp_path):
     unknown = dataclasses.replace(plan(tmp_path, "cpu", tiny=True), arms=("none", "fixed-99"))
     with pytest.raises(SystemExit, match="No arms fixed-99: choose from none, fixed-01"):
-        gpu_steps.arms(unknown)
+        gpu_steps.chosen_arms(unknown)
 
 
 @pytest.mark.parametrize("text", ["0,1", "2,1", "1,1"])
@@ -166,7 +171,7 @@ def measured(names: list[str], path: Path, **load) -> tuple[list[str], list[dict
     work = gpu_arms.Load(
         **{"batches": (1, 4), "max_tokens": 3, "rounds": 2, "seconds": 60, "vocab_size": 64, **load}
     )
-    failures = gpu_arms.measure(arms, EngineOptions("t"), work, 9, path, lambda text: None)
+    failures = gpu_arms.measure(arms, EngineOptions("t"), work, path, lambda text: None)
     return failures, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -177,7 +182,7 @@ def test_arms_take_turns_and_each_round_begins_with_another(fake, tmp_path):
     assert warm_up == [("none", 1), ("a", 1), ("none", 4), ("a", 4)]
     assert rounds == [*warm_up, ("a", 1), ("none", 1), ("a", 4), ("none", 4)]
     assert len(figures) == 8
-    assert figures[0] == {"group": 0, "round": 0, "arm": "none", "batch": 1, "tokens_per_second": 1.5}
+    assert figures[0] == {"round": 0, "arm": "none", "batch": 1, "tokens_per_second": 1.5}
     assert fake.runners == {"none": None, "a": "0"}
     assert os.environ[gpu_arms.RUNNER] == "user's"
 
@@ -307,6 +312,19 @@ def test_the_summary_sets_the_adaptive_window_beside_the_other_runners_fixed_one
     )
 
 
+def test_one_engine_at_a_time_is_compared_all_the_same_and_said():
+    alone = [*figures("none", group=0, b1=[100, 50]), *figures("fixed-03", group=1, b1=[150, 100])]
+    shown = gpu_summary.summary({"a": result()}, alone)
+    assert "**One engine at a time**" in shown
+    assert "| fixed-03 | 1.75 (1.50 to 2.00) |" in shown
+
+
+def test_the_summary_of_the_results_that_are_kept_is_the_one_that_is_kept(capsys):
+    kept = FOLDER / "gpu-2026-11-26"
+    assert gpu_summary.main([str(kept)]) == 0
+    assert capsys.readouterr().out == (kept / "summary.md").read_text()
+
+
 def test_the_summary_shows_errors_and_says_when_it_means_nothing(tmp_path, capsys):
     compared = {
         "adapter against X": {"identical": 1, "prompts": 4, "ties": 0, "errors": ["a", "b"], "holds": False}
@@ -324,12 +342,12 @@ def test_the_summary_shows_errors_and_says_when_it_means_nothing(tmp_path, capsy
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_arms_of_the_random_pair_run_on_the_cpu(tmp_path):
+def test_arms_of_the_random_pair_run_on_the_cpu(tmp_path, capsys):
     """As the script runs them: the config-only target, the merged head, two engines, throughput at every batch."""
-    command = [sys.executable, FOLDER / "gpu" / "steps.py", "arms", "--output", tmp_path, *TINY]
+    command = [sys.executable, FOLDER / "gpu" / "steps.py", "arms-1", "--output", tmp_path, *TINY]
     environ = {**os.environ, "PYTHONPATH": f"{ROOT / 'train'}:{ROOT}"}
     subprocess.run([*command, "--arms", "none,fixed-02", "--rounds", "1"], check=True, env=environ)
-    found = [json.loads(line) for line in (tmp_path / "arms.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (tmp_path / "arms-1.jsonl").read_text().splitlines()]
     assert [(one["arm"], one["batch"]) for one in found] == [
         ("none", 1),
         ("fixed-02", 1),
@@ -338,6 +356,5 @@ def test_arms_of_the_random_pair_run_on_the_cpu(tmp_path):
     ]
     assert all(one["tokens_per_second"] > 0 for one in found)
     assert all(one["num_draft_tokens"] == 2 * one["num_drafts"] for one in found if one["arm"] == "fixed-02")
-    assert "| fixed-02 |" in gpu_summary.summary(
-        {"arms": json.loads((tmp_path / "arms.json").read_text())}, found
-    )
+    assert gpu_summary.main([str(tmp_path)]) == 0
+    assert "| fixed-02 |" in capsys.readouterr().out

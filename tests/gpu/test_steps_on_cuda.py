@@ -46,7 +46,7 @@ def test_greedy_output_is_the_targets(output, runner, mode):
 
 def test_the_random_pair_is_measured(output):
     assert run("profile", output)["backend"] == "cuda"
-    names = [arm["name"] for arm in run("arms", output)["arms"]]
-    figures = [json.loads(line) for line in (output / "arms.jsonl").read_text().splitlines()]
+    names = [arm["name"] for arm in run("arms-1", output)["arms"]]
+    figures = [json.loads(line) for line in (output / "arms-1.jsonl").read_text().splitlines()]
     assert {figure["arm"] for figure in figures} == set(names)
     assert {"none", "fixed-01", "adaptive"} <= set(names)

@@ -70,31 +70,26 @@ def groups(arms: Sequence[Arm], at_once: int) -> list[list[Arm]]:
 
 
 def measure(
-    arms: Sequence[Arm],
+    group: Sequence[Arm],
     options: EngineOptions,
     load: Load,
-    at_once: int,
     results: Path,
     say: Callable[[str], None],
 ) -> list[str]:
-    """Measure all arms and append each figure to `results`, a JSONL file, as soon as it is known.
+    """Measure the arms of one group and append each figure to `results`, a JSONL file, as soon as it is known.
 
     Args:
         options: of every engine; `neighbours` is set here.
-        at_once: engines that fit on the GPU together.
 
     Returns:
         One sentence for each arm that did not start; the others are measured.
     """
-    failures = []
-    for number, group in enumerate(groups(arms, at_once)):
-        with contextlib.ExitStack() as stack:
-            up, failed = _start(stack, group, dataclasses.replace(options, neighbours=len(group) - 1))
-            failures += failed
-            for one in failed:
-                say(one)
-            for figure in _rounds(up, load, say):
-                _append(results, {"group": number, **figure})
+    with contextlib.ExitStack() as stack:
+        up, failures = _start(stack, group, dataclasses.replace(options, neighbours=len(group) - 1))
+        for one in failures:
+            say(one)
+        for figure in _rounds(up, load, say):
+            _append(results, figure)
     return failures
 
 

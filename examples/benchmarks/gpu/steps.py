@@ -21,7 +21,7 @@ from typing import Any
 
 import engines
 import random_pair
-from arms import NONE, RUNNER, Arm, Load, measure
+from arms import NONE, RUNNER, Arm, Load, groups, measure
 
 from ppow_train.identity import compare
 from ppow_train.serving_eval import EngineOptions
@@ -42,7 +42,7 @@ class Plan:
         backend: "cuda", or "cpu" to try the steps without a GPU.
         tiny: a small random pair, short drafts and batches: says nothing about speed.
         draft_lengths, batches: of the steps that measure speed.
-        rounds: of the step `arms` at most; as many as `minutes` hold.
+        rounds: of the steps `arms-N` at most; as many as `minutes` hold.
         arms: names of the arms to measure; empty: all.
         kv_cache_gib: of every engine's KV cache; None lets vLLM take what is free, or share it among engines.
     """
@@ -53,7 +53,7 @@ class Plan:
     draft_lengths: tuple[int, ...]
     batches: tuple[int, ...]
     rounds: int = 5
-    minutes: float = 6.0
+    minutes: float = 4.0
     arms: tuple[str, ...] = ()
     kv_cache_gib: float | None = None
 
@@ -99,7 +99,8 @@ def steps(plan: Plan) -> dict[str, Callable[[Plan], dict[str, Any]]]:
         for mode in modes:
             found[f"identity-{runner}-{mode}"] = lambda plan, r=runner, m=mode: identity(plan, r, m)
     found["profile"] = profile
-    found["arms"] = arms
+    for number, group in enumerate(groups(chosen_arms(plan), _at_once(plan)), 1):
+        found[f"arms-{number}"] = lambda plan, g=group, n=number: arms(plan, g, n)
     return found
 
 
@@ -234,15 +235,22 @@ def profile(plan: Plan) -> dict[str, Any]:
     return {"profile": dataclasses.asdict(found), "spreads": spreads, **engines.environment()}
 
 
-def arms(plan: Plan) -> dict[str, Any]:
-    """Output tokens per second at every batch size of all arms, in turns; figures are in arms.jsonl as they come."""
-    pair = random_pair.build(plan.output / "pair", plan.shape, plan.draft_lengths[-1])
+def chosen_arms(plan: Plan) -> list[Arm]:
+    """The arms that the plan names, or all.
+
+    Raises:
+        SystemExit: it names one that there is not.
+    """
     known = {arm.name: arm for arm in all_arms(plan)}
     if unknown := set(plan.arms) - set(known):
         raise SystemExit(f"No arms {', '.join(sorted(unknown))}: choose from {', '.join(known)}.")
-    chosen = [arm for name, arm in known.items() if not plan.arms or name in plan.arms]
-    at_once = _at_once(plan)
-    if plan.backend == "cuda" and at_once > 1 and plan.kv_cache_gib is None:
+    return [arm for name, arm in known.items() if not plan.arms or name in plan.arms]
+
+
+def arms(plan: Plan, group: list[Arm], number: int) -> dict[str, Any]:
+    """Output tokens per second of a group of arms at every batch size, in turns; arms-N.jsonl has them as they come."""
+    pair = random_pair.build(plan.output / "pair", plan.shape, plan.draft_lengths[-1])
+    if plan.backend == "cuda" and len(group) > 1 and plan.kv_cache_gib is None:
         # They start together: none may measure what is free.
         plan = dataclasses.replace(plan, kv_cache_gib=CACHE_GIB)
     more = {"load_format": "dummy", "skip_tokenizer_init": True} | plan.engine_options
@@ -253,23 +261,22 @@ def arms(plan: Plan) -> dict[str, Any]:
         more=more,
     )
     load = Load(plan.batches, plan.max_tokens, plan.rounds, 60 * plan.minutes, plan.shape.vocab_size)
-    figures = plan.output / "arms.jsonl"
+    figures = plan.output / f"arms-{number}.jsonl"
     figures.unlink(missing_ok=True)  # of an attempt that did not end
-    failures = measure(chosen, options, load, at_once, figures, _say)
-    if failures:
-        raise SystemExit("\n".join(["Not all arms started; arms.jsonl has the others.", *failures]))
-    return {"arms": [dataclasses.asdict(arm) for arm in chosen], **engines.environment()}
+    if failures := measure(group, options, load, figures, _say):
+        raise SystemExit("\n".join([f"Not all arms started; {figures.name} has the others.", *failures]))
+    return {"arms": [dataclasses.asdict(arm) for arm in group], **engines.environment()}
 
 
 def _at_once(plan: Plan) -> int:
-    """Engines that the free memory of the GPU holds; one at a time on a CPU."""
+    """Engines that the GPU's memory holds, whatever is free now: a later run must find the same groups."""
     import torch
 
-    if plan.backend == "cpu":
+    if plan.backend == "cpu" or not torch.cuda.is_available():
         return 2
-    free, _ = torch.cuda.mem_get_info()
+    total = torch.cuda.get_device_properties(0).total_memory
     each = (2 if plan.tiny else GIB_BESIDE_CACHE) + (plan.kv_cache_gib or CACHE_GIB)
-    return max(1, int(free / 2**30 / each))
+    return max(1, int(total / 2**30 / each))
 
 
 def all_arms(plan: Plan) -> list[Arm]:
@@ -336,9 +343,9 @@ def main(argv: list[str]) -> int:
         "--draft-lengths", type=_ascending, help="K of the speed steps, such as 1,3,5 (default: 1 to 10)"
     )
     parser.add_argument("--batches", type=_ascending, help="requests at a time (default: 1,2,4,8,16,32,64)")
-    parser.add_argument("--rounds", type=int, default=5, help="of the step arms at most (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="of the steps arms-N at most (default: 5)")
     parser.add_argument(
-        "--minutes", type=float, default=6.0, help="in which rounds of the step arms begin (default: 6)"
+        "--minutes", type=float, default=4.0, help="in which rounds of a step arms-N begin (default: 4)"
     )
     parser.add_argument("--arms", default="", help="such as none,fixed-03,adaptive (default: all)")
     parser.add_argument(

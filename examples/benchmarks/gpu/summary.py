@@ -20,18 +20,23 @@ def main(argv: list[str]) -> int:
         print("Name the directory of results: summary.py DIRECTORY", file=sys.stderr)
         return 2
     folder = Path(argv[0])
-    results = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
+    every = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
+    results = {
+        name: one for name, one in every.items() if "card" in one
+    }  # other benchmarks may lie beside them
     if not results:
         print(f"Error: {argv[0]} holds no results: run gpu.sh first.", file=sys.stderr)
         return 1
-    figures = folder / "arms.jsonl"
-    lines = figures.read_text("utf-8").splitlines() if figures.exists() else []
-    print(summary(results, [json.loads(line) for line in lines]))
+    figures = []
+    for path in sorted(folder.glob("arms-*.jsonl"), key=lambda path: int(path.stem.partition("-")[2])):
+        lines = path.read_text("utf-8").splitlines()
+        figures += [{"group": path.stem, **json.loads(line)} for line in lines]
+    print(summary(results, figures))
     return 0
 
 
 def summary(results: dict[str, dict[str, Any]], figures: list[dict[str, Any]]) -> str:
-    """All tables, from step -> result and from the lines of arms.jsonl."""
+    """All tables, from step -> result and from the lines of arms-N.jsonl, each with its "group"."""
     places = sorted({f"{one['card']}, vLLM {one['vllm']}, {one['date'][:10]}" for one in results.values()})
     lines = ["Ran on: " + "; ".join(places) + "."]
     if any(one["tiny"] for one in results.values()):
@@ -80,6 +85,8 @@ def _arms(figures: list[dict[str, Any]]) -> list[str]:
         "|---" * (len(batches) + 1) + "|",
         *(_row(name, [worth.get((name, b), {}) for b in batches]) for name in names),
     ]
+    if _one_at_a_time(figures):
+        rows[0] = f"**One engine at a time**, not in turns. {rows[0]}"
     for prefix, shown in (("fixed-", "fixed"), ("v2-fixed-", "fixed on the V2 runner")):
         fixed = [name for name in names if name.startswith(prefix)]
         if ADAPTIVE in names and fixed:
@@ -91,16 +98,23 @@ def _arms(figures: list[dict[str, Any]]) -> list[str]:
 Worth = dict[tuple[str, int], dict[int, float]]  # (arm, batch) -> round -> tokens per second over NONE's
 
 
+def _one_at_a_time(figures: list[dict[str, Any]]) -> bool:
+    """Whether the GPU held one engine only, so that no arm had NONE beside it."""
+    beside = {one["group"] for one in figures if one["arm"] == NONE}
+    return bool(beside) and {one["arm"] for one in figures if one["group"] in beside} == {NONE}
+
+
 def _over_none(figures: list[dict[str, Any]]) -> Worth:
-    none = {
-        (one["group"], one["round"], one["batch"]): one["tokens_per_second"]
-        for one in figures
-        if one["arm"] == NONE
-    }
+    """Over NONE of the same group and round; of the same round where the GPU held one engine only."""
+    alone = _one_at_a_time(figures)
+
+    def place(one: dict[str, Any]) -> tuple[Any, ...]:
+        return (None if alone else one["group"], one["round"], one["batch"])
+
+    none = {place(one): one["tokens_per_second"] for one in figures if one["arm"] == NONE}
     worth: Worth = {}
     for one in figures:
-        beside = none.get((one["group"], one["round"], one["batch"]))
-        if beside is not None:
+        if (beside := none.get(place(one))) is not None:
             ratios = worth.setdefault((one["arm"], one["batch"]), {})
             ratios[one["round"]] = one["tokens_per_second"] / beside
     return worth
