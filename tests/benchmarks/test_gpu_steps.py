@@ -140,7 +140,7 @@ class FakeEngine:
 
     def __init__(self, name, options, spec):
         self.name = name
-        FakeEngine.runners[name] = os.environ.get(gpu_arms.RUNNER)
+        FakeEngine.runners[name] = os.environ.get(gpu_arms.V2_RUNNER)
 
     def __enter__(self):
         return self
@@ -162,7 +162,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(gpu_arms, "Engine", FakeEngine)
     monkeypatch.setattr(FakeEngine, "calls", [])
     monkeypatch.setattr(FakeEngine, "runners", {})
-    monkeypatch.setenv(gpu_arms.RUNNER, "user's")
+    monkeypatch.setenv(gpu_arms.V2_RUNNER, "user's")
     return FakeEngine
 
 
@@ -184,7 +184,7 @@ def test_arms_take_turns_and_each_round_begins_with_another(fake, tmp_path):
     assert len(figures) == 8
     assert figures[0] == {"round": 0, "arm": "none", "batch": 1, "tokens_per_second": 1.5}
     assert fake.runners == {"none": None, "a": "0"}
-    assert os.environ[gpu_arms.RUNNER] == "user's"
+    assert os.environ[gpu_arms.V2_RUNNER] == "user's"
 
 
 def test_an_arm_that_does_not_start_is_told_and_the_others_are_measured(fake, tmp_path):

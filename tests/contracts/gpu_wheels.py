@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+from vllm_ppow.compat.capabilities import V2_RUNNER
+
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny"
-RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 # Case -> (the speculative config's own keys, options under "ppow", VLLM_USE_V2_MODEL_RUNNER, arguments of the engine)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str | None, dict[str, Any]]] = {
     "sampled drafts": ({}, {}, None, {}),
@@ -130,9 +131,9 @@ def outcome(
     from vllm_ppow.compat import window
     from vllm_ppow.config import PPOWServingError
 
-    os.environ.pop(RUNNER, None)
+    os.environ.pop(V2_RUNNER, None)
     if runner is not None:
-        os.environ[RUNNER] = runner
+        os.environ[V2_RUNNER] = runner
     asked = {
         "method": "ppow",
         "model": adapter,
@@ -200,7 +201,7 @@ def stand_in() -> None:
 def _stand_in_for_operators() -> None:
     """Compiled operators are asked for while modules are imported: each is there, and says no."""
     import torch
-    import torch.library
+    from torch import library
 
     own = torch._ops._OpNamespace.__getattr__
 
@@ -213,7 +214,7 @@ def _stand_in_for_operators() -> None:
             return MagicMock(return_value=False)
 
     torch._ops._OpNamespace.__getattr__ = found  # type: ignore[method-assign]
-    torch.library.register_fake = lambda *_, **__: lambda function: function  # type: ignore[assignment]
+    library.register_fake = lambda *_, **__: lambda function: function  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from serving_pair import random_adapter
 
 from vllm_ppow import plugin
 from vllm_ppow.compat import engine_choice, profiling, v2_runner, window
-from vllm_ppow.compat.engine_choice import RUNNER
+from vllm_ppow.compat.capabilities import V2_RUNNER
 from vllm_ppow.config import WINDOW_KEY, PPOWServingError
 
 
@@ -54,7 +54,7 @@ class Builder:
     def __call__(self, changes):
         self.asked.append(changes)
         facts = dict(self.facts)
-        if os.environ.get(RUNNER) == "0":
+        if os.environ.get(V2_RUNNER) == "0":
             facts["v2"] = False
         return config(**facts, adaptive=changes.get("window") != "fixed")
 
@@ -62,8 +62,8 @@ class Builder:
 @pytest.fixture(autouse=True)
 def unset(monkeypatch):
     """The environment variable is not set, and is as it was afterwards."""
-    monkeypatch.setenv(RUNNER, "")  # so that what the test leaves is undone
-    del os.environ[RUNNER]
+    monkeypatch.setenv(V2_RUNNER, "")  # so that what the test leaves is undone
+    del os.environ[V2_RUNNER]
 
 
 @pytest.fixture
@@ -85,12 +85,12 @@ def test_sampled_drafts_go_to_the_v1_runner_where_v2_would_change_the_output(bia
     build = Builder(v2=True, method="probabilistic")
     settled = engine_choice.settle(build({}), "adaptive", build)
     assert not settled.use_v2_model_runner
-    assert os.environ[RUNNER] == "0"
+    assert os.environ[V2_RUNNER] == "0"
     assert "#54282" in log.text
 
 
 def test_a_runner_that_the_user_chose_is_not_overruled(biased, monkeypatch):
-    monkeypatch.setenv(RUNNER, "1")
+    monkeypatch.setenv(V2_RUNNER, "1")
     build = Builder(v2=True, method="probabilistic")
     with pytest.raises(PPOWServingError, match=r"=1 cannot serve sampled drafts.*without it, or give"):
         engine_choice.settle(build({}), "adaptive", build)
@@ -103,7 +103,7 @@ def test_greedy_drafts_and_the_v1_runner_are_left_alone(biased, facts, log):
     build = Builder(**facts)
     first = build({})
     assert engine_choice.settle(first, "adaptive", build) is first
-    assert RUNNER not in os.environ
+    assert V2_RUNNER not in os.environ
     assert not log.records
 
 
@@ -213,6 +213,6 @@ def test_a_second_config_of_the_same_arguments_has_the_window_too(args):
 
 def test_the_environment_is_put_right_before_every_engine(args, monkeypatch):
     monkeypatch.setattr(engine_choice, "_chosen_here", True)
-    monkeypatch.setenv(RUNNER, "0")
+    monkeypatch.setenv(V2_RUNNER, "0")
     args.create_engine_config()
-    assert RUNNER not in os.environ
+    assert V2_RUNNER not in os.environ

@@ -22,7 +22,7 @@ from typing import Any, Self, TextIO
 from ppow_train.errors import UserError
 from ppow_train.identity import choices
 from vllm_ppow.artifact import NATIVE_METHOD, Adapter
-from vllm_ppow.compat.capabilities import sampled_drafts_need_v1
+from vllm_ppow.compat.capabilities import V2_RUNNER, sampled_drafts_need_v1
 from vllm_ppow.metrics import SpecDecodeCounts
 
 NONE, BASE, ADAPTER, ADAPTIVE = "no speculation", "base drafter", "adapter", "adapter, adaptive"
@@ -259,7 +259,7 @@ def start_engine(options: dict[str, Any], speculative_config: dict[str, Any] | N
 
     options = dict(options)
     if options.pop("sampled_drafts") and sampled_drafts_need_v1():
-        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+        os.environ.setdefault(V2_RUNNER, "0")
     share = gpu_share(options["tensor_parallel_size"], options.pop("neighbours"))
     more = options.pop("more")
     if share is not None:

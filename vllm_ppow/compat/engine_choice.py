@@ -16,9 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_ppow.compat import profiling, seams, v2_runner, window
+from vllm_ppow.compat.capabilities import V2_RUNNER
 from vllm_ppow.config import PPOWServingError
 
-RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _WHY = (
     "the V2 model runner of this vLLM draws the token in place of a rejected one with the noise that drew the draft "
     "(vllm-project/vllm#54282, mended by 0.31), so that sampled drafts would change the output"
@@ -27,7 +27,7 @@ _WHY = (
 Build = Callable[[dict[str, Any]], Any]
 
 
-# Whether RUNNER is set because of us.
+# Whether V2_RUNNER is set because of us.
 _chosen_here = False
 
 
@@ -35,7 +35,7 @@ def forget() -> None:
     """Undo what an engine before needed of the environment: the next one may be of another kind."""
     global _chosen_here
     if _chosen_here:
-        os.environ.pop(RUNNER, None)
+        os.environ.pop(V2_RUNNER, None)
         _chosen_here = False
 
 
@@ -65,7 +65,7 @@ def _settle_on_v1(window_option: str, build: Build) -> Any:
         raise
     if _changes_output(config):  # vLLM keeps what it read of the environment once an engine has started
         forget()
-        raise _refusal(f"vLLM, which read {RUNNER} before,")
+        raise _refusal(f"vLLM, which read {V2_RUNNER} before,")
     return config
 
 
@@ -98,18 +98,18 @@ def _choose_v1() -> None:
         PPOWServingError: the user chose the other.
     """
     global _chosen_here
-    if RUNNER in os.environ:
-        raise _refusal(f"{RUNNER}={os.environ[RUNNER]}")
+    if V2_RUNNER in os.environ:
+        raise _refusal(f"{V2_RUNNER}={os.environ[V2_RUNNER]}")
     seams.logger.warning(
-        'The V1 model runner is used (%s=0): %s. With "draft_sample_method": "greedy" V2 is.', RUNNER, _WHY
+        'The V1 model runner is used (%s=0): %s. With "draft_sample_method": "greedy" V2 is.', V2_RUNNER, _WHY
     )
-    os.environ[RUNNER] = "0"
+    os.environ[V2_RUNNER] = "0"
     _chosen_here = True
 
 
 def _refusal(what: str) -> PPOWServingError:
     return PPOWServingError(
-        f"{what} cannot serve sampled drafts: {_WHY}. Start with {RUNNER}=0 or without it, or give "
+        f"{what} cannot serve sampled drafts: {_WHY}. Start with {V2_RUNNER}=0 or without it, or give "
         '"draft_sample_method": "greedy".'
     )
 

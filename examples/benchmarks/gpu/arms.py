@@ -21,9 +21,9 @@ from engines import prompts
 
 from ppow_train.errors import UserError
 from ppow_train.serving_eval import Engine, EngineOptions, Run
+from vllm_ppow.compat.capabilities import V2_RUNNER
 
 NONE = "none"
-RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +115,15 @@ def _start(
 @contextlib.contextmanager
 def _runner(value: str | None) -> Iterator[None]:
     """The environment that an engine's process is started with."""
-    before = os.environ.pop(RUNNER, None)
+    before = os.environ.pop(V2_RUNNER, None)
     if value is not None:
-        os.environ[RUNNER] = value
+        os.environ[V2_RUNNER] = value
     try:
         yield
     finally:
-        os.environ.pop(RUNNER, None)
+        os.environ.pop(V2_RUNNER, None)
         if before is not None:
-            os.environ[RUNNER] = before
+            os.environ[V2_RUNNER] = before
 
 
 def _rounds(up: dict[str, Engine], load: Load, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:

@@ -21,10 +21,11 @@ from typing import Any
 
 import engines
 import random_pair
-from arms import NONE, RUNNER, Arm, Load, groups, measure
+from arms import NONE, Arm, Load, groups, measure
 
 from ppow_train.identity import compare
 from ppow_train.serving_eval import EngineOptions
+from vllm_ppow.compat.capabilities import V2_RUNNER
 
 ROOT = Path(__file__).parents[3]
 TINY_PAIR = ROOT / "examples" / "tiny"
@@ -151,7 +152,7 @@ def _json_of(command: list[str], plan: Plan) -> Any:
 
 def identity(plan: Plan, runner: str, mode: str) -> dict[str, Any]:
     """Greedy tokens of the tiny target: without speculation, with the bare head, with an adapter of this output."""
-    os.environ[RUNNER] = {"v1": "0", "v2": "1"}[runner]
+    os.environ[V2_RUNNER] = {"v1": "0", "v2": "1"}[runner]
     number, length, tokens = (4, 3, 24) if plan.tiny else (32, 5, 128)
     head = str(TINY_PAIR / "eagle3")
     ours = {
@@ -269,7 +270,7 @@ def arms(plan: Plan, group: list[Arm], number: int) -> dict[str, Any]:
 
 
 def _at_once(plan: Plan) -> int:
-    """Engines that the GPU's memory holds, whatever is free now: a later run must find the same groups."""
+    """Engines that the GPU's memory holds, whatever is free now: a later run must find the same groups; 2 without."""
     import torch
 
     if plan.backend == "cpu" or not torch.cuda.is_available():
@@ -300,7 +301,7 @@ def _steerable_runner() -> str | None:
 
 def _choose_runner(value: str | None) -> None:
     if value is not None:
-        os.environ[RUNNER] = value
+        os.environ[V2_RUNNER] = value
 
 
 def fixed(plan: Plan, length: int) -> dict[str, Any]:
