@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import types
 
@@ -28,6 +29,7 @@ from ppow_train.serving_eval import (
     gpu_share,
     start_engine,
 )
+from vllm_ppow.compat.capabilities import V2_RUNNER
 from vllm_ppow.metrics import SpecDecodeCounts
 
 COUNTS = SpecDecodeCounts(10, 40, 20, (9, 6, 4, 1))
@@ -117,6 +119,7 @@ class FakeEngine:
         FakeEngine.up += 1
         FakeEngine.most_up = max(FakeEngine.up, FakeEngine.most_up)
         assert FakeEngine.up <= self.options.neighbours + 1
+        assert self.options.sampled_drafts  # as the adapter's: every arm must know
         return self
 
     def __exit__(self, *exc_info):
@@ -203,6 +206,28 @@ def test_what_is_a_tie_is_told_by_the_engine_in_its_own_dtype(monkeypatch):
     assert (started["gpu_memory_utilization"], started["quantization"]) == (0.4, "fp8")
     more["more"]["gpu_memory_utilization"] = 0.7
     assert start_engine(more, None)["gpu_memory_utilization"] == 0.7, "what the user says"
+
+
+@pytest.mark.parametrize(
+    ("sampled", "needed", "given", "found"),
+    [
+        (True, True, None, "0"),
+        (True, True, "1", "1"),  # the user's own: method ppow says what is wrong with it
+        (True, False, None, None),
+        (False, True, None, None),
+    ],
+)
+def test_arms_run_on_the_v1_runner_where_sampled_drafts_need_it(monkeypatch, sampled, needed, given, found):
+    monkeypatch.setenv(V2_RUNNER, given or "")  # so that what is left is undone
+    if given is None:
+        del os.environ[V2_RUNNER]
+    monkeypatch.setattr("ppow_train.serving_eval.gpu_share", lambda *_: None)
+    monkeypatch.setattr("ppow_train.serving_eval.sampled_drafts_need_v1", lambda: needed)
+    seen = []
+    llm = types.SimpleNamespace(LLM=lambda target, **given: seen.append(os.environ.get(V2_RUNNER)))
+    monkeypatch.setitem(sys.modules, "vllm", llm)
+    start_engine(dataclasses.asdict(EngineOptions("t", sampled_drafts=sampled)), None)
+    assert seen == [found]
 
 
 def test_an_arm_that_drafted_nothing_is_shown_and_its_json_is_json(capsys):
