@@ -152,7 +152,8 @@ class FakeEngine:
         if self.name == "broken":
             raise UserError("The engine of arm 'broken' stopped: out of memory")
 
-    def run(self, prompts, *, max_tokens, temperature):
+    def run(self, prompts, *, max_tokens, temperature, ignore_eos):
+        assert ignore_eos, "arms are compared over equally many tokens"
         FakeEngine.calls.append((self.name, len(prompts)))
         return Run([[1] * (max_tokens - self.tokens_short) for _ in prompts], 2.0, None)
 

@@ -73,10 +73,27 @@ def served(request, tmp_path_factory, without_speculation):
         yield kind, llm
 
 
+def speculator_of(llm):
+    """The V2 runner's, which keeps drafts to itself; None on the V1 runner, which hands them to the scheduler."""
+    return getattr(runner_of(llm), "speculator", None)
+
+
+def runner_of(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
 @pytest.fixture
 def drafts(served, monkeypatch):
-    """What the scheduler is handed from now on: {tokens before the draft: draft}."""
-    scheduler, seen = scheduler_of(served[1]), {}
+    """What is drafted from now on: {tokens before the draft: draft}."""
+    seen = {}
+    if speculator_of(served[1]) is None:
+        record_what_the_scheduler_is_handed(scheduler_of(served[1]), seen, monkeypatch)
+    else:
+        record_what_is_proposed(runner_of(served[1]), seen, monkeypatch)
+    return seen
+
+
+def record_what_the_scheduler_is_handed(scheduler, seen, monkeypatch):
     original = scheduler.update_draft_token_ids
 
     def record(draft_token_ids):
@@ -86,7 +103,22 @@ def drafts(served, monkeypatch):
                 seen[tuple(request.all_token_ids)] = list(request.spec_token_ids)
 
     monkeypatch.setattr(scheduler, "update_draft_token_ids", record)
-    return seen
+
+
+def record_what_is_proposed(runner, seen, monkeypatch):
+    """By a V2 runner."""
+    original, states = runner.speculator.propose, runner.req_states
+
+    def record(batch, *args, num_speculative_tokens, **kwargs):
+        drafted = original(batch, *args, num_speculative_tokens=num_speculative_tokens, **kwargs)
+        rows = batch.idx_mapping[: batch.num_reqs].long()
+        for row, draft in zip(rows.tolist(), drafted[:, :num_speculative_tokens].tolist(), strict=True):
+            if draft:
+                length = int(states.total_len.gpu[row])
+                seen[tuple(states.all_token_ids.gpu[row, :length].tolist())] = draft
+        return drafted
+
+    monkeypatch.setattr(runner.speculator, "propose", record)
 
 
 def test_greedy_output_is_the_targets_and_lengths_vary(served, without_speculation):
@@ -124,6 +156,16 @@ def test_a_long_stretch_without_drafts_leaves_the_drafter_fresh(served, drafts, 
 
 def test_a_stale_drafter_would_be_noticed(served, drafts, monkeypatch):
     """What vLLM would do if it skipped the drafter's own pass where nothing is drafted."""
+    speculator = speculator_of(served[1])
+    if speculator is None:
+        skip_the_v1_drafter_where_nothing_is_drafted(monkeypatch)
+    else:
+        skip_the_v2_drafter_where_nothing_is_drafted(speculator, monkeypatch)
+    pairs = drafts_after_a_pause(monkeypatch, served[1], drafts)
+    assert sum(always != after for always, after in pairs) > len(pairs) / 4
+
+
+def skip_the_v1_drafter_where_nothing_is_drafted(monkeypatch):
     from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
     propose = SpecDecodeBaseProposer.propose
@@ -135,8 +177,17 @@ def test_a_stale_drafter_would_be_noticed(served, drafts, monkeypatch):
         return propose(self, num_speculative_tokens, *args, **kwargs)
 
     monkeypatch.setattr(SpecDecodeBaseProposer, "propose", skip)
-    pairs = drafts_after_a_pause(monkeypatch, served[1], drafts)
-    assert sum(always != after for always, after in pairs) > len(pairs) / 4
+
+
+def skip_the_v2_drafter_where_nothing_is_drafted(speculator, monkeypatch):
+    propose = speculator.propose
+
+    def skip(batch, *args, num_speculative_tokens, **kwargs):
+        if num_speculative_tokens == 0:
+            return speculator.draft_tokens[: batch.num_reqs].fill_(-1)
+        return propose(batch, *args, num_speculative_tokens=num_speculative_tokens, **kwargs)
+
+    monkeypatch.setattr(speculator, "propose", skip)
 
 
 def test_drafts_go_on_to_the_end_and_none_is_of_zeros(served, drafts, without_speculation, monkeypatch):

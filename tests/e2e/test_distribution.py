@@ -19,6 +19,7 @@ from feature_cases import TINY
 from feature_engines import tiny_adapter
 from serving_engine import engine
 
+from vllm_ppow.compat.capabilities import V2_RUNNER
 from vllm_ppow.metrics import SpecDecodeCounts
 
 pytestmark = pytest.mark.engine
@@ -35,8 +36,9 @@ WINDOWS = {
 }
 
 
-# What is planted cuts drafts to lists of unlike lengths, which asynchronous scheduling, a GPU's default, cannot take.
-PLANTED = "probabilistic, fixed, synchronous" if torch.cuda.is_available() else "probabilistic, fixed"
+# What is planted is in the V1 runner's code, and cuts drafts to lists of unlike lengths, which asynchronous scheduling,
+# a GPU's default, cannot take.
+PLANTED = "probabilistic, fixed, V1" if torch.cuda.is_available() else "probabilistic, fixed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +62,9 @@ class Sampler:
         return [tokens[1:] for tokens in drawn if tokens[0] == first]
 
     @property
-    def drafter(self) -> Any:
+    def runner(self) -> Any:
         core = self.llm.llm_engine.engine_core.engine_core
-        return core.model_executor.driver_worker.worker.model_runner.drafter
+        return core.model_executor.driver_worker.worker.model_runner
 
 
 # The target is sure of the next token, and of none of the three after it.
@@ -92,8 +94,8 @@ def exact(first) -> dict[int, dict[tuple[int, ...], float]]:
 )
 def sampler(request, tmp_path_factory) -> Sampler:
     """An engine with method ppow: how drafts are sampled, and the window."""
-    method, window, *synchronous = request.param.split(", ")
-    options = {**ENGINE, "async_scheduling": False} if synchronous else ENGINE
+    method, window, *v1 = request.param.split(", ")
+    options = {**ENGINE, "async_scheduling": False} if v1 else ENGINE
     adapter = tiny_adapter(tmp_path_factory.mktemp("distribution"), "eagle3", method)
     spec = {
         "method": "ppow",
@@ -101,8 +103,11 @@ def sampler(request, tmp_path_factory) -> Sampler:
         "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
         "ppow": WINDOWS[window],
     }
-    with engine(TINY / "target", spec, seed=1, **options) as llm:
-        yield Sampler(llm, request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        if v1:
+            patch.setenv(V2_RUNNER, "0")
+        with engine(TINY / "target", spec, seed=1, **options) as llm:
+            yield Sampler(llm, request.param)
 
 
 def p_values(sampler: Sampler, first: int, exact: dict, samples: int = SAMPLES) -> dict[int, float]:
@@ -130,7 +135,8 @@ def test_keeping_a_token_by_its_own_probability_is_noticed(sampler, first, exact
 
     Only a sampled draft is spoiled by it. A greedy one is the same whenever its prefix is, and may be cut by anything.
     """
-    propose = type(sampler.drafter).propose
+    drafter = type(sampler.runner.drafter)
+    propose = drafter.propose
 
     def cut(self: Any, *args: Any, **kwargs: Any) -> list[list[int]]:
         drafts = propose(self, *args, **kwargs)
@@ -139,7 +145,7 @@ def test_keeping_a_token_by_its_own_probability_is_noticed(sampler, first, exact
         kept = (own >= 0.2).long().cumprod(-1).sum(-1)
         return [row[:n] for row, n in zip(drafts.tolist(), kept.tolist(), strict=True)]
 
-    monkeypatch.setattr(type(sampler.drafter), "propose", cut)
+    monkeypatch.setattr(drafter, "propose", cut)
     assert max(p_values(sampler, first, exact).values()) < 1e-6
 
 
@@ -153,3 +159,20 @@ def test_a_lossy_sampler_is_noticed(sampler, first, exact, monkeypatch):
         lambda x, cu_num_tokens, num_tokens, **_: x.new_full((num_tokens,), 0.5),
     )
     assert max(p_values(sampler, first, exact, 4_000).values()) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampler", ["probabilistic, fixed"], indirect=True)
+def test_a_lossy_v2_sampler_is_noticed(sampler, first, exact, monkeypatch):
+    """The V2 runner's own sampler, told that the drafter was less sure than it was: it keeps too many likely tokens."""
+    if not sampler.llm.llm_engine.vllm_config.use_v2_model_runner:
+        pytest.skip("this vLLM serves sampled drafts on the V1 runner (compat/engine_choice.py)")
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+    verify = rejection_sampler.rejection_sample
+
+    def lossy(target_logits: torch.Tensor, draft_logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return verify(target_logits, draft_logits / 4, *args, **kwargs)
+
+    monkeypatch.setattr(rejection_sampler, "rejection_sample", lossy)
+    assert max(p_values(sampler, first, exact).values()) < 1e-6

@@ -73,15 +73,17 @@ def probe(llm):
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         made = {}
+
+        def rows(width):
+            x = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+            return x.to(worker.model_runner.device, torch.bfloat16)
+
         for name, module in worker.get_draft_model().named_modules():
-            generator = torch.Generator().manual_seed(0)
             if isinstance(module, LinearBase):
-                x = torch.randn(3, module.input_size, generator=generator).bfloat16()
-                out = module(x)
+                out = module(rows(module.input_size))
                 made[name] = out[0] if isinstance(out, tuple) else out
             elif isinstance(module, ParallelLMHead):
-                x = torch.randn(3, module.embedding_dim, generator=generator).bfloat16()
-                made[name] = module.quant_method.apply(module, x)
+                made[name] = module.quant_method.apply(module, rows(module.embedding_dim))
             elif isinstance(module, VocabParallelEmbedding):
                 made[name] = module.weight.detach().clone()
         return made
@@ -133,7 +135,11 @@ def test_an_engine_without_the_option(pair, adapters):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"enforce_eager": False}, "on a CPU needs --enforce-eager"),
+        pytest.param(
+            {"enforce_eager": False},
+            "on a CPU needs --enforce-eager",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU's engine"),
+        ),
         ({"worker_extension_cls": "other.Extension"}, r"worker extension, which is set to other\.Extension"),
     ],
 )

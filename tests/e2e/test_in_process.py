@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from serving_engine import MAX_TOKENS, PROMPTS, engine, expected, generate
@@ -124,14 +126,19 @@ def test_start_up_fails_when_nothing_was_merged(pair, restoring, monkeypatch):
 
 
 def test_start_up_fails_when_vllm_ignores_the_drafters_load_config(pair, tmp_path, monkeypatch):
-    """The silent case: vLLM's draft_model proposer loads with the target's load config unless it is shimmed."""
-    from vllm.v1.spec_decode.draft_model import DraftModelProposer
-
+    """The silent case: vLLM's draft_model proposers load with the target's load config unless they are shimmed."""
     from vllm_ppow.compat import draft_loading, seams
 
-    bare = seams._installed.get(draft_loading.V1_DRAFT_MODEL, DraftModelProposer._create_draft_vllm_config)
     monkeypatch.setattr(draft_loading, "install", lambda: None)
-    monkeypatch.setattr(DraftModelProposer, "_create_draft_vllm_config", bare)
+    for shim in (
+        draft_loading.V1_DRAFT_MODEL,
+        draft_loading.V2_DRAFT_MODEL,
+        draft_loading.V2_PLAIN_DRAFT_MODEL,
+    ):
+        if shim in seams._installed:  # by a test before this one
+            module, owner, method = shim
+            cls = getattr(importlib.import_module(module), owner)
+            monkeypatch.setattr(cls, method, seams._installed[shim])
     adapter = random_adapter(tmp_path, "causal_lm", pair)
     with pytest.raises(ValueError, match="loaded without adapter"):
         serve(pair, {"method": "ppow", "model": str(adapter.directory), **FIXED})

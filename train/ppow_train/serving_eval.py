@@ -169,6 +169,7 @@ class Engine:
         temperature: float,
         seeds: Sequence[int] | None = None,
         stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
         with_gaps: bool = False,
     ) -> Run:
         """Continue prompts (token ids) and count.
@@ -176,6 +177,7 @@ class Engine:
         Args:
             seeds: one per prompt; without them the engine's own generator goes on.
             stop_token_ids: that end a continuation besides the target's own.
+            ignore_eos: the target's own end no continuation.
             with_gaps: tell how clear every choice was; takes longer, so do not time it. Only without speculation.
         """
         self._send(
@@ -185,6 +187,7 @@ class Engine:
                 "temperature": temperature,
                 "seeds": None if seeds is None else list(seeds),
                 "stop_token_ids": list(stop_token_ids),
+                "ignore_eos": ignore_eos,
                 "with_gaps": with_gaps,
             }
         )
@@ -307,6 +310,7 @@ def _run_once(llm: Any, request: dict[str, Any], speculating: bool) -> dict[str,
             temperature=request["temperature"],
             seed=seed,
             stop_token_ids=request["stop_token_ids"],
+            ignore_eos=request["ignore_eos"],
             detokenize=False,
             logprobs=2 if request["with_gaps"] else None,
         )

@@ -138,7 +138,10 @@ def _rounds(up: dict[str, Engine], load: Load, say: Callable[[str], None]) -> It
         for batch in load.batches:
             for name in names[turn:] + names[:turn]:
                 run = up[name].run(
-                    prompts(batch, load.vocab_size), max_tokens=load.max_tokens, temperature=0.0
+                    prompts(batch, load.vocab_size),
+                    max_tokens=load.max_tokens,
+                    temperature=0.0,
+                    ignore_eos=True,  # a random draft that is accepted may be the end of a text
                 )
                 if number >= 0:
                     yield {"round": number, "arm": name, "batch": batch, **_figures(run, batch, load)}
