@@ -1,10 +1,11 @@
 """How the window's counts get from the engine core to the API server: a small file, written by one, read by the other.
 
 vLLM's own statistics travel in messages whose fields are fixed (`SchedulerStats`: unknown ones are dropped when a
-message is decoded), and nothing of vLLM's is bent to carry ours. The file lies where vLLM puts its own sockets
-(VLLM_RPC_BASE_PATH), belongs to this user alone, and is replaced at most once a second. Engines on another machine than
-the API server cannot be read this way: their counts are then missing, and nothing else is. Left out: what is counted
-(window.py) and what becomes of it (metrics_logger.py). Neither side ever raises: statistics must not stop serving.
+message is decoded), and nothing of vLLM's is bent to carry ours. The file lies in memory (/dev/shm) or where the user
+has vLLM put its sockets (VLLM_RPC_BASE_PATH), belongs to this user alone, and is replaced at most once a second.
+Engines on another machine than the API server cannot be read this way: their counts are then missing, and nothing else
+is. Left out: what is counted (window.py) and what becomes of it (metrics_logger.py). Neither side ever raises:
+statistics must not stop serving.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 FORMAT = 1
 INTERVAL_S = 1.0  # between two files, and between two looks at one
 _LARGEST = 1 << 20  # bytes; a report takes a few hundred
+_MEMORY = "/dev/shm"
 
 logger = logging.getLogger("vllm.ppow.metrics")
 
@@ -42,8 +44,13 @@ def report_path(vllm_config: Any, engine_index: int | None = None) -> Path:
         return Path(shared) / f"ppow-window-{engine_index}.json"
     # Under Ray every engine's id ends in its own number; the API server's does not.
     instance = str(vllm_config.instance_id).removesuffix(f"_dp{engine_index}")
-    base = os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()
+    base = os.environ.get("VLLM_RPC_BASE_PATH") or _in_memory() or tempfile.gettempdir()
     return Path(base) / f"ppow-window-{os.getuid()}-{instance}-{engine_index}.json"
+
+
+def _in_memory() -> str | None:
+    """A directory that no disk is behind: the engine's loop writes there, and a disk may make it wait."""
+    return _MEMORY if os.access(_MEMORY, os.W_OK | os.X_OK) else None
 
 
 class ReportWriter:

@@ -155,7 +155,8 @@ class FakeEngine:
     def run(self, prompts, *, max_tokens, temperature, ignore_eos):
         assert ignore_eos, "arms are compared over equally many tokens"
         FakeEngine.calls.append((self.name, len(prompts)))
-        return Run([[1] * (max_tokens - self.tokens_short) for _ in prompts], 2.0, None)
+        tokens = [[1] * (max_tokens - self.tokens_short) for _ in prompts]
+        return Run(tokens, 2.0, None, step_seconds=[0.5, 0.25, 1.25])
 
 
 @pytest.fixture
@@ -183,7 +184,8 @@ def test_arms_take_turns_and_each_round_begins_with_another(fake, tmp_path):
     assert warm_up == [("none", 1), ("a", 1), ("none", 4), ("a", 4)]
     assert rounds == [*warm_up, ("a", 1), ("none", 1), ("a", 4), ("none", 4)]
     assert len(figures) == 8
-    assert figures[0] == {"round": 0, "arm": "none", "batch": 1, "tokens_per_second": 1.5}
+    times = {"steps": 3, "median_step_seconds": 0.5, "longest_step_seconds": 1.25}
+    assert figures[0] == {"round": 0, "arm": "none", "batch": 1, "tokens_per_second": 1.5, **times}
     assert fake.runners == {"none": None, "a": "0"}
     assert os.environ[gpu_arms.V2_RUNNER] == "user's"
 

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import logging
 import os
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +49,18 @@ def test_the_server_finds_every_engines_file(base):
         "Ray adds the number to the id"
     )
     assert report_path(config("other"), 0) != report_path(config(), 0)
+
+
+def test_the_engine_writes_to_memory_where_there_is_some(base, monkeypatch):
+    """Replacing a file on a disk that is busy may take long, and every request would wait for it."""
+    from vllm_ppow import window_report
+
+    monkeypatch.delenv("VLLM_RPC_BASE_PATH")
+    monkeypatch.setattr(window_report, "_MEMORY", str(base))
+    assert ReportWriter(config()).path == report_path(config(), 0)
+    assert report_path(config(), 0).parent == base
+    monkeypatch.setattr(window_report, "_MEMORY", str(base / "none"))
+    assert report_path(config(), 0).parent == Path(tempfile.gettempdir())
 
 
 def test_several_api_servers_find_the_file_by_the_directory_they_share(base, monkeypatch):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import types
 
 import click
@@ -28,6 +29,7 @@ from ppow_train.serving_eval import (
     clearness,
     gpu_share,
     start_engine,
+    timed_steps,
 )
 from vllm_ppow.compat.capabilities import V2_RUNNER
 from vllm_ppow.metrics import SpecDecodeCounts
@@ -258,3 +260,17 @@ def test_an_engine_that_cannot_start_says_why():
         pytest.raises(UserError, match="nowhere"),
     ):
         engine.wait_until_ready()
+
+
+def test_every_step_of_a_pass_is_timed():
+    class LLMEngine:
+        def step(self):
+            time.sleep(0.001)
+            return []
+
+    engine = LLMEngine()
+    with timed_steps(engine) as seconds:
+        assert engine.step() == engine.step() == []
+    engine.step()
+    assert len(seconds) == 2
+    assert min(seconds) >= 0.001

@@ -7,6 +7,7 @@ Left out: tables and plots (report.py).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -70,6 +71,7 @@ class Run:
         gaps: per prompt and token, log probability of the best token minus that of the second; None if not asked for.
         ties_up_to: with the gaps, up to which gap the choice is a tie in the engine's dtype (identity.py).
         cpu_seconds: CPU time of the engine's own process in the pass, all threads; nan where it was not taken.
+        step_seconds: wall time of every engine step in the pass, in order; empty where it was not taken.
     """
 
     tokens: list[list[int]]
@@ -78,6 +80,7 @@ class Run:
     gaps: list[list[float]] | None = None
     ties_up_to: list[list[float]] | None = None
     cpu_seconds: float = math.nan
+    step_seconds: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -202,6 +205,7 @@ class Engine:
             answer["gaps"],
             answer["ties_up_to"],
             answer["cpu_seconds"],
+            answer["step_seconds"],
         )
 
     def close(self) -> None:
@@ -318,7 +322,8 @@ def _run_once(llm: Any, request: dict[str, Any], speculating: bool) -> dict[str,
     ]
     before = SpecDecodeCounts.from_metrics(llm.get_metrics()) if speculating else None
     started, started_cpu = time.perf_counter(), time.process_time()
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    with timed_steps(llm.llm_engine) as step_seconds:
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
     counts = None
     if before is not None:
@@ -331,10 +336,31 @@ def _run_once(llm: Any, request: dict[str, Any], speculating: bool) -> dict[str,
         "tokens": [list(one.token_ids) for one in done],
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
+        "step_seconds": step_seconds,
         "counts": counts,
         "gaps": gaps,
         "ties_up_to": ties_up_to,
     }
+
+
+@contextlib.contextmanager
+def timed_steps(engine: Any) -> Iterator[list[float]]:
+    """Seconds of every step of an LLMEngine inside the block, in order."""
+    seconds: list[float] = []
+    step = engine.step
+
+    def timed() -> Any:
+        began = time.perf_counter()
+        try:
+            return step()
+        finally:
+            seconds.append(time.perf_counter() - began)
+
+    engine.step = timed
+    try:
+        yield seconds
+    finally:
+        del engine.step  # the method shows again
 
 
 def clearness(

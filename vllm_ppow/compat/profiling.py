@@ -3,7 +3,7 @@
 While a `StepProfiler` is open, the scheduler, the model runner of every worker and the V2 runner's speculator are
 instances of subclasses of their own classes that time or steer one method each; afterwards they are what they were.
 V1 runner: drafting is `propose_draft_token_ids` (run: 0.32 on a CPU, 0.26 on a GPU). V2 runner: it is
-`speculator.propose` (signatures checked, unverified on a GPU). On an accelerator every pass is waited for, so that what
+`speculator.propose` (run: 0.32 on a GPU). On an accelerator every pass is waited for, so that what
 a server overlaps is not hidden in the figures. Left out: what is measured when (ppow_train/profiling.py).
 """
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -156,6 +157,9 @@ def _figures(run: Run, batch: int, load: Load) -> dict[str, Any]:
     counts = run.counts
     return {
         "tokens_per_second": run.tokens_per_second,
+        "steps": len(run.step_seconds),
+        "median_step_seconds": statistics.median(run.step_seconds),
+        "longest_step_seconds": max(run.step_seconds),  # a pause of one step, or all steps slower?
         **(
             {
                 "num_drafts": counts.num_drafts,
