@@ -50,9 +50,10 @@ class AcceptanceEstimate:
             self._trials[0], self._accepted[0] = MEASURED, MEASURED * self._prior[0]
         self._survival: list[float] | None = None
 
-    def observe(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
-        """Count one verified draft of one request; drafts of length 0 say nothing."""
-        weight = self._weight
+    def observe(self, num_draft_tokens: int, num_accepted_tokens: int, times: int = 1) -> None:
+        """Count verified drafts of that length and outcome, one after the other; drafts of length 0 say nothing."""
+        grown = self._growth**times
+        weight = self._weight * (grown - 1.0) / (self._growth - 1.0)  # Σ over them of what each weighs
         reached = min(num_accepted_tokens + 1, num_draft_tokens, self.maximum)
         for position in range(reached):
             self._trials[position] += weight
@@ -60,7 +61,7 @@ class AcceptanceEstimate:
             self._accepted[position] += weight
         if reached > 0:
             self._survival = None
-            self._weight = weight * self._growth
+            self._weight *= grown
             if self._weight > _RESCALE_AT:
                 self._rescale()
 

@@ -127,7 +127,9 @@ class DraftWindow:
         self._probes = 0
         self._decided: dict[int, tuple[int, int, list[float]]] = {}
         self._step = 0
-        self._step_predicted, self._step_accepted = 0.0, 0
+        self._outcomes: dict[
+            tuple[int, int], int
+        ] = {}  # (drafted, accepted) -> requests, of the step under way
         self._promise = acceptance.promises()
 
     def choose(self, batch: int, context: int | None = None, decodes: bool = True) -> int:
@@ -162,9 +164,9 @@ class DraftWindow:
         counts.drafts += 1
         counts.drafted += num_draft_tokens
         counts.accepted += num_accepted_tokens
-        self._step_predicted += self._promise[min(num_draft_tokens, self.lengths[-1])]
-        self._step_accepted += num_accepted_tokens
-        self.acceptance.observe(num_draft_tokens, num_accepted_tokens)
+        # Called for every request of every step: all else is done once a step, for those of one outcome together.
+        outcome = (num_draft_tokens, num_accepted_tokens)
+        self._outcomes[outcome] = self._outcomes.get(outcome, 0) + 1
 
     def observe_step(
         self,
@@ -180,10 +182,15 @@ class DraftWindow:
             self.trimmed.observe(batch, num_draft_tokens, num_accepted_tokens)
 
     def _close_step(self) -> None:
-        """Book how far the step's acceptance was from what was promised."""
-        self.counts.predicted += self._step_predicted
-        self.counts.absolute_error += abs(self._step_predicted - self._step_accepted)
-        self._step_predicted, self._step_accepted = 0.0, 0
+        """Learn from the step's outcomes, and book how far its acceptance was from what was promised."""
+        predicted, accepted = 0.0, 0
+        for (num_draft_tokens, num_accepted_tokens), times in self._outcomes.items():
+            predicted += times * self._promise[min(num_draft_tokens, self.lengths[-1])]
+            accepted += times * num_accepted_tokens
+            self.acceptance.observe(num_draft_tokens, num_accepted_tokens, times)
+        self.counts.predicted += predicted
+        self.counts.absolute_error += abs(predicted - accepted)
+        self._outcomes.clear()
         self._promise = self.acceptance.promises()
 
     def _decide(self, batch: int, context: int | None, decodes: bool) -> tuple[int, int, list[float]]:

@@ -6,7 +6,7 @@
 # Steps: the whole loop with the tiny pair; training both kinds of drafter; greedy identity on both model runners, eager and
 # with CUDA graphs; the cost profile of a Qwen3-8B-shaped target with an EAGLE-3 head, random weights, K = 1..10, batch
 # 1..64; and under synthetic acceptance no speculation, every fixed K and the adaptive window, in as many groups as the
-# memory asks for (arms-1, …), each beside no speculation. Needs about 24 GB of GPU memory; with less than 46 GB arms run
+# memory asks for (arms-1, …), each beside no speculation. Needs about 24 GB of GPU memory; with less than 52 GB arms run
 # one after the other.
 #
 # Environment:

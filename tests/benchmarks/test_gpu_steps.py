@@ -185,7 +185,11 @@ def test_arms_take_turns_and_each_round_begins_with_another(fake, tmp_path):
     assert rounds == [*warm_up, ("a", 1), ("none", 1), ("a", 4), ("none", 4)]
     assert len(figures) == 8
     times = {"steps": 3, "median_step_seconds": 0.5, "longest_step_seconds": 1.25}
-    assert figures[0] == {"round": 0, "arm": "none", "batch": 1, "tokens_per_second": 1.5, **times}
+    assert figures[0] == {
+        **{"round": 0, "arm": "none", "batch": 1, "tokens_per_second": 1.5},
+        **times,
+        "allocation_retries": 0,
+    }
     assert fake.runners == {"none": None, "a": "0"}
     assert os.environ[gpu_arms.V2_RUNNER] == "user's"
 

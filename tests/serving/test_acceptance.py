@@ -98,3 +98,14 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="maximum and memory >= 1, got 0 and 5"):
         AcceptanceEstimate(0, memory=5)
     assert conditional_acceptance([0.5, 0.0, 0.0]) == [0.5, 0.0]
+
+
+def test_drafts_of_one_outcome_are_counted_together():
+    """As one after the other: what each weighs grows from one to the next."""
+    single, together = AcceptanceEstimate(4, memory=50), AcceptanceEstimate(4, memory=50)
+    for num_draft_tokens, num_accepted_tokens, times in ((3, 1, 5), (4, 4, 7), (2, 0, 1), (0, 0, 3)):
+        for _ in range(times):
+            single.observe(num_draft_tokens, num_accepted_tokens)
+        together.observe(num_draft_tokens, num_accepted_tokens, times)
+    assert together.survival() == pytest.approx(single.survival(), rel=1e-12)
+    assert together.known(1) == pytest.approx(single.known(1), rel=1e-12)

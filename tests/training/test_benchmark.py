@@ -29,8 +29,8 @@ from ppow_train.serving_eval import (
     clearness,
     gpu_share,
     start_engine,
-    timed_steps,
 )
+from ppow_train.step_times import timed_steps
 from vllm_ppow.compat.capabilities import V2_RUNNER
 from vllm_ppow.metrics import SpecDecodeCounts
 

@@ -7,7 +7,6 @@ Left out: tables and plots (report.py).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -16,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from ppow_train.errors import UserError
 from ppow_train.identity import choices
+from ppow_train.step_times import allocation_retries, timed_steps
 from vllm_ppow.artifact import NATIVE_METHOD, Adapter
 from vllm_ppow.compat.capabilities import V2_RUNNER, sampled_drafts_need_v1
 from vllm_ppow.metrics import SpecDecodeCounts
@@ -72,6 +72,8 @@ class Run:
         ties_up_to: with the gaps, up to which gap the choice is a tie in the engine's dtype (identity.py).
         cpu_seconds: CPU time of the engine's own process in the pass, all threads; nan where it was not taken.
         step_seconds: wall time of every engine step in the pass, in order; empty where it was not taken.
+        allocation_retries: times in the pass that the GPU's memory was full and PyTorch gave back what it kept of it;
+            steps then wait for the device. 0 without a GPU.
     """
 
     tokens: list[list[int]]
@@ -81,6 +83,7 @@ class Run:
     ties_up_to: list[list[float]] | None = None
     cpu_seconds: float = math.nan
     step_seconds: list[float] = dataclasses.field(default_factory=list)
+    allocation_retries: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -206,6 +209,7 @@ class Engine:
             answer["ties_up_to"],
             answer["cpu_seconds"],
             answer["step_seconds"],
+            answer["allocation_retries"],
         )
 
     def close(self) -> None:
@@ -321,6 +325,7 @@ def _run_once(llm: Any, request: dict[str, Any], speculating: bool) -> dict[str,
         for seed in request["seeds"] or [None] * len(prompts)
     ]
     before = SpecDecodeCounts.from_metrics(llm.get_metrics()) if speculating else None
+    retries = allocation_retries()
     started, started_cpu = time.perf_counter(), time.process_time()
     with timed_steps(llm.llm_engine) as step_seconds:
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
@@ -337,30 +342,11 @@ def _run_once(llm: Any, request: dict[str, Any], speculating: bool) -> dict[str,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "step_seconds": step_seconds,
+        "allocation_retries": allocation_retries() - retries,
         "counts": counts,
         "gaps": gaps,
         "ties_up_to": ties_up_to,
     }
-
-
-@contextlib.contextmanager
-def timed_steps(engine: Any) -> Iterator[list[float]]:
-    """Seconds of every step of an LLMEngine inside the block, in order."""
-    seconds: list[float] = []
-    step = engine.step
-
-    def timed() -> Any:
-        began = time.perf_counter()
-        try:
-            return step()
-        finally:
-            seconds.append(time.perf_counter() - began)
-
-    engine.step = timed
-    try:
-        yield seconds
-    finally:
-        del engine.step  # the method shows again
 
 
 def clearness(

@@ -160,6 +160,7 @@ def _figures(run: Run, batch: int, load: Load) -> dict[str, Any]:
         "steps": len(run.step_seconds),
         "median_step_seconds": statistics.median(run.step_seconds),
         "longest_step_seconds": max(run.step_seconds),  # a pause of one step, or all steps slower?
+        "allocation_retries": run.allocation_retries,
         **(
             {
                 "num_drafts": counts.num_drafts,
