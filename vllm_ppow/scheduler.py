@@ -124,13 +124,14 @@ class AdaptiveWindow:
         super().shutdown()  # type: ignore[misc]
 
     def _observe_step(self, scheduler_output: SchedulerOutput, seconds: float, accepted: int) -> None:
-        """The time since the step before is this step's, if both had work, only decoded and drafted alike."""
+        """The time since the step before is this step's, if both had work and it only decoded."""
         scheduled = scheduler_output.num_scheduled_tokens
         length = scheduler_output.num_spec_tokens_to_schedule if scheduled else -1
         before, self._last_length = self._last_length, length
-        if not scheduled or before != length:
+        if not scheduled or before < 0 or not _only_decodes(scheduler_output):
             return
-        if not _only_decodes(scheduler_output):
+        if before != length:
+            self.ppow_window.observe_change(seconds, len(scheduled), max(before, length))
             return
         requests = self.requests  # type: ignore[attr-defined]
         context = sum(requests[req_id].num_computed_tokens for req_id in scheduled if req_id in requests)
@@ -146,7 +147,7 @@ class AdaptiveWindow:
         mean = sum(length * times for length, times in enumerate(new.chosen)) / steps
         logger.info(
             "Draft window: mean %.1f tokens over %d steps (%s), accepted %d of %d drafted (expected %.0f), estimated "
-            "speedup %.2f, layers: %s.",
+            "speedup %.2f, a change of length costs %.1f steps, layers: %s.",
             mean,
             steps,
             ", ".join(f"{length}: {times}" for length, times in enumerate(new.chosen) if times),
@@ -154,6 +155,7 @@ class AdaptiveWindow:
             new.drafted,
             new.predicted,
             new.speedup / steps,
+            self.ppow_window.changing.steps,
             ", ".join(counts.layers),
         )
 

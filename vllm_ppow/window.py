@@ -3,7 +3,8 @@
 One number K per step, for the whole batch: the one that maximises (B + B · Σ_{i<=K} S_i) / step_seconds(B, K), with
 S_i from acceptance.py and seconds from step_cost.py. Now and then it drafts a little longer or shorter for two steps,
 so that what it knows of other lengths stays true; these probes may cost half a percent of throughput,
-and two percent where a length was never timed. K = 0 is a choice
+and two percent where a length was never timed. Where changing the length makes the engine pause, it is changed less
+(change_cost.py). K = 0 is a choice
 like any other, and probed out of. Left out: where vLLM asks for K and reports outcomes (scheduler.py), and lengths that
 differ between requests (compat/draft_window.py). Pure Python, tens of microseconds per step.
 """
@@ -14,10 +15,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from vllm_ppow.acceptance import AcceptanceEstimate, TrimmedAcceptance
+from vllm_ppow.change_cost import ChangeCost
 from vllm_ppow.step_cost import StepCost
 
-# A new K must promise this much more than the one of the step before.
-HYSTERESIS = 0.005
+# A new K must promise this much more than the one of the step before, and what changing costs (change_cost.py) must
+# come back within so many steps.
+HYSTERESIS, PAID_BACK_WITHIN = 0.005, 64
 # Share of throughput that probes may cost: of lengths that were timed at such batch sizes, and of others.
 PROBE_BUDGET, FIRST_PROBE_BUDGET = 0.005, 0.02
 # Steps between probes, whatever they cost.
@@ -76,15 +79,25 @@ class WindowCounts:
         return dataclasses.replace(self, chosen=list(self.chosen))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Decision:
+    """For one batch size: when it was made, the length that promises most, and what all lengths promise and take."""
+
+    step: int
+    length: int
+    promised: list[float]
+    seconds: list[float]
+
+
 def rates(
-    promises: Sequence[float], cost: StepCost, batch: int, lengths: Sequence[int], context: int | None = None
+    promises: Sequence[float], batch: int, lengths: Sequence[int], seconds: Sequence[float]
 ) -> list[float]:
     """Expected tokens per second at each draft length (ascending), bonus tokens included (ours).
 
     Args:
         promises: expected accepted tokens of a request by draft length, from 0 on.
+        seconds: of a step at each draft length.
     """
-    seconds = cost.table(batch, lengths, context)
     return [batch * (1.0 + promises[n]) / second for n, second in zip(lengths, seconds, strict=True)]
 
 
@@ -93,7 +106,7 @@ def choose_num_draft_tokens(
 ) -> int:
     """K in minimum..maximum that promises most tokens per second at a batch size; the shortest of equals."""
     lengths = range(minimum, maximum + 1)
-    promised = rates(acceptance.promises(), cost, batch, lengths)
+    promised = rates(acceptance.promises(), batch, lengths, cost.table(batch, lengths))
     return lengths[promised.index(max(promised))]
 
 
@@ -119,13 +132,14 @@ class DraftWindow:
         self.lengths = tuple(lengths)
         self.acceptance, self.cost, self.trimmed = acceptance, cost, trimmed
         self.counts = WindowCounts([0] * (self.lengths[-1] + 1))
+        self.changing = ChangeCost()
         self._current = self.lengths[-1]
         self._held: tuple[int, int] | None = None  # (length, steps) of a probe or of learning under way
         self._learning: dict[tuple[int, int], int] = {}
         self._first_probes: dict[tuple[int, int], int] = {}
         self._since_probe = 0
         self._probes = 0
-        self._decided: dict[int, tuple[int, int, list[float]]] = {}
+        self._decided: dict[int, _Decision] = {}
         self._step = 0
         self._outcomes: dict[
             tuple[int, int], int
@@ -177,9 +191,30 @@ class DraftWindow:
         num_accepted_tokens: int = 0,
     ) -> None:
         """A decode-only step at a steady draft length took this long and accepted that much of all its drafts."""
+        self._compare(seconds, batch, num_draft_tokens, changed=False)
         self.cost.observe(seconds, batch, num_draft_tokens, context)
         if self.trimmed is not None:
             self.trimmed.observe(batch, num_draft_tokens, num_accepted_tokens)
+
+    def observe_change(self, seconds: float, batch: int, longer: int) -> None:
+        """A decode-only step took this long that verified drafts of one length and drafted another.
+
+        Args:
+            longer: the larger of the two lengths.
+        """
+        self._compare(seconds, batch, longer, changed=True)
+
+    def _compare(self, seconds: float, batch: int, num_draft_tokens: int, changed: bool) -> None:
+        """Tell `changing` how much longer than expected a step took, if enough is known to expect anything."""
+        decision = self._decided.get(batch)
+        if (
+            decision is None
+            or num_draft_tokens not in self.lengths
+            or not self.cost.is_timed(batch, num_draft_tokens)
+        ):
+            return
+        expected = decision.seconds[self.lengths.index(num_draft_tokens)]
+        self.changing.observe(seconds / expected - 1.0, changed)
 
     def _close_step(self) -> None:
         """Learn from the step's outcomes, and book how far its acceptance was from what was promised."""
@@ -206,16 +241,19 @@ class DraftWindow:
         return best if probe is None else probe, best, promised
 
     def _best(self, batch: int, context: int | None) -> tuple[int, list[float]]:
+        changing = self.changing.steps
         decided = self._decided.get(batch)
-        if decided is not None and self._step < decided[0] + _DECIDE_EVERY:
-            return decided[1], decided[2]
+        stands = decided is not None and self._step < decided.step + _DECIDE_EVERY
+        if decided is not None and stands and (not changing or decided.length == self._current):
+            return decided.length, decided.promised
         promises = self._promise if self.trimmed is None else self.trimmed.promises(batch)
-        promised = rates(promises, self.cost, batch, self.lengths, context)
+        seconds = self.cost.table(batch, self.lengths, context)
+        promised = rates(promises, batch, self.lengths, seconds)
         most = max(promised)
         at = self.lengths.index(self._current)
-        if promised[at] * (1 + HYSTERESIS) < most:
+        if promised[at] * (1 + HYSTERESIS + changing / PAID_BACK_WITHIN) < most:
             self._current = self.lengths[promised.index(most)]
-        self._decided[batch] = (self._step, self._current, promised)
+        self._decided[batch] = _Decision(self._step, self._current, promised, seconds)
         return self._current, promised
 
     def _unlearned(self, batch: int) -> int | None:
@@ -238,6 +276,7 @@ class DraftWindow:
         held, budget = (_FIRST_PROBE_STEPS, FIRST_PROBE_BUDGET) if is_new else (_PROBE_STEPS, PROBE_BUDGET)
         steps = held * slower * tokens / budget  # what the probe loses, in steps at the best length
         wait = min(max(steps, PROBE_EVERY[0]), PROBE_EVERY[1])
+        wait += 2 * self.changing.steps / budget  # to the probe's length and back
         if self._since_probe < (wait if decodes else _PATIENCE * wait):
             return None
         self._since_probe = 0

@@ -7,6 +7,7 @@ which two shared cores cannot tell in a test (examples/benchmarks), and lengths 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from serving_engine import engine
 from serving_pair import random_lora, save_adapter
 
 from vllm_ppow import scheduler as scheduler_module
+from vllm_ppow.change_cost import ChangeCost
 from vllm_ppow.window_report import read_report
 
 pytestmark = pytest.mark.engine
@@ -205,6 +207,33 @@ def test_drafts_go_on_to_the_end_and_none_is_of_zeros(served, drafts, without_sp
     assert not any(set(draft) == {0} for draft in drafts.values())
     counts = scheduler_of(llm).ppow_window.counts - before
     assert counts.drafted <= sum(map(len, drafts.values()))
+
+
+def test_an_engine_that_pauses_at_changes_is_noticed(served, without_speculation, monkeypatch):
+    """Two lengths that promise alike, in turns: a tenth of a second whenever another one is drafted."""
+    llm, lengths = served[1], []
+    policy, runner = scheduler_of(llm).ppow_window, runner_of(llm)
+    monkeypatch.setattr(policy, "changing", ChangeCost())
+    execute = runner.execute_model
+
+    def pausing(scheduler_output, *args, **kwargs):
+        if scheduler_output.num_scheduled_tokens:
+            lengths.append(scheduler_output.num_spec_tokens_to_schedule)
+            if lengths[-1] != lengths[-2:][0]:
+                time.sleep(0.1)
+        return execute(scheduler_output, *args, **kwargs)
+
+    choose, steps = policy.choose, iter(range(10**6))
+
+    def in_turns(*asked):
+        choose(*asked)  # so that it knows what to expect
+        return 4 + next(steps) // 8 % 2
+
+    monkeypatch.setattr(runner, "execute_model", pausing)
+    monkeypatch.setattr(policy, "choose", in_turns)
+    for _ in range(3):
+        assert generate(llm) == without_speculation["six"]
+    assert policy.changing.steps > 1.0
 
 
 def test_sampled_requests_beside_greedy_ones(served, without_speculation):

@@ -66,6 +66,11 @@ def drifting(seed: int, size: float = 0.15, steps: int = 200) -> Iterator[float]
         yield math.exp(pace)
 
 
+def _noise(rng: random.Random) -> float:
+    """What one step's clock is multiplied by."""
+    return rng.lognormvariate(0, NOISE) * (5 if rng.random() < OUTLIERS else 1)
+
+
 def serve(
     window: DraftWindow,
     cost: Cost,
@@ -75,24 +80,26 @@ def serve(
     seed: int = 0,
     pace: Iterator[float] | None = None,
     first_uses: int = 0,
+    pause: float = 0.0,
 ) -> tuple[float, list[int]]:
     """Serve that many steps.
 
     Args:
         pace: what each step's clock is multiplied by; the rate that is returned is without it.
         first_uses: so many steps of each draft length are half as long again, on the clock only.
+        pause: seconds that a step takes besides whose draft is not as long as the one that it verifies.
 
     Returns:
         Expected tokens per second by the known acceptance (sampling noise of the tokens themselves left out, of what
         the policy sees kept in), and the draft lengths chosen.
     """
-    rng = random.Random(seed)
+    rng, rng_of_changes = random.Random(seed), random.Random(seed + 1_000_000)
     verified, tokens, seconds, chosen = 0, 0.0, 0.0, []
     uses: Counter[int] = Counter()
     for _ in range(steps):
         now = 1.0 if pace is None else next(pace)
         drafted = window.choose(batch, batch * CONTEXT)
-        spent = cost(batch, verified, drafted)
+        spent = cost(batch, verified, drafted) + (pause if chosen and drafted != verified else 0.0)
         seconds += spent
         survival = earned = 1.0
         for a in acceptance[:verified]:
@@ -104,11 +111,14 @@ def serve(
             while accepted < verified and rng.random() < acceptance[accepted]:
                 accepted += 1
             window.observe_draft(verified, accepted)
-        if drafted == verified and chosen:
-            clock = spent * rng.lognormvariate(0, NOISE) * (5 if rng.random() < OUTLIERS else 1) * now
+        steady = drafted == verified
+        clock = spent * _noise(rng if steady else rng_of_changes) * now if chosen else 0.0
+        if steady and chosen:
             uses[drafted] += 1
             clock *= 1.5 if uses[drafted] <= first_uses else 1.0
             window.observe_step(clock, batch, drafted, batch * CONTEXT)
+        elif chosen:
+            window.observe_change(clock, batch, max(drafted, verified))
         verified = drafted
         chosen.append(drafted)
     return tokens / seconds, chosen

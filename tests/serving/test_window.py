@@ -18,6 +18,7 @@ from simulated_serving import (
 )
 
 from vllm_ppow.acceptance import AcceptanceEstimate
+from vllm_ppow.change_cost import ChangeCost
 from vllm_ppow.compat.window import lengths, table
 from vllm_ppow.step_cost import StepCost
 from vllm_ppow.window import DraftWindow, choose_num_draft_tokens
@@ -86,6 +87,24 @@ def _products(values):
         product *= value
         out.append(product)
     return out
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("pause", [0.05, 0.2])
+def test_where_changes_make_the_engine_pause_they_are_few(cost, batch, pause, monkeypatch):
+    """By 50 and 200 ms, as long as some 5 to 20 steps."""
+    acceptance = falling(0.9)
+    _, best = best_fixed(COSTS[cost], acceptance, batch)
+
+    def earned(window):
+        serve(window, COSTS[cost], acceptance, batch, 400, pause=pause)
+        return serve(window, COSTS[cost], acceptance, batch, 3000, seed=1, pause=pause)[0] / best
+
+    minding = earned(new_window())
+    assert minding > (0.97 if pause == 0.05 else 0.92)
+    monkeypatch.setattr(ChangeCost, "steps", 0.0)
+    assert earned(new_window()) < minding - 0.02, "what minding it is worth"
 
 
 def test_a_change_of_traffic_is_followed():
