@@ -15,6 +15,7 @@ from test_data_endpoint import Server
 from training_pair import K
 
 from ppow_train.cli import run
+from ppow_train.serving_eval import EngineOptions, Run
 from ppow_train.trajectory_store import MANIFEST, read_manifest, read_records
 
 WORDS = ("windows", "of", "draft", "tokens")
@@ -188,6 +189,8 @@ def changed(arguments: list[str], flag: str, value: str | None) -> list[str]:
         (None, ["--split", "test"], "--split belongs to --dataset"),
         (None, ["--api-key-env", "X"], "--api-key-env has no effect with hf"),
         (None, ["--compile"], "--compile has no effect with hf"),
+        (None, ["--engine-arg", "quantization=fp8"], "--engine-arg has no effect with hf"),
+        (None, ["--engine-arg", "dtype=float32"], "dtype is set by this command: use --dtype"),
         (None, ["--endpoint", "http://127.0.0.1:1/v1", "--model", "m", "--engine", "hf"], "one of --engine and"),
         (None, ["--endpoint", "http://127.0.0.1:1/v1", "--model", "m"], "--batch-size has no effect with endpoint"),
         (None, ["--temperature", "-1"], "--temperature"),
@@ -228,6 +231,50 @@ def test_other_options_do_not_resume(arguments, tmp_path, capsys):
         assert run([*limited, *extra]) == 1
         assert "was begun with" in capsys.readouterr().err
     assert files(tmp_path / "set") == before
+
+
+class StandIn:
+    """An engine that repeats one token."""
+
+    def __init__(self, name: str, options: EngineOptions, spec: None) -> None:
+        STARTED.append(options)
+
+    def __enter__(self) -> StandIn:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        pass
+
+    def wait_until_ready(self) -> None:
+        pass
+
+    def run(self, prompts: list, *, max_tokens: int, **_: Any) -> Run:
+        return Run([[5] * max_tokens for _ in prompts], 1.0, None)
+
+
+STARTED: list[EngineOptions] = []
+
+
+def test_engine_arguments_reach_vllm_and_stay_the_same(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ppow_train.serving_eval.Engine", StandIn)
+    command = [
+        *changed(arguments, "--batch-size", None),
+        "--output",
+        str(tmp_path / "set"),
+        "--engine",
+        "vllm",
+    ]
+
+    def with_arguments(*given: str) -> int:
+        STARTED.clear()
+        return run([*command, *(part for one in given for part in ("--engine-arg", one))])
+
+    assert with_arguments("quantization=fp8", "gpu_memory_utilization=0.5") == 0
+    assert STARTED[0].more == {"quantization": "fp8", "gpu_memory_utilization": 0.5}
+    assert with_arguments("quantization=fp8", "gpu_memory_utilization=0.4") == 0, "memory changes no token"
+    assert STARTED == [], "the set is complete"
+    assert with_arguments() == 1
+    assert "was begun with" in capsys.readouterr().err
 
 
 def test_data_that_is_none_is_refused_before_models_are_loaded(tmp_path, capsys):

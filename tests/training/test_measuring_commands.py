@@ -141,7 +141,7 @@ def test_every_engine_gets_the_arguments_of_the_server(place, command, engines, 
         ("quantisation=fp8", "did you mean quantization?"),
         ("tensor_parallel_size=2", "use --tensor-parallel-size"),
         ("max-model-len=64", "from its other options"),
-        ("speculative_config={}", "so that all arms do the same work"),
+        ("speculative_config={}", "is set by this command: what it compares or keeps depends on it"),
     ],
 )
 def test_an_argument_that_cannot_be_passed_on_is_a_usage_error(place, command, given, told, capsys):

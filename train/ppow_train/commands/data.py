@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ppow_train.commands.engine_arguments import engine_argument_option
 from ppow_train.options import PPOWOptions
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
     help="of hf and vllm; auto is the target's own",
 )  # fmt: skip
+@engine_argument_option
 @click.option("--device", default=None, help="hf: cpu or cuda  [default: cuda where there is one]")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
 @click.pass_context
@@ -108,6 +110,8 @@ def data(ctx: click.Context, as_json: bool, **options: Any) -> None:
     _report(request, _run(request, prompts), as_json)
 
 
+# Engine arguments on which no token depends: a run that found no room goes on with others.
+_OF_MEMORY = ("gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "max_num_batched_tokens")
 # Options that only some ways of continuing have.
 _OWNERS = {
     "batch_size": ("hf",),
@@ -115,6 +119,7 @@ _OWNERS = {
     "dtype": ("hf", "vllm"),
     "compiled": ("vllm",),
     "tensor_parallel_size": ("vllm",),
+    "engine_arguments": ("vllm",),
     "concurrency": ("vllm", "endpoint"),
     "api_key_env": ("endpoint",),
 }
@@ -173,6 +178,7 @@ class _Request:
     concurrency: int
     compiled: bool
     tensor_parallel_size: int
+    engine_arguments: dict[str, Any]
     dtype: str
     device: str | None
 
@@ -289,7 +295,8 @@ def _facts(
             "batch_size": request.batch_size,
             "device": request.resolved_device(),
         }
-    return facts | {"dtype": request.dtype}
+    arguments = {name: value for name, value in request.engine_arguments.items() if name not in _OF_MEMORY}
+    return facts | {"dtype": request.dtype, **({"engine_arguments": arguments} if arguments else {})}
 
 
 @contextlib.contextmanager
@@ -307,6 +314,7 @@ def _backend(request: _Request, directory: Path, sampling: Sampling, longest: in
             enforce_eager=not request.compiled,
             dtype=request.dtype,
             tensor_parallel_size=request.tensor_parallel_size,
+            more=request.engine_arguments,
         )
         with open_vllm(options, sampling) as engine:
             yield engine

@@ -1,6 +1,6 @@
-"""`--engine-arg NAME=VALUE`: vLLM's own engine arguments, so that what is measured runs as it is served.
+"""`--engine-arg NAME=VALUE`: vLLM's own engine arguments, so that what is measured or written runs as it is served.
 
-Left out: those that the measuring commands set themselves.
+Left out: those that the commands set themselves.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def _read(context: click.Context, parameter: click.Parameter, given: tuple[str, 
             use = f": use {_OWN_OPTIONS[name]}" if _OWN_OPTIONS[name] else ", from its other options"
             raise click.BadParameter(f"{name} is set by this command{use}.")
         if name in _KEPT:
-            raise click.BadParameter(f"{name} is set by this command, so that all arms do the same work.")
+            raise click.BadParameter(
+                f"{name} is set by this command: what it compares or keeps depends on it."
+            )
     if arguments:
         _check_known(arguments)
     return arguments
