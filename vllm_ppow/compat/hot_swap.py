@@ -3,8 +3,8 @@
 vLLM's draft-weight update endpoints (0.32) transfer weights from a trainer over NCCL or IPC, in developer mode only; an
 adapter on disk needs neither. The layerwise reload beneath them is used here: it runs each layer's own weight loaders
 (shards, fused projections) and post-processing, then copies the result into the storage that CUDA graphs know. The
-methods reach workers as vLLM's `worker_extension_cls`. Works on 0.32, on the V1 runner on CPUs (run) and by source on
-GPUs and the V2 runner (unverified). Left out: order of the steps and what happens on failure (vllm_ppow/hot_swap.py).
+methods reach workers as vLLM's `worker_extension_cls`. Run on 0.32, on the V1 runner on CPUs and the V2 runner on a
+GPU, both eager. Left out: order of the steps and what happens on failure (vllm_ppow/hot_swap.py).
 """
 
 from __future__ import annotations
