@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +114,23 @@ def summarise(pairs: Sequence[tuple[float, float]], most: float) -> dict[str, An
 
 
 def time_steps(
-    options: EngineOptions, specs: dict[str, Any], prompts: list[list[int]], max_tokens: int, rounds: int
+    options: EngineOptions,
+    specs: dict[str, Any],
+    prompts: list[list[int]],
+    max_tokens: int,
+    rounds: int,
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, dict[str, Any]]:
-    """Passes over the prompts by both engines in turns, by wall and by CPU time; the first pair only warms up."""
+    """Passes over the prompts by both engines in turns, by wall and by CPU time; the first pair only warms up.
+
+    Args:
+        keep: given the results so far after every pair: a hundred take an hour.
+    """
     engines = {arm: start_engine(arm, options, spec) for arm, spec in specs.items()}
     try:
         for engine in engines.values():
             engine.wait_until_ready()
-        walls, cpus, drafts = [], [], 0
+        walls, cpus, results = [], [], {}
         with make_progress() as progress:
             task = progress.add_task("steps", total=rounds + 1, note="")
             for index in range(rounds + 1):
@@ -134,14 +143,16 @@ def time_steps(
                     walls.append((runs[BARE].seconds, runs[OURS].seconds))
                     cpus.append((runs[BARE].cpu_seconds, runs[OURS].cpu_seconds))
                     drafts = runs[BARE].counts.num_drafts if runs[BARE].counts else 0
+                    results = {
+                        "step": {**summarise(walls, MAX_STEP_COST), "drafts_per_pass": drafts},
+                        "step_cpu": summarise(cpus, MAX_STEP_COST),
+                    }
+                    keep(results)
                 progress.update(task, advance=1, note=f"{runs[OURS].seconds / runs[BARE].seconds - 1:+.1%}")
     finally:
         for engine in engines.values():
             engine.close()
-    return {
-        "step": {**summarise(walls, MAX_STEP_COST), "drafts_per_pass": drafts},
-        "step_cpu": summarise(cpus, MAX_STEP_COST),
-    }
+    return results
 
 
 def time_start(arm: str, options: dict[str, Any]) -> dict[str, float]:
@@ -216,8 +227,9 @@ def main(
         specs = speculative_configs(make_adapter(Path(scratch) / "zero", 0.0), num_speculative_tokens)
         results: dict[str, Any] = {}
         if rounds:
-            results |= time_steps(options, specs, prompts, max_tokens, rounds)
-            write_json(output, results)  # starts take long, too
+            results |= time_steps(
+                options, specs, prompts, max_tokens, rounds, lambda found: write_json(output, found)
+            )
         if starts:
             results |= {f"start_{name}": r for name, r in time_starts(options, specs, starts).items()}
     write_json(output, results)
