@@ -2,11 +2,11 @@
 
 One number K per step, for the whole batch: the one that maximises (B + B · Σ_{i<=K} S_i) / step_seconds(B, K), with
 S_i from acceptance.py and seconds from step_cost.py. Now and then it drafts a little longer or shorter for two steps,
-so that what it knows of other lengths stays true; these probes may cost half a percent of throughput,
-and two percent where a length was never timed. Where changing the length makes the engine pause, it is changed less
-(change_cost.py). K = 0 is a choice
-like any other, and probed out of. Left out: where vLLM asks for K and reports outcomes (scheduler.py), and lengths that
-differ between requests (compat/draft_window.py). Pure Python, tens of microseconds per step.
+so that what it knows of other lengths stays true; these probes may cost half a percent of throughput, and two percent
+where a length was never timed. Where changing the length makes the engine pause, it is changed less (change_cost.py).
+K = 0 is a choice like any other, and probed out of. Left out: where vLLM asks for K and reports outcomes
+(scheduler.py), and lengths that differ between requests (compat/draft_window.py). Pure Python, tens of microseconds per
+step, 0.2 ms with 64 requests.
 """
 
 from __future__ import annotations
@@ -141,9 +141,8 @@ class DraftWindow:
         self._probes = 0
         self._decided: dict[int, _Decision] = {}
         self._step = 0
-        self._outcomes: dict[
-            tuple[int, int], int
-        ] = {}  # (drafted, accepted) -> requests, of the step under way
+        # (drafted, accepted) -> requests, of the step under way
+        self._outcomes: dict[tuple[int, int], int] = {}
         self._promise = acceptance.promises()
 
     def choose(self, batch: int, context: int | None = None, decodes: bool = True) -> int:

@@ -200,9 +200,8 @@ def test_drafts_go_on_to_the_end_and_none_is_of_zeros(served, drafts, without_sp
     output = generate(llm, 1, 400)
     assert output == without_speculation["long"]
     longest = max(map(len, drafts))
-    at_the_end = (
-        0 if speculator_of(llm) is None else 1
-    )  # V2 drafts after the last token, too, which nothing verifies
+    # The V2 runner drafts after the last token, too, which nothing verifies.
+    at_the_end = 0 if speculator_of(llm) is None else 1
     assert MAX_MODEL_LEN - K < longest < MAX_MODEL_LEN + at_the_end
     assert not any(set(draft) == {0} for draft in drafts.values())
     counts = scheduler_of(llm).ppow_window.counts - before

@@ -256,9 +256,8 @@ def _serve(
     make_spec = native_spec if name == BASE else ppow_spec
     prompts = text_ids(texts, load_tokenizer(trainer.target_directory))
     served = {}
-    sampled = (
-        adapter.config.draft_sample_method == "probabilistic"
-    )  # of the base drafter as well: both arms run alike
+    # The base drafter's are sampled as well, so that both arms run on the same model runner.
+    sampled = adapter.config.draft_sample_method == "probabilistic"
     options = dataclasses.replace(options, sampled_drafts=sampled)
     with Engine(name, options, make_spec(adapter, base, adapter.config.num_speculative_tokens)) as engine:
         engine.wait_until_ready()
