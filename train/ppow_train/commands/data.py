@@ -110,7 +110,7 @@ def data(ctx: click.Context, as_json: bool, **options: Any) -> None:
     _report(request, _run(request, prompts), as_json)
 
 
-# Engine arguments on which tokens depend by rounding at most, as on --concurrency: a run without room goes on with others.
+# Engine arguments on which tokens depend by rounding at most, as on --concurrency: with others a run may go on.
 _OF_MEMORY = ("gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "max_num_batched_tokens")
 # Options that only some ways of continuing have.
 _OWNERS = {
