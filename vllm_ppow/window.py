@@ -5,8 +5,7 @@ S_i from acceptance.py and seconds from step_cost.py. Now and then it drafts a l
 so that what it knows of other lengths stays true; these probes may cost half a percent of throughput, and two percent
 where a length was never timed. Where changing the length makes the engine pause, it is changed less (change_cost.py).
 K = 0 is a choice like any other, and probed out of. Left out: where vLLM asks for K and reports outcomes
-(scheduler.py), and lengths that differ between requests (compat/draft_window.py). Pure Python, tens of microseconds per
-step, 0.2 ms with 64 requests.
+(scheduler.py), and lengths that differ between requests (compat/draft_window.py). Pure Python.
 """
 
 from __future__ import annotations
@@ -242,8 +241,11 @@ class DraftWindow:
     def _best(self, batch: int, context: int | None) -> tuple[int, list[float]]:
         changing = self.changing.steps
         decided = self._decided.get(batch)
-        stands = decided is not None and self._step < decided.step + _DECIDE_EVERY
-        if decided is not None and stands and (not changing or decided.length == self._current):
+        if (
+            decided is not None
+            and self._step < decided.step + _DECIDE_EVERY
+            and (not changing or decided.length == self._current)
+        ):
             return decided.length, decided.promised
         promises = self._promise if self.trimmed is None else self.trimmed.promises(batch)
         seconds = self.cost.table(batch, self.lengths, context)
