@@ -16,6 +16,7 @@ from ppow_train.cli import run
 from ppow_train.errors import UserError
 from ppow_train.parity import Parity
 from ppow_train.push import Push, push_adapter, take_push
+from ppow_train.trainer import PPOWTrainer
 from ppow_train.training import train_adapter
 from vllm_ppow.artifact import PEFT_WEIGHTS, Adapter, read_adapter
 from vllm_ppow.metrics import SpecDecodeCounts
@@ -135,12 +136,11 @@ def test_an_upload_that_fails_leaves_the_adapter(hub, adapter):
 @pytest.fixture
 def train(directories, tmp_path, monkeypatch):
     """`ppow train --push-to-hub` with more arguments; parity as told, without vLLM."""
-    lines = [
-        json.dumps({"prompt": text}) for text in ("windows", "of draft", "tokens ", "dow", "raft", "ken")
-    ]
+    text = "windows of draft tokens are drawn from what the target wrote"
+    lines = [json.dumps({"prompt": text[start : start + 6]}) for start in range(0, 50, 2)]
     prompts, held_out = tmp_path / "prompts.jsonl", tmp_path / "held_out.jsonl"
-    prompts.write_text("\n".join(lines[3:]), encoding="utf-8")
-    held_out.write_text("\n".join(lines[:3]), encoding="utf-8")
+    prompts.write_text("\n".join(lines[9:]), encoding="utf-8")
+    held_out.write_text("\n".join(lines[:9]), encoding="utf-8")
 
     def call(*more: str, holds: bool = True) -> int:
         served = SpecDecodeCounts(100, 200, 60 if holds else 200, (40, 20) if holds else (100, 100))
@@ -160,7 +160,7 @@ def train(directories, tmp_path, monkeypatch):
             "--max-new-tokens",
             "12",
             "--max-steps",
-            "1",
+            "10",
             "--json",
         ]
         command += [
@@ -190,6 +190,18 @@ def test_the_command_uploads_what_parity_lets_through(hub, train, tmp_path, caps
     assert "Uploaded: https://hub/me/out" in captured.err
     assert "agrees at every position" in hub.files["README.md"].decode()
     assert "agrees at every position" in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+def test_an_adapter_that_gains_nothing_fails_and_stays_here(hub, train, tmp_path, monkeypatch, capsys):
+    compute_loss = PPOWTrainer._compute_loss
+    monkeypatch.setattr(PPOWTrainer, "_compute_loss", lambda *args: -compute_loss(*args))  # unlearns
+    assert train("--held-out", str(train.held_out)) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["training"]["gain_above_zero"] is False
+    assert "do not serve it" in captured.err
+    assert "It was not uploaded" in captured.err
+    assert hub.repos == {}
+    assert read_adapter(tmp_path / "out").directory == tmp_path / "out"
 
 
 def test_nothing_unchecked_is_uploaded_unless_told_so(hub, train, monkeypatch, capsys):

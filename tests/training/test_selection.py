@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from test_training_runs import config_for, open_pair
 from training_pair import K
 
+from ppow_train.adapter import held_out_facts
 from ppow_train.config import PPOWConfig
 from ppow_train.data import collate
 from ppow_train.drafters import load_drafter
@@ -24,6 +26,7 @@ from ppow_train.selection import ACCEPTED, STATE, BestOnHeldOut, Judge, Selectio
 from ppow_train.trainer import PPOWTrainer
 from ppow_train.training import train_adapter
 from ppow_train.types import Trajectories
+from ppow_train.walk import ExpectedWalk
 from vllm_ppow.artifact import read_adapter
 
 PROMPTS = [[i, 7, 3 * i % 50] for i in range(1, 41)]
@@ -185,6 +188,20 @@ def test_what_counts_as_a_gain():
     assert (state.best_updates, state.beats_untrained, state.evaluations_without_gain) == (4, False, 3)
     state.curve.append((8, 1.1))
     assert (state.best_updates, state.beats_untrained, state.evaluations_without_gain) == (8, True, 0)
+
+
+def test_a_gain_must_be_seen_on_the_prompts_that_did_not_choose():
+    """The best of several evaluations is above the untrained drafter by chance alone."""
+
+    def walk(accepted: float) -> ExpectedWalk:
+        return ExpectedWalk(torch.ones(1), torch.tensor([[accepted]]))
+
+    best = SimpleNamespace(state=SelectionState([(0, 1.0), (2, 1.1)], ""), facts=dict)
+    assert held_out_facts(walk(0.5), walk(0.6), best)["gain_above_zero"] is True
+    assert held_out_facts(walk(0.5), walk(0.4), best)["gain_above_zero"] is False
+    best.state.curve[1] = (2, 0.9)
+    assert held_out_facts(walk(0.5), walk(0.6), best)["gain_above_zero"] is False
+    assert held_out_facts(walk(0.5), walk(0.4), None)["gain_above_zero"] is False
 
 
 # ---------------------------------------------------------------- resuming

@@ -163,10 +163,16 @@ def _finish(request: Request, push: Push | None, as_json: bool) -> None:
     checked = agreement.as_json() if agreement else None
     write_card(result.adapter.directory, result.adapter.config, checked)
     _report(result, agreement, as_json)
+    not_uploaded = " It was not uploaded." if push else ""
     if agreement is not None and not agreement.holds:
         raise click.ClickException(
             "vLLM does not accept what training simulates (above): the adapter is written, do not trust its figures."
-            + (" It was not uploaded." if push else "")
+            + not_uploaded
+        )
+    if result.adapter.config.training.get("gain_above_zero") is False:
+        raise click.ClickException(
+            "on held-out prompts it accepts no more than the drafter alone: the adapter is written, do not serve it; "
+            "--eval-steps and a lower --learning-rate may find one that gains." + not_uploaded
         )
     if push is not None:
         if request.parity and agreement is None:
@@ -207,12 +213,6 @@ def _report(result: TrainingResult, parity: Parity | None, as_json: bool) -> Non
     from ppow_train.report import CURVE
 
     config = result.adapter.config
-    if config.training.get("gain_above_zero") is False:
-        click.echo(
-            "Warning: on held-out prompts nothing accepted more than the drafter alone. The best adapter is written "
-            "all the same: do not serve it.",
-            err=True,
-        )
     if as_json:
         value = {"adapter": str(result.adapter.directory), "training": config.training}
         click.echo(json.dumps(value | {"parity": parity.as_json() if parity else None}))
