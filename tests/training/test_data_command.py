@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 from test_data_endpoint import Server
+from test_data_prompts import DATED, set_today
 from training_pair import K
 
 from ppow_train.cli import run
 from ppow_train.serving_eval import EngineOptions, Run
-from ppow_train.trajectory_store import MANIFEST, read_manifest, read_records
+from ppow_train.trajectory_store import MANIFEST, TrajectoryStore, read_manifest, read_records
 
 WORDS = ("windows", "of", "draft", "tokens")
 TEXTS = [f"{a} {b}" for a in WORDS for b in WORDS] + list(WORDS)
@@ -97,7 +98,7 @@ def test_train_on_it(arguments, directories, tmp_path, capsys):
         "--device",
         "cpu",
     ]
-    train += ["--max-steps", "2", "--trajectories-per-step", "4", "--windows-per-step", "8", "--json"]
+    train += ["--max-steps", "10", "--trajectories-per-step", "4", "--windows-per-step", "8", "--json"]
     capsys.readouterr()
     assert run(train) == 0
     training = json.loads(capsys.readouterr().out)["training"]
@@ -168,6 +169,37 @@ def test_it_says_how_many_chats_had_their_answer(directories, tmp_path, capsys):
     command += ["--max-new-tokens", "2", "--held-out-share", "0", "--output", str(tmp_path / "set")]
     assert run(command) == 0
     assert f"{len(WORDS)} chats ended with the assistant's answer" in capsys.readouterr().err
+
+
+def test_begun_on_one_day_and_gone_on_with_on_the_next(directories, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    target = shutil.copytree(directories.target, tmp_path / "target")
+    (target / "chat_template.jinja").write_text(DATED, encoding="utf-8")
+    rows = [[{"role": "user", "content": text}] for text in TEXTS]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows), "utf-8")
+    command = [
+        "data",
+        "--target",
+        str(target),
+        "--prompts",
+        str(tmp_path / "chats.jsonl"),
+        "--shard-size",
+        "8",
+    ]
+    command += ["--max-new-tokens", "2", "--held-out-share", "0.3", "--output"]
+    set_today(monkeypatch, 2031, 3, 3)
+    assert run([*command, str(tmp_path / "whole")]) == 0
+    begun = tmp_path / "begun"
+    with monkeypatch.context() as cut_off:
+        add = TrajectoryStore.add
+        cut_off.setattr(TrajectoryStore, "add", lambda self, *rows: add(self, *rows) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run([*command, str(begun)])
+    assert finished_shards(begun) == 1
+    set_today(monkeypatch, 2031, 3, 4)
+    assert run([*command, str(begun)]) == 0
+    assert files(begun) == files(tmp_path / "whole"), "split and all"
 
 
 # ---------------------------------------------------------------- refusals

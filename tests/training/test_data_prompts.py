@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,44 @@ def test_messages_that_the_template_refuses(tmp_path, tokenizer):
         tokenize(read_requests(write(tmp_path, {"messages": CHAT})), tokenizer)
 
 
+# As Llama 3.2 asks for the date, and, within a macro, gpt-oss.
+DATED = (
+    "{% macro system() %}{{ strftime_now('%Y-%m-%d') }}{% endmacro %}{{ system() }}"
+    "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = 'none' %}{% endif %}{% endif %}"
+    " {{ date_string }} {% for m in messages %}<{{ m.content }}>{% endfor %}"
+)
+
+
+def set_today(monkeypatch: Any, *day: int) -> None:
+    """What transformers tells a chat template by itself."""
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime.datetime:
+            return cls(*day)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+
+
+def test_a_template_that_prints_the_date_gives_the_same_ids_on_every_day(tmp_path, tokenizer, monkeypatch):
+    tokenizer.chat_template = DATED
+    path = write(
+        tmp_path,
+        {"messages": CHAT},
+        {"messages": CHAT, "chat_template_kwargs": {"date_string": "1 May 2031"}},
+    )
+    seen = []
+    for day in ((2031, 3, 3, 23, 59), (2031, 3, 4, 0, 1)):
+        set_today(monkeypatch, *day)
+        assert "2031-03-0" in tokenizer.apply_chat_template(CHAT, tokenize=False), "what it would print"
+        seen.append(texts(tokenizer, path))
+        assert text_ids(read_prompts(path, tokenizer), tokenizer) == [
+            list(one) for one in tokenize(read_requests(path), tokenizer).ids
+        ]
+    assert seen[0] == seen[1] == ["2026-06-15 15 Jun 2026 <draft>", "2026-06-15 1 May 2031 <draft>"]
+
+
 def test_duplicates_limit_and_length(tokenizer):
     prompts = [Prompt("p", text=text) for text in ("of", "windows of draft", "of", "draft", "tokens")]
     whole = tokenize(prompts, tokenizer)
@@ -187,6 +226,8 @@ def test_duplicates_limit_and_length(tokenizer):
     assert short.too_long == 1
     with refused("All 4 prompts", "--max-prompt-tokens"):
         tokenize(prompts, tokenizer, max_prompt_tokens=0)
+    with refused("split of the dataset is empty", "at least one"):  # not that all 0 are too long
+        tokenize([], tokenizer)
     assert whole.digest() != limited.digest()
     assert whole.digest() == tokenize(iter(prompts), tokenizer).digest()
 

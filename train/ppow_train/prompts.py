@@ -1,13 +1,15 @@
 """Prompts of every form, turned into token ids: text, chat messages, request logs, a Hugging Face dataset.
 
 One JSON object per line holds `prompt` or `messages`, itself or inside a `body` or `request` object as servers log
-them. Duplicates are dropped by token ids, because that is what the target sees. Left out: what continues the prompts
-(generation.py), and messages with pictures or sound.
+them. `tokenize`, which `ppow data` uses, drops duplicates by token ids, because that is what the target sees;
+`read_prompts` keeps them. A chat template that asks for today's date is told `PROMPT_DATE`, on every day. Left out:
+what continues the prompts (generation.py), and messages with pictures or sound.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
 from array import array
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 # A prompt to continue: text, or token ids where special tokens are settled.
 Text = str | list[int]
 _HOLDERS, _WRAPPERS = ("prompt", "messages"), ("body", "request")
+# What chat templates print as today (Llama 3.2, gpt-oss). Were it the day itself, every chat would have other ids after
+# midnight: what was interrupted could not go on, caches would be lost, other prompts would be held out. An adapter is
+# served on other days than it is trained on in any case.
+PROMPT_DATE = datetime.datetime(2026, 6, 15, 12)
 _EXAMPLE = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
 
 
@@ -305,7 +311,8 @@ def tokenize(
         max_prompt_tokens: longer prompts are dropped and counted; None keeps all.
 
     Raises:
-        UserError: a chat without a chat template, a prompt without a token or beyond the vocabulary, or none left.
+        UserError: a chat without a chat template, a prompt without a token or beyond the vocabulary, none at all, or
+            none left.
     """
     seen: set[bytes] = set()
     kept: list[Sequence[int]] = []
@@ -324,6 +331,8 @@ def tokenize(
             too_long += 1
             continue
         kept.append(array("i", ids))
+    if not kept and not too_long:
+        raise UserError("The file or the split of the dataset is empty: give one with at least one prompt.")
     if not kept:
         raise UserError(
             f"All {too_long} prompts are longer than --max-prompt-tokens {max_prompt_tokens}: raise it."
@@ -351,6 +360,11 @@ def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids
 
 
+def _strftime_now(form: str) -> str:
+    """What chat templates call for the date, as transformers' own function of that name, but on `PROMPT_DATE`."""
+    return PROMPT_DATE.strftime(form)
+
+
 def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
     from jinja2.exceptions import TemplateError
 
@@ -359,9 +373,10 @@ def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
             f"{prompt.where}: messages need a chat template, and the tokenizer of this target has none: give "
             '{"prompt": "…"} with the text that the target shall continue.'
         )
+    options = {**prompt.template_options, "strftime_now": _strftime_now}
     try:
         return tokenizer.apply_chat_template(
-            prompt.messages, add_generation_prompt=True, tokenize=False, **prompt.template_options
+            prompt.messages, add_generation_prompt=True, tokenize=False, **options
         )
     except TemplateError as error:
         raise UserError(
