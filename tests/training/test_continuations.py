@@ -204,3 +204,16 @@ def test_a_study_trains_on_them(directories, prompts, tmp_path):
     same = many.select(torch.arange(len(one)))
     assert same.lengths.equal(one.lengths)
     assert same.input_ids[:, : one.input_ids.shape[1]].equal(one.input_ids)
+
+
+def test_further_continuations_at_another_temperature_are_refused(directories, prompts, tmp_path, capsys):
+    data = ["data", "--target", str(directories.target), "--prompts", str(prompts), "--max-new-tokens", "24"]
+    data += ["--temperature", "0", "--continuations", "2", "--greedy-sampling-temperature", "1.5"]
+    assert run([*data, "--output", str(tmp_path / "set")]) == 0
+    train = ["train", "--target", str(directories.target), "--drafter", str(directories.drafter["causal_lm"])]
+    train += ["--data", str(tmp_path / "set"), "--output", str(tmp_path / "adapter"), "--device", "cpu"]
+    train += ["--serving-temperature", "0", "--num-speculative-tokens", str(K), "--estimate"]
+    capsys.readouterr()
+    assert run(train) == 1
+    assert "give --greedy-sampling-temperature 1.5" in capsys.readouterr().err
+    assert run([*train, "--greedy-sampling-temperature", "1.5"]) == 0

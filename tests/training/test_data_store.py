@@ -237,6 +237,14 @@ def test_sets_that_do_not_fit_the_training(whole, tmp_path):
         load_splits(whole, "sha256:1", 1.0)
     with refused(r"temperature 1\.0", "for 0", "--serving-temperature 1"):
         load_splits(whole, "sha256:0", 0)
+    write(tmp_path / "greedy", {**FACTS, "temperature": 0.0, "further_temperature": 1.5})
+    with refused(
+        r"further continuations at temperature 1\.5", r"for 0\.7", "--greedy-sampling-temperature 1.5"
+    ):
+        load_splits(tmp_path / "greedy", "sha256:0", 0.0, 0.7)
+    for further in (None, 1.5):
+        assert len(load_splits(tmp_path / "greedy", "sha256:0", 0.0, further)[0])
+    assert len(load_splits(whole, "sha256:0", 1.0, 1.0)[0]), "one continuation each"
     write(tmp_path / "none", {**FACTS, "held_out_share": 1})
     with refused("nothing to train on", "--held-out-share"):
         load_splits(tmp_path / "none", "sha256:0", 1.0)

@@ -345,16 +345,18 @@ def _rows(flat: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> list[lis
 
 
 def load_splits(
-    directory: Path, target_fingerprint: str, temperature: float
+    directory: Path, target_fingerprint: str, temperature: float, further_temperature: float | None = None
 ) -> tuple[Trajectories, Trajectories | None]:
     """Training and held-out trajectories of a set; None where nothing was held out.
 
     Args:
         target_fingerprint: of the target that is trained for; the set must be its own.
         temperature: that is trained for; the set must have been sampled at it.
+        further_temperature: that continuations after the first must have been sampled at, where the set has such;
+            None for any.
 
     Raises:
-        UserError: another target's or temperature's, incomplete, damaged, or nothing to train on.
+        UserError: another target's, at another temperature, incomplete, damaged, or nothing to train on.
     """
     from ppow_train.data import collate
 
@@ -368,6 +370,12 @@ def load_splits(
         raise UserError(
             f"{directory} was generated at temperature {facts['temperature']}, training is for {temperature}: give "
             f"--serving-temperature {facts['temperature']}, or run `ppow data` at the other."
+        )
+    further = facts.get("further_temperature")
+    if further_temperature is not None and further not in (None, further_temperature):
+        raise UserError(
+            f"{directory} has further continuations at temperature {further}, training is for {further_temperature}: "
+            f"give --greedy-sampling-temperature {further}, or run `ppow data` with the other."
         )
     train, held_out = read_records(directory, held_out=False), read_records(directory, held_out=True)
     if not train[0]:

@@ -162,7 +162,8 @@ def _splits(
 
     if request.data is not None:
         config.continuations = read_manifest(request.data).facts.get("continuations", 1)  # for the record
-        return load_splits(request.data, pair.target_ref.fingerprint, config.serving_temperature)
+        temperatures = config.serving_temperature, config.training_temperature
+        return load_splits(request.data, pair.target_ref.fingerprint, *temperatures)
 
     def generated(
         file: Path, texts: list[Text], rounds: Sequence[Round], max_new_tokens: int
