@@ -39,14 +39,13 @@ def load_pair(target: str, drafter: str, device: str = "cpu", target_dtype: str 
         UserError, ArtifactError: cannot be found, or do not belong together.
     """
     quiet_libraries()
-    target_dir, _ = resolve_directory(target)
-    drafter_dir, _ = resolve_directory(drafter)
-    refs = [_reference(name, directory) for name, directory in ((target, target_dir), (drafter, drafter_dir))]
+    (target_dir, target_ref), (drafter_dir, drafter_ref) = (_resolve(name) for name in (target, drafter))
     if target_dtype == "auto" and torch.device(device).type == "cpu":
         target_dtype = "float32"  # many CPUs are slower with less
     _check_room(target_dir, target_dtype, torch.device(device))
     loaded = load_drafter(drafter_dir, device, target=target_dir)
-    pair = Pair(Target(target_dir, loaded.tap_layers, device, target_dtype), loaded, *refs)
+    read = Target(target_dir, loaded.tap_layers, device, target_dtype)
+    pair = Pair(read, loaded, target_ref, drafter_ref)
     if pair.target.vocab_size != loaded.vocab_size:
         raise UserError(
             f"Drafter {drafter} reads {loaded.vocab_size} tokens, target {target} has {pair.target.vocab_size}: "
@@ -82,6 +81,11 @@ def weight_bytes(directory: Path, dtype: str) -> int:
     return total
 
 
-def _reference(name: str, directory: Path) -> ModelRef:
-    recorded = str(directory.resolve()) if Path(name).expanduser().exists() else name
-    return ModelRef(recorded, fingerprint_model(directory))
+def _resolve(name: str) -> tuple[Path, ModelRef]:
+    """Where a model is, and what the adapter records of it."""
+    directory, from_hub = resolve_directory(name)
+    fingerprint = fingerprint_model(directory)
+    if not from_hub:
+        return directory, ModelRef(str(directory.resolve()), fingerprint)
+    # The Hub client names a snapshot by its commit: the branch moves on when the owner uploads other weights.
+    return directory, ModelRef(name, fingerprint, directory.name)

@@ -146,7 +146,7 @@ def check_parity(
     return parity.check_parity(
         pair,
         result.adapter,
-        resolve_directory(request.drafter)[0],
+        resolve_directory(pair.drafter_ref.name_or_path, pair.drafter_ref.revision)[0],
         held_out,
         say=lambda text: click.echo(text, err=True),
     )
