@@ -8,7 +8,7 @@ costs (step_cost.py) and what to do about it (window.py). Pure Python; `survival
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # Request-steps after which an observation has lost 63 % of its weight. At 800 a probability of 0.5 is known to 0.018
 # (one standard deviation), and a change of traffic is followed within 800 drafts: 25 steps of a batch of 32.
@@ -50,20 +50,31 @@ class AcceptanceEstimate:
             self._trials[0], self._accepted[0] = MEASURED, MEASURED * self._prior[0]
         self._survival: list[float] | None = None
 
-    def observe(self, num_draft_tokens: int, num_accepted_tokens: int, times: int = 1) -> None:
-        """Count verified drafts of that length and outcome, one after the other; drafts of length 0 say nothing."""
-        grown = self._growth**times
-        weight = self._weight * (grown - 1.0) / (self._growth - 1.0)  # Σ over them of what each weighs
-        reached = min(num_accepted_tokens + 1, num_draft_tokens, self.maximum)
-        for position in range(reached):
-            self._trials[position] += weight
-        for position in range(min(num_accepted_tokens, reached)):
-            self._accepted[position] += weight
-        if reached > 0:
-            self._survival = None
-            self._weight *= grown
-            if self._weight > _RESCALE_AT:
-                self._rescale()
+    def observe(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
+        """Count one verified draft; a draft of length 0 says nothing."""
+        self.observe_step({(num_draft_tokens, num_accepted_tokens): 1})
+
+    def observe_step(self, outcomes: Mapping[tuple[int, int], int]) -> None:
+        """Count the drafts that one step verified, as happened at the same time: each weighs what they do on average.
+
+        Args:
+            outcomes: requests by (drafted tokens, accepted tokens).
+        """
+        total = sum(times for (drafted, _), times in outcomes.items() if drafted > 0)
+        if not total:
+            return
+        grown = self._growth**total
+        each = self._weight * (grown - 1.0) / (self._growth - 1.0) / total
+        for (drafted, accepted), times in outcomes.items():
+            reached = min(accepted + 1, drafted, self.maximum)
+            for position in range(reached):
+                self._trials[position] += each * times
+            for position in range(min(accepted, reached)):
+                self._accepted[position] += each * times
+        self._survival = None
+        self._weight *= grown
+        if self._weight > _RESCALE_AT:
+            self._rescale()
 
     def known(self, position: int) -> float:
         """Observations, forgetting applied, that stand behind a position (counted from 1)."""

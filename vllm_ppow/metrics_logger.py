@@ -16,7 +16,14 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_ppow.compat.engine_args import serves_ppow
 from vllm_ppow.metrics_prometheus import PrometheusMetrics
-from vllm_ppow.window_report import INTERVAL_S, logger, read_report, report_path
+from vllm_ppow.window_report import (
+    INTERVAL_S,
+    begin_report,
+    logger,
+    read_report,
+    remove_report,
+    report_path,
+)
 
 
 class PPOWStatLogger(AggregateStatLoggerBase):
@@ -59,7 +66,8 @@ class PPOWStatLogger(AggregateStatLoggerBase):
         is_first = vllm_config.parallel_config._api_process_rank <= 0
         self._paths = {i: report_path(vllm_config, i) for i in engine_indexes if is_first}
         for path in self._paths.values():  # an engine that was killed leaves its report behind; we outlive it
-            atexit.register(path.unlink, missing_ok=True)
+            begin_report(path)
+            atexit.register(remove_report, path)
 
     def _record(self, scheduler_stats: Any, engine_index: int) -> None:
         assert self.metrics is not None

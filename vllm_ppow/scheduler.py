@@ -2,9 +2,10 @@
 
 vLLM carries a draft length with every step already (`num_spec_tokens_to_schedule`, for its own table of batch sizes);
 we set it, and nothing in the workers needs a patch. The choice is made once, in the engine core, and travels in the
-SchedulerOutput that every worker is sent, so tensor- and pipeline-parallel ranks cannot disagree. A length of 0 leaves
-the drafter's KV cache fresh: vLLM still runs the drafter's first pass over the new tokens, and the time of a step at
-K = 0 includes it. Left out: the policy (window.py), and when these classes are used at all (compat/window.py).
+SchedulerOutput that every worker is sent, so tensor-parallel ranks cannot disagree. A length of 0 leaves the drafter's
+KV cache fresh: vLLM still runs the drafter's first pass over the new tokens (on the V2 model runner all passes of a
+draft model, v2_runner.py), and the time of a step at K = 0 includes it. Left out: the policy (window.py), and when
+these classes are used at all (compat/window.py).
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ class AdaptiveWindow:
         self._policy_failed = False
         self._updated_at = 0.0
         self._last_length = -1  # drafted in the step that was processed last; -1: none of known length
+        self._last_decoded = False  # whether that step only decoded
+        self._drafts_late = bool(scheduler.vllm_config.use_v2_model_runner)
+        self._refused: dict[
+            str, tuple[int, int]
+        ] = {}  # tokens (kept, refused) of drafts that a grammar has cut
         self._last_scheduled = -1
         self._logged_at = time.monotonic()
         self._logged: WindowCounts = self.ppow_window.counts.copy()
@@ -86,7 +92,26 @@ class AdaptiveWindow:
         """Synchronous scheduling: keep no more tokens than were asked for (a drafter without room returns zeros)."""
         for tokens in draft_token_ids.draft_token_ids:
             del tokens[self._last_scheduled :]
+        drafted = dict(zip(draft_token_ids.req_ids, map(len, draft_token_ids.draft_token_ids), strict=True))
         super().update_draft_token_ids(draft_token_ids)  # type: ignore[misc]
+        self._guarded(self._observe_refusals, drafted)
+
+    def _observe_refusals(self, drafted: dict[str, int]) -> None:
+        """Synchronous scheduling drops what a grammar refuses before it is verified: remembered until it is.
+
+        Args:
+            drafted: tokens of each request's draft.
+        """
+        self._refused = {}
+        for req_id, length in drafted.items():
+            request = self.requests.get(req_id)  # type: ignore[attr-defined]
+            if request is None or request.is_finished() or request.is_prefill_chunk:
+                continue
+            kept = len(request.spec_token_ids)
+            if 0 < kept < length:
+                self._refused[req_id] = kept, length - kept
+            elif kept < length:
+                self.ppow_window.observe_draft(length, 0, length)  # nothing is left that vLLM would count
 
     def make_spec_decoding_stats(
         self,
@@ -97,8 +122,14 @@ class AdaptiveWindow:
         request_id: str,
     ) -> Any:
         """vLLM counts each request's verified draft here, whether or not statistics are kept: so do we."""
-        invalid = num_invalid_spec_tokens.get(request_id, 0) if num_invalid_spec_tokens else 0
-        self._guarded(self.ppow_window.observe_draft, num_draft_tokens - invalid, num_accepted_tokens)
+        refused = num_invalid_spec_tokens.get(request_id, 0) if num_invalid_spec_tokens else 0
+        kept, dropped = self._refused.get(request_id, (0, 0))
+        dropped = (
+            dropped if num_draft_tokens == kept else 0
+        )  # a draft cut again, for room, never came to them
+        self._guarded(
+            self.ppow_window.observe_draft, num_draft_tokens + dropped, num_accepted_tokens, refused + dropped
+        )
         return super().make_spec_decoding_stats(  # type: ignore[misc]
             spec_decoding_stats,
             num_draft_tokens=num_draft_tokens,
@@ -111,9 +142,10 @@ class AdaptiveWindow:
         now = time.perf_counter()
         seconds, self._updated_at = now - self._updated_at, now
         accepted = self.ppow_window.counts.accepted
+        context = self._guarded(self._context, scheduler_output)  # of requests that may end here, too
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         accepted = self.ppow_window.counts.accepted - accepted
-        self._guarded(self._observe_step, scheduler_output, seconds, accepted)
+        self._guarded(self._observe_step, scheduler_output, seconds, context, accepted)
         self._guarded(self._report.write, self.ppow_window.counts)
         if time.monotonic() - self._logged_at >= LOG_SECONDS:
             self._guarded(self._log)
@@ -123,18 +155,30 @@ class AdaptiveWindow:
         self._report.close()
         super().shutdown()  # type: ignore[misc]
 
-    def _observe_step(self, scheduler_output: SchedulerOutput, seconds: float, accepted: int) -> None:
-        """The time since the step before is this step's, if both had work and it only decoded."""
+    def _context(self, scheduler_output: SchedulerOutput) -> int:
+        """Tokens that a step's requests have behind them, all together."""
+        requests = self.requests  # type: ignore[attr-defined]
+        scheduled = scheduler_output.num_scheduled_tokens
+        return sum(requests[req_id].num_computed_tokens for req_id in scheduled if req_id in requests)
+
+    def _observe_step(
+        self, scheduler_output: SchedulerOutput, seconds: float, context: int, accepted: int
+    ) -> None:
+        """The time since the step before is this step's, if both had work and it only decoded.
+
+        The V2 model runner answers before it drafts: there that time holds the drafting of the step before, which must
+        only have decoded as well (else its draft began with a prefill).
+        """
         scheduled = scheduler_output.num_scheduled_tokens
         length = scheduler_output.num_spec_tokens_to_schedule if scheduled else -1
         before, self._last_length = self._last_length, length
-        if not scheduled or before < 0 or not _only_decodes(scheduler_output):
+        decodes = bool(scheduled) and _only_decodes(scheduler_output)
+        decoded, self._last_decoded = self._last_decoded, decodes
+        if not decodes or before < 0 or (self._drafts_late and not decoded):
             return
         if before != length:
             self.ppow_window.observe_change(seconds, len(scheduled), max(before, length))
             return
-        requests = self.requests  # type: ignore[attr-defined]
-        context = sum(requests[req_id].num_computed_tokens for req_id in scheduled if req_id in requests)
         self.ppow_window.observe_step(seconds, len(scheduled), length, context, accepted)
 
     def _log(self) -> None:

@@ -46,8 +46,9 @@ class WindowCounts:
         probes: steps of them that were probes or learned costs.
         requests: request-steps that a draft length was chosen for.
         speedup: Σ over steps of expected rate at K over expected rate at K = 0.
-        drafts, drafted, accepted: verified drafts, their tokens, and those accepted.
-        predicted: Σ over verified drafts of the accepted tokens that the estimate promised for their length.
+        drafts: drafts verified, or refused by a grammar.
+        drafted, accepted: their tokens that were verified, and those accepted.
+        predicted: Σ over these drafts of the accepted tokens that the estimate promised for their length.
         absolute_error: Σ over steps of |predicted - accepted| in that step.
         layers: names of the layers that decide lengths here.
     """
@@ -133,7 +134,7 @@ class DraftWindow:
         self.counts = WindowCounts([0] * (self.lengths[-1] + 1))
         self.changing = ChangeCost()
         self._current = self.lengths[-1]
-        self._held: tuple[int, int] | None = None  # (length, steps) of a probe or of learning under way
+        self._held: tuple[int, int] | None = None  # (length, steps) of a probe under way
         self._learning: dict[tuple[int, int], int] = {}
         self._first_probes: dict[tuple[int, int], int] = {}
         self._since_probe = 0
@@ -168,13 +169,22 @@ class DraftWindow:
             counts.speedup += promised[self.lengths.index(length)] / at_zero
         return length
 
-    def observe_draft(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
-        """One request's draft was verified."""
+    def observe_draft(
+        self, num_draft_tokens: int, num_accepted_tokens: int, num_refused_tokens: int = 0
+    ) -> None:
+        """One request's draft was verified.
+
+        Args:
+            num_draft_tokens: drafted.
+            num_accepted_tokens: of them, accepted.
+            num_refused_tokens: of them, the last ones, that a grammar refused before verification. The first of these
+                is a rejection like any other; verified they are not, and not counted as vLLM does not.
+        """
         if num_draft_tokens < 1:
             return
         counts = self.counts
         counts.drafts += 1
-        counts.drafted += num_draft_tokens
+        counts.drafted += num_draft_tokens - num_refused_tokens
         counts.accepted += num_accepted_tokens
         # Called for every request of every step: all else is done once a step, for those of one outcome together.
         outcome = (num_draft_tokens, num_accepted_tokens)
@@ -220,7 +230,7 @@ class DraftWindow:
         for (num_draft_tokens, num_accepted_tokens), times in self._outcomes.items():
             predicted += times * self._promise[min(num_draft_tokens, self.lengths[-1])]
             accepted += times * num_accepted_tokens
-            self.acceptance.observe(num_draft_tokens, num_accepted_tokens, times)
+        self.acceptance.observe_step(self._outcomes)
         self.counts.predicted += predicted
         self.counts.absolute_error += abs(predicted - accepted)
         self._outcomes.clear()

@@ -2,14 +2,16 @@
 
 vLLM's own statistics travel in messages whose fields are fixed (`SchedulerStats`: unknown ones are dropped when a
 message is decoded), and nothing of vLLM's is bent to carry ours. The file lies in memory (/dev/shm) or where the user
-has vLLM put its sockets (VLLM_RPC_BASE_PATH), belongs to this user alone, and is replaced at most once a second.
-Engines on another machine than the API server cannot be read this way: their counts are then missing, and nothing else
-is. Left out: what is counted (window.py) and what becomes of it (metrics_logger.py). Neither side ever raises:
-statistics must not stop serving.
+has vLLM put its sockets (VLLM_RPC_BASE_PATH), belongs to this user alone, and is replaced at most once a second. The
+reader makes it, empty, and removes it when it ends: where nobody reads (`LLM` in a script), nothing is written, and
+nothing stays behind. Engines on another machine than the API server cannot be read this way: their counts are then
+missing, and nothing else is. Left out: what is counted (window.py) and what becomes of it (metrics_logger.py). Neither
+side ever raises: statistics must not stop serving.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -23,6 +25,7 @@ from typing import Any
 
 FORMAT = 1
 INTERVAL_S = 1.0  # between two files, and between two looks at one
+RETRY_S = 60.0  # after a failure: a memory that is full may have room again
 _LARGEST = 1 << 20  # bytes; a report takes a few hundred
 _MEMORY = "/dev/shm"
 
@@ -60,28 +63,34 @@ class ReportWriter:
         self.path = report_path(vllm_config)
         self._clock = clock
         self._next = -float("inf")
-        self._failed = False
+        self._told = False
 
     def write(self, counts: Any, at_once: bool = False) -> None:
-        """Replace the report, unless the last one is younger than a second; the first failure is logged.
+        """Replace the report, if somebody reads and the last one is older than a second; the first failure is logged.
 
         Args:
             counts: a dataclass of counts since the engine started.
             at_once: whatever the age of the last one.
         """
         now = self._clock()
-        if self._failed or (now < self._next and not at_once):
+        if now < self._next and not at_once:
             return
         self._next = now + INTERVAL_S
         try:
-            self._replace(json.dumps({"format": FORMAT, **dataclasses.asdict(counts)}))
+            if self.path.exists():
+                self._replace(json.dumps({"format": FORMAT, **dataclasses.asdict(counts)}))
         except (OSError, TypeError, ValueError) as error:
-            self._failed = True
-            logger.warning("The draft window's counts cannot reach /metrics; serving goes on: %s", error)
+            self._next = now + RETRY_S
+            if not self._told:
+                logger.warning(
+                    "The draft window's counts cannot reach /metrics; serving goes on, and it is tried again: %s",
+                    error,
+                )
+            self._told = True
 
     def close(self) -> None:
         """Remove the report."""
-        self.path.unlink(missing_ok=True)
+        remove_report(self.path)
 
     def _replace(self, text: str) -> None:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
@@ -92,6 +101,21 @@ class ReportWriter:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def begin_report(path: Path) -> None:
+    """The reader's side: an empty file says that somebody reads; what an earlier server left there is gone."""
+    remove_report(path)
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
+    except OSError as error:
+        logger.warning("The draft window's counts cannot reach /metrics; serving goes on: %s", error)
+
+
+def remove_report(path: Path) -> None:
+    """Remove a report, if it is there and ours; that it stays stops nothing."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def read_report(path: Path) -> dict[str, Any] | None:

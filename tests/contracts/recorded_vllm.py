@@ -261,7 +261,9 @@ def _ask_for_a_window() -> bool:
 
     extra = {WINDOW_KEY: {"min_tokens": 0}}
     native = {"draft_load_config": {"model_loader_extra_config": extra}, "num_speculative_tokens": 3}
-    args = types.SimpleNamespace(scheduler_cls=None, data_parallel_size=1, max_num_seqs=8)
+    args = types.SimpleNamespace(
+        scheduler_cls=None, data_parallel_size=1, pipeline_parallel_size=1, max_num_seqs=8
+    )
     window.prepare(native, args, [field.name for field in dataclasses.fields(SpeculativeConfig)])
     return window.TABLE in native and WINDOW_KEY in extra
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 
 import pytest
@@ -39,6 +40,21 @@ def test_v2_drafts_in_its_speculator_while_it_samples():
     assert text.count("self.speculator.propose(") == 1
     assert ("num_speculative_tokens=num_spec_tokens" in text) == v2_runner.drafts_as_scheduled()
     assert "self.speculator" in source(*V2, "__init__")
+
+
+def test_whether_draft_models_heed_the_draft_length_is_read_from_their_code():
+    """An EAGLE head's passes follow it; a draft model's do not yet: then the log says so (compat/window.py)."""
+    if not v2_runner.drafts_as_scheduled():
+        assert not v2_runner.shortens_draft_models()
+        return
+    speculators = "vllm.v1.worker.gpu.spec_decode"
+    standalone = importlib.import_module(f"{speculators}.standalone_ar.speculator")
+    dependent = importlib.import_module(f"{speculators}.target_dependent_ar.speculator")
+    assert v2_runner.reads_draft_length(dependent.TargetDependentARSpeculator.propose)
+    text = inspect.getsource(standalone.StandaloneARSpeculator.propose)
+    assert v2_runner.shortens_draft_models() == (
+        text.count("num_speculative_tokens") > 1
+    )  # beside its parameter
 
 
 def test_a_scheduler_output_carries_the_draft_length_before_it_is_used():

@@ -17,7 +17,7 @@ from serving_pair import random_lora, save_adapter
 
 from vllm_ppow import scheduler as scheduler_module
 from vllm_ppow.change_cost import ChangeCost
-from vllm_ppow.window_report import read_report
+from vllm_ppow.window_report import begin_report, read_report
 
 pytestmark = pytest.mark.engine
 
@@ -264,6 +264,7 @@ def test_an_error_in_the_policy_fixes_the_window_and_stops_nothing(
     served, without_speculation, monkeypatch, method
 ):
     scheduler, calls = scheduler_of(served[1]), []
+    begin_report(scheduler._report.path)
     original = getattr(scheduler.ppow_window, method)
 
     def failing(*args):

@@ -7,7 +7,7 @@ from serving_engine import engine, generate
 from serving_pair import restoring_adapter
 
 from vllm_ppow.metrics import SpecDecodeCounts
-from vllm_ppow.window_report import read_report, report_path
+from vllm_ppow.window_report import begin_report, read_report, report_path
 
 pytestmark = [pytest.mark.engine]
 
@@ -20,9 +20,11 @@ def test_an_engine_reports_what_vllm_counts(pair, tmp_path, monkeypatch):
     adapter = restoring_adapter(tmp_path, "causal_lm", pair)[1].directory
     spec = {"method": "ppow", "model": str(adapter), "num_speculative_tokens": K}
     with engine(pair.target, spec) as llm:
+        path = report_path(llm.llm_engine.vllm_config, 0)
+        assert not path.exists(), "nobody reads"
+        begin_report(path)
         generate(llm)
         counts = SpecDecodeCounts.from_metrics(llm.get_metrics())
-        path = report_path(llm.llm_engine.vllm_config, 0)
         report = read_report(path)
     assert report is not None
     assert report["drafts"] == counts.num_drafts > 0

@@ -100,12 +100,31 @@ def test_bad_arguments():
     assert conditional_acceptance([0.5, 0.0, 0.0]) == [0.5, 0.0]
 
 
-def test_drafts_of_one_outcome_are_counted_together():
-    """As one after the other: what each weighs grows from one to the next."""
+def test_a_steps_outcomes_count_alike_in_whatever_order_they_came():
+    outcomes = {(4, 4): 300, (4, 0): 80, (4, 2): 20, (0, 0): 5}
+    steps = [AcceptanceEstimate(4), AcceptanceEstimate(4)]
+    for _ in range(10):
+        steps[0].observe_step(outcomes)
+        steps[1].observe_step(dict(reversed(outcomes.items())))
+    assert steps[0].survival() == pytest.approx(steps[1].survival(), rel=1e-9)
+    assert steps[0].survival()[0] == pytest.approx(320 / 400, abs=0.003)
+    assert steps[0].survival()[3] == pytest.approx(300 / 400, abs=0.003)
+
+
+def test_large_batches_do_not_bias_what_is_learned():
+    """Half of all first tokens are accepted, in steps of a thousand drafts."""
+    draw, large = random.Random(0), AcceptanceEstimate(1)
+    for _ in range(50):
+        accepted = sum(draw.random() < 0.5 for _ in range(1000))
+        large.observe_step({(1, 0): 1000 - accepted, (1, 1): accepted})
+    assert large.survival()[0] == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_step_weighs_as_its_drafts_one_after_the_other():
     single, together = AcceptanceEstimate(4, memory=50), AcceptanceEstimate(4, memory=50)
     for num_draft_tokens, num_accepted_tokens, times in ((3, 1, 5), (4, 4, 7), (2, 0, 1), (0, 0, 3)):
         for _ in range(times):
             single.observe(num_draft_tokens, num_accepted_tokens)
-        together.observe(num_draft_tokens, num_accepted_tokens, times)
+        together.observe_step({(num_draft_tokens, num_accepted_tokens): times})
     assert together.survival() == pytest.approx(single.survival(), rel=1e-12)
     assert together.known(1) == pytest.approx(single.known(1), rel=1e-12)

@@ -1,9 +1,11 @@
 """The mended expansion of per-request values, and the question that finds the fault. Engines: e2e/test_distribution."""
 
+import logging
+
 import pytest
 import torch
 
-from vllm_ppow.compat import cpu_sampling
+from vllm_ppow.compat import cpu_sampling, seams, worker
 
 
 def test_expansion_equals_a_loop():
@@ -69,3 +71,18 @@ def test_top_k_alone_survives_a_step_without_drafts(monkeypatch):
     logits, k = torch.tensor([[1.0, -1.0]]), torch.tensor([1], dtype=torch.int32)
     assert sampler.apply_top_k_top_p(logits, k, None).tolist() == [[1.0, float("-inf")]]
     assert not cpu_sampling.install()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_seam_that_is_gone_stops_method_ppow_only(monkeypatch, caplog, ours):
+    def missing():
+        raise seams.missing("module", "Class", "method", "not there")
+
+    monkeypatch.setattr(worker.cpu_sampling, "install", missing)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    if ours:
+        with pytest.raises(seams.SeamMissingError):
+            worker._mend_sampling(ours=True)
+    else:
+        worker._mend_sampling(ours=False)
+        assert "was not looked for" in caplog.text

@@ -160,15 +160,13 @@ def test_messages_and_reports_become_metrics(ours):
 
 def test_reports_of_killed_engines_are_removed_at_the_end(ours, monkeypatch):
     left = []
-    monkeypatch.setattr(
-        "vllm_ppow.metrics_logger.atexit.register", lambda f, **options: left.append((f, options))
-    )
+    monkeypatch.setattr("vllm_ppow.metrics_logger.atexit.register", lambda f, *given: left.append((f, given)))
     ours()
     path = report_path(config(), 0)
     path.write_text("{}")
     for _ in range(2):
-        for function, options in left:
-            function(**options)
+        for function, given in left:
+            function(*given)
     assert len(left) == 1
     assert not path.exists()
 
@@ -198,10 +196,10 @@ def test_an_error_is_logged_once_and_stops_our_metrics_only(ours, where, caplog,
     broken = config()
     if where == "start":
         broken.model_config = None
-    if where == "report":
-        report_path(config(), 0).write_text(json.dumps({"format": FORMAT}))
     with caplog.at_level(logging.ERROR, "vllm.ppow.metrics"):
         stat_logger = PPOWStatLogger(broken, [0])
+        if where == "report":
+            report_path(config(), 0).write_text(json.dumps({"format": FORMAT}))
         stats = SimpleNamespace(spec_decoding_stats=SimpleNamespace() if where == "record" else None)
         for _ in range(3):
             stat_logger.record(stats, None)

@@ -5,13 +5,14 @@ Left out: an engine with stages, for which there is no model runner on a CPU.
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 
 import pytest
 from serving_pair import random_adapter
 
 from vllm_ppow import plugin
-from vllm_ppow.compat import engine_args, worker
+from vllm_ppow.compat import engine_args, window, worker
 from vllm_ppow.config import PPOWServingError
 
 
@@ -48,6 +49,15 @@ def test_the_v2_model_runner_is_not(pair, spec):
     config.use_v2_model_runner = False
     with pytest.raises(PPOWServingError):
         engine_args._check_stages(config)
+
+
+def test_the_window_is_fixed_there(pair, spec, monkeypatch, caplog):
+    """The time between two steps is none of either, where stages work on both."""
+    monkeypatch.setattr(engine_args, "_check_stages", lambda config: None)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    config = build(pair, spec, pipeline_parallel_size=2, distributed_executor_backend="mp")
+    assert window.options_of(config.speculative_config) is None
+    assert "stays fixed at its maximum: pipeline stages" in caplog.text
 
 
 @pytest.mark.parametrize(("stages", "last", "drafts"), [(1, False, True), (2, True, True), (2, False, False)])

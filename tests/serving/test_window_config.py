@@ -83,6 +83,18 @@ def test_a_v2_runner_that_drafts_alike_in_every_step_has_a_fixed_window(built, l
     assert ["drafts as many tokens in every step" in text for text in warnings(log)] == [True] * (not heeds)
 
 
+@pytest.mark.parametrize(("v2", "heeds"), [(True, False), (True, True), (False, False)])
+def test_a_draft_model_that_drafts_as_much_at_every_length_is_said(built, log, monkeypatch, v2, heeds):
+    monkeypatch.setattr(window.v2_runner, "drafts_as_scheduled", lambda: True)
+    monkeypatch.setattr(window.v2_runner, "shortens_draft_models", lambda: heeds)
+    config = built()
+    monkeypatch.setattr(type(config), "use_v2_model_runner", v2)
+    log.clear()
+    window.attach(config)
+    assert is_adaptive(config)
+    assert ("save their verification only" in log.text) is (v2 and not heeds)
+
+
 def test_asynchronous_scheduling_gets_the_asynchronous_one(built):
     config = built()
     config.scheduler_config.async_scheduling = True  # a CPU forbids it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -12,7 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_ppow.window_report import FORMAT, INTERVAL_S, ReportWriter, read_report, report_path
+from vllm_ppow.window_report import (
+    FORMAT,
+    INTERVAL_S,
+    ReportWriter,
+    begin_report,
+    read_report,
+    report_path,
+)
 
 
 @dataclasses.dataclass
@@ -32,7 +40,15 @@ def base(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_what_is_written_is_read(base):
+@pytest.fixture
+def read(base):
+    """The report of `config()`, begun by a reader."""
+    path = report_path(config(), 0)
+    begin_report(path)
+    return path
+
+
+def test_what_is_written_is_read(base, read):
     writer = ReportWriter(config())
     writer.write(Counts([1, 2], 3.5))
     assert read_report(report_path(config(), 0)) == {"format": FORMAT, "chosen": [1, 2], "speedup": 3.5}
@@ -41,6 +57,29 @@ def test_what_is_written_is_read(base):
     writer.close()
     writer.close()
     assert read_report(writer.path) is None
+
+
+def test_nothing_is_written_where_nobody_reads(base):
+    """An `LLM` in a script that is killed leaves nothing behind."""
+    ReportWriter(config()).write(Counts([1]))
+    assert list(base.iterdir()) == []
+
+
+def test_a_reader_begins_with_what_is_written_after_it(base, read):
+    ReportWriter(config()).write(Counts([7]))
+    begin_report(read)
+    assert read_report(read) is None, "an earlier server's"
+    assert read.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_place_that_cannot_be_had_stops_neither_side(base, caplog):
+    path = report_path(config(), 0)
+    path.mkdir()
+    with caplog.at_level(logging.WARNING, "vllm.ppow.metrics"):
+        begin_report(path)
+    assert "cannot reach /metrics" in caplog.text
+    ReportWriter(config()).close()
+    assert path.is_dir()
 
 
 def test_the_server_finds_every_engines_file(base):
@@ -73,7 +112,7 @@ def test_several_api_servers_find_the_file_by_the_directory_they_share(base, mon
     )
 
 
-def test_at_most_one_file_a_second(base):
+def test_at_most_one_file_a_second(base, read):
     now = [0.0]
     writer = ReportWriter(config(), clock=lambda: now[0])
     for step in range(100):
@@ -84,15 +123,25 @@ def test_at_most_one_file_a_second(base):
     assert read_report(writer.path)["chosen"] == [99]
 
 
-def test_a_directory_that_is_not_there_is_said_once(base, caplog):
-    writer = ReportWriter(config(), clock=iter(range(0, 1000, 10)).__next__)
-    writer.path = base / "missing" / "report.json"
+def test_memory_that_is_full_is_said_once_and_tried_again(base, read, caplog, monkeypatch):
+    now, full = [0.0], True
+    writer = ReportWriter(config(), clock=lambda: now[0])
+    replace = writer._replace
+
+    def failing(text):
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(text)
+
+    monkeypatch.setattr(writer, "_replace", failing)
     with caplog.at_level(logging.WARNING, "vllm.ppow.metrics"):
-        writer.write(Counts([1]))
-        writer.write(Counts([2]))
+        for second in range(200):
+            now[0], full = float(second), second < 150
+            writer.write(Counts([second]))
     assert [record.getMessage()[:60] for record in caplog.records] == [
         "The draft window's counts cannot reach /metrics; serving goe"
     ]
+    assert read_report(writer.path)["chosen"][0] >= 180
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', "\xff"])

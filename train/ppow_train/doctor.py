@@ -154,7 +154,7 @@ def _vllm(diagnosis: Diagnosis) -> None:
         diagnosis.add(
             "vLLM",
             "fail",
-            f"{' '.join(found)} cannot be imported: {type(error).__name__}: {str(error).splitlines()[0]}",
+            f"{' '.join(found)} cannot be imported: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
             "python -m vllm_ppow.compat.cpu_install heals two known faults of CPU installs.",
         )
         return

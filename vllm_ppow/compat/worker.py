@@ -46,12 +46,26 @@ def require() -> None:
     install()
 
 
+def _mend_sampling(ours: bool) -> None:
+    """Whatever the method: the sampler is the same, and so is its fault. Another method starts without the mend, too.
+
+    Raises:
+        SeamMissingError: method ppow cannot be served with the fault in place.
+    """
+    try:
+        cpu_sampling.install()
+    except seams.SeamMissingError as error:
+        if ours:
+            raise
+        seams.logger.warning("A fault of CPU sampling under speculation was not looked for: %s", error)
+
+
 def _preparing(original: Callable[..., Any]) -> Callable[..., Any]:
     """`init_device` builds the model runner and the drafter, and loads nothing yet."""
 
     def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.vllm_config.speculative_config is not None:
-            cpu_sampling.install()  # whatever the method: the sampler is the same, and so is its fault
+            _mend_sampling(ours=serves_ppow(self.vllm_config.speculative_config))
         if serves_ppow(self.vllm_config.speculative_config):
             from vllm_ppow import loader
 
