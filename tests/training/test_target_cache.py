@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections import namedtuple
 
@@ -116,9 +117,33 @@ def test_what_is_on_disk_is_found_again(target, trajectories, tmp_path, monkeypa
     other = DiskCache(target, trajectories, tmp_path, "sha256:1")
     changed = Trajectories(trajectories.input_ids + 1, trajectories.prompt_lengths, trajectories.lengths)
     third = DiskCache(target, changed, tmp_path, "sha256:0")
-    assert len({cache.directory for cache in (first, other, third)}) == 3
+    with monkeypatch.context() as edited:
+        edited.setitem(target.model.config.rope_parameters, "rope_theta", 5e5)
+        fourth = DiskCache(target, trajectories, tmp_path, "sha256:0")
+    assert len({cache.directory for cache in (first, other, third, fourth)}) == 4
     monkeypatch.setattr(Target, "encode", no_target)
     assert_alike(first, DiskCache(target, trajectories, tmp_path, "sha256:0"), trajectories)
+
+
+def test_of_two_that_want_it_one_asks_the_target(target, trajectories, tmp_path, monkeypatch):
+    encode, asking = Target.encode, set()
+
+    def slow(self: Target, chosen: Trajectories):
+        asking.add(threading.get_ident())
+        time.sleep(0.3)
+        return encode(self, chosen)
+
+    monkeypatch.setattr(Target, "encode", slow)
+    threads = [
+        threading.Thread(target=DiskCache, args=(target, trajectories, tmp_path, "sha256:0"))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(asking) == 1
+    assert [path.name[:7] for path in tmp_path.iterdir()] == ["target-"]
 
 
 def test_what_was_half_written_is_not_taken(target, trajectories, tmp_path, monkeypatch):

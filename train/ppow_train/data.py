@@ -13,11 +13,12 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ppow_train.errors import UserError
-from ppow_train.prompts import Text
+from ppow_train.prompts import prompt_hash
 from ppow_train.prompts import read_prompts as read_prompts
 from ppow_train.types import FlatTrajectories, Trajectories
 
@@ -52,9 +53,12 @@ def keep_long_enough(trajectories: Trajectories, num_speculative_tokens: int) ->
 
 
 def save_trajectories(
-    directory: Path, prompt_ids: list[list[int]], completion_ids: list[list[int]], facts: dict
+    directory: Path, prompt_ids: list[list[int]], completion_ids: list[list[int]], facts: dict[str, Any]
 ) -> None:
-    """Write trajectories as a `datasets` dataset with a `facts.json` beside it; whole or not at all."""
+    """Write trajectories as a `datasets` dataset with a `facts.json` beside it; whole or not at all.
+
+    A set that is there already stays: the name says what is in it (`trajectory_key`), and others may be reading it.
+    """
     from datasets import Dataset
 
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -64,9 +68,11 @@ def save_trajectories(
             temporary
         )
         (temporary / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.rename(temporary, directory)
+        try:
+            os.rename(temporary, directory)
+        except OSError:
+            if not directory.exists():
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -79,21 +85,14 @@ def load_trajectories(directory: Path) -> Trajectories:
     return collate(dataset["prompt_ids"], dataset["completion_ids"])
 
 
-def trajectory_key(
-    prompts: Sequence[Text],
-    target_fingerprint: str,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    dtype: str = "float32",
-    own_bos: bool = False,
-) -> str:
+def trajectory_key(prompt_ids: Sequence[Sequence[int]], facts: dict[str, Any]) -> str:
     """Short name for a set of trajectories, the same whenever the same ones would be generated.
 
     Args:
-        own_bos: whether some text brings its own BOS token: older sets gave it a second one.
+        prompt_ids: token ids, one sequence per prompt: a tokenizer that changes, changes them.
+        facts: JSON values that continuations depend on besides: the target, how it is sampled, where they end.
     """
-    asked = [_GENERATION, list(prompts), target_fingerprint, max_new_tokens, temperature, seed]
-    asked += [dtype] * (dtype != "float32") + ["own BOS"] * own_bos  # older sets were all float32
-    facts = json.dumps(asked)
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([_GENERATION, facts], sort_keys=True).encode())
+    for ids in prompt_ids:
+        digest.update(prompt_hash(ids))
+    return digest.hexdigest()[:16]

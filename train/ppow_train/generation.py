@@ -16,7 +16,9 @@ import torch
 
 from ppow_train.data import load_trajectories, save_trajectories, trajectory_key
 from ppow_train.errors import UserError
-from ppow_train.prompts import Text, begins_with_bos, text_ids
+from ppow_train.locks import locked
+from ppow_train.prompts import Text, text_ids
+from ppow_train.target_config import config_digest
 from ppow_train.trajectory_store import derive_seed
 from ppow_train.types import Trajectories
 
@@ -298,31 +300,36 @@ def load_or_generate(
 ) -> Trajectories:
     """Trajectories of the prompts, from `cache` if the same ones were generated before.
 
+    Of several processes that want the same ones, one generates and the others wait for it.
+
     Args:
         cache: directory of trajectory sets, one sub-directory per key.
+        target_fingerprint: of the target's weights.
     """
-    dtype = str(model.dtype).removeprefix("torch.")
-    own_bos = any(begins_with_bos(text, tokenizer) for text in prompts)
-    directory = cache / trajectory_key(
-        prompts, target_fingerprint, max_new_tokens, temperature, seed, dtype, own_bos
-    )
+    prompt_ids = text_ids(prompts, tokenizer)
+    facts = {
+        "target_fingerprint": target_fingerprint,
+        "target_config": config_digest(model.config),
+        "end_token_ids": _end_tokens(model, tokenizer),
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    directory = cache / trajectory_key(prompt_ids, facts)
     if not directory.is_dir():
-        prompt_ids, completion_ids = generate(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            report=report,
-        )
-        facts = {
-            "target_fingerprint": target_fingerprint,
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "seed": seed,
-            "dtype": dtype,
-            "prompts": len(prompts),
-        }
-        save_trajectories(directory, prompt_ids, completion_ids, facts)
+        with locked(directory):
+            if not directory.is_dir():
+                _, completion_ids = generate(
+                    model,
+                    tokenizer,
+                    prompt_ids,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    seed=seed,
+                    report=report,
+                )
+                save_trajectories(
+                    directory, prompt_ids, completion_ids, {**facts, "prompts": len(prompt_ids)}
+                )
     return load_trajectories(directory)

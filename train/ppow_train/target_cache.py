@@ -23,6 +23,7 @@ import torch
 from rich.progress import Progress
 
 from ppow_train.errors import UserError
+from ppow_train.locks import locked
 from ppow_train.machine import available_bytes, gib, processes_here
 from ppow_train.options import PPOWOptions
 from ppow_train.shapes import (
@@ -34,6 +35,7 @@ from ppow_train.shapes import (
     tokens_at_once,
 )
 from ppow_train.target import Target
+from ppow_train.target_config import config_digest
 from ppow_train.types import Encoded, Trajectories
 
 # `auto` keeps what is no larger in memory: by size alone, so that a resumed run decides alike.
@@ -157,7 +159,8 @@ class DiskCache:
     """All states in safetensors files of `_SHARD` trajectories, read as they are needed.
 
     Args:
-        directory: where caches are kept; this one gets a name made of its content, so that it is found again.
+        directory: where caches are kept; this one gets a name made of its content, so that it is found again. Of
+            several processes that want the same one, one makes it and the others wait.
         fingerprint: of the target's weights.
 
     Raises:
@@ -175,8 +178,10 @@ class DiskCache:
         self._layout = _Layout(target)
         self.directory = directory / f"target-{_key(target, trajectories, fingerprint)}"
         if not self.directory.exists():
-            _check_room(directory, cache_bytes(target, trajectories))
-            _write_shards(self.directory, _states(target, trajectories, report))
+            with locked(self.directory):
+                if not self.directory.exists():
+                    _check_room(directory, cache_bytes(target, trajectories))
+                    _write_shards(self.directory, _states(target, trajectories, report))
         report(len(trajectories))
 
     def encoded(self, rows: torch.Tensor, length: int) -> Encoded:
@@ -212,10 +217,9 @@ def _read(target: Target, chosen: Trajectories) -> torch.Tensor:
 
 
 def _key(target: Target, trajectories: Trajectories, fingerprint: str) -> str:
-    facts = json.dumps(
-        [_FORMAT, _BATCH, PASS_BYTES, fingerprint, list(target.tap_layers), str(target.model.dtype)]
-    )
-    digest = hashlib.sha256(facts.encode())
+    model = target.model
+    of_target = [fingerprint, config_digest(model.config), list(target.tap_layers), str(model.dtype)]
+    digest = hashlib.sha256(json.dumps([_FORMAT, _BATCH, PASS_BYTES, *of_target]).encode())
     for ids in trajectories.unpadded():
         digest.update(ids.numpy().tobytes() + b"|")
     return digest.hexdigest()[:16]
