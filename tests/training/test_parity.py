@@ -1,4 +1,4 @@
-"""The simulated serving walk against one done step by step, and the gate that compares it with vLLM's counts."""
+"""The simulated serving walk against one done step by step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from ppow_train.data import collate
 from ppow_train.pair import load_pair
-from ppow_train.parity import Parity
 from ppow_train.rollout import WindowRunner
 from ppow_train.verification import acceptance_ratio, overlap
 from ppow_train.walk import expected_walk, simulate_walk
@@ -85,21 +84,3 @@ def test_acceptance_given_the_output_has_the_right_mean():
     p = target.softmax(-1)
     ratio = acceptance_ratio(draft.log_softmax(-1), target.log_softmax(-1))
     assert torch.allclose((p * ratio).sum(-1), overlap(target, draft))
-
-
-def counts(num_drafts: int, per_position: tuple[int, ...]) -> SpecDecodeCounts:
-    return SpecDecodeCounts(num_drafts, num_drafts * len(per_position), sum(per_position), per_position)
-
-
-def test_the_gate_lets_chance_pass_and_holds_back_a_difference():
-    simulated = counts(2000, (1000, 500, 250))
-    assert Parity(simulated, counts(2000, (1030, 480, 260))).holds
-    assert not Parity(simulated, counts(2000, (700, 300, 100))).holds
-    assert not Parity(simulated, counts(2000, (1000, 500, 450))).holds  # one position is enough
-
-
-def test_a_few_drafts_prove_less_than_many():
-    few = Parity(counts(20, (10,)), counts(20, (14,)))
-    many = Parity(counts(20_000, (10_000,)), counts(20_000, (14_000,)))
-    assert few.holds
-    assert not many.holds

@@ -63,8 +63,9 @@ def test_training_is_gone_when_vllm_starts(
 
         def wait_until_ready(self) -> None: ...
 
-        def run(self, *args: object, **kwargs: object) -> SimpleNamespace:
-            return SimpleNamespace(counts=SpecDecodeCounts(1, 8, 0, (0,) * 8))
+        def run(self, prompts: list[list[int]], *, max_tokens: int, **kwargs: object) -> SimpleNamespace:
+            tokens = [[1] * max_tokens for _ in prompts]
+            return SimpleNamespace(counts=SpecDecodeCounts(1, 8, 0, (0,) * 8), tokens=tokens)
 
     monkeypatch.setattr(parity, "Engine", Engine)
     pair = load_pair(str(directories.target), str(directories.drafter[kind]))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub.errors import LocalTokenNotFoundError
 from test_selection import config_of, continued
 from test_training_runs import open_pair
@@ -18,6 +19,7 @@ from ppow_train.parity import Parity
 from ppow_train.push import Push, push_adapter, take_push
 from ppow_train.trainer import PPOWTrainer
 from ppow_train.training import train_adapter
+from ppow_train.walk import ExpectedWalk
 from vllm_ppow.artifact import PEFT_WEIGHTS, Adapter, read_adapter
 from vllm_ppow.metrics import SpecDecodeCounts
 
@@ -144,7 +146,9 @@ def train(directories, tmp_path, monkeypatch):
 
     def call(*more: str, holds: bool = True) -> int:
         served = SpecDecodeCounts(100, 200, 60 if holds else 200, (40, 20) if holds else (100, 100))
-        parity = Parity(SpecDecodeCounts(100, 200, 60, (40, 20)), served)
+        drafts, accepted = torch.full((10,), 10.0), torch.tensor([[4.0, 2.0]] * 10)
+        walk = ExpectedWalk(drafts, accepted, torch.eye(2).repeat(10, 1, 1))
+        parity = Parity(walk, served, walk, walk)
         monkeypatch.setattr("ppow_train.commands.training_run.check_parity", lambda *args: parity)
         command = [
             "train",

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ppow_train.errors import UserError
 from ppow_train.last_layer import feed_forward_at
-from ppow_train.packing import block_mask, gather_slots
+from ppow_train.packing import block_mask, gather_slots, window_tokens
 from ppow_train.types import Encoded, Trajectories
 
 _CHECKED_TOKENS = 8
@@ -50,7 +50,12 @@ def check_head(model: PreTrainedModel) -> None:
         own = model(input_ids=ids, use_cache=False).logits.float()
     finally:
         hook.remove()
-    if seen:
+    if not seen:  # OPT's head reads its decoder, past the base model, whose last states are the same
+        seen.append(model.base_model(input_ids=ids, use_cache=False)[0])
+    if (
+        seen[-1].shape[:2] == ids.shape
+        and seen[-1].shape[-1] == model.get_output_embeddings().weight.shape[1]
+    ):
         # Of the same hidden states: what may differ is rounding in the head.
         tolerance = max(2 * torch.finfo(model.dtype).eps, 1e-5) * own.abs().max()
         if (head_logits(model, seen[-1]) - own).abs().max() <= tolerance:
@@ -58,6 +63,39 @@ def check_head(model: PreTrainedModel) -> None:
     raise UserError(
         f"{model.config.name_or_path} ({type(model).__name__}) computes its logits in a way that is not known here, "
         "so training would see other ones than are served: take another model."
+    )
+
+
+@torch.no_grad()
+def check_windows(model: PreTrainedModel) -> None:
+    """Compare `block_logits` of one window beside another with the model's own logits, on a few tokens.
+
+    Raises:
+        UserError: the model does not take windows packed behind a shared prefix: masks of its own, or other positions.
+    """
+    ids = (
+        torch.arange(1, _CHECKED_TOKENS + 1, device=model.device)
+        % model.get_input_embeddings().weight.shape[0]
+    )
+    count = torch.tensor([len(ids)], device=model.device)
+    starts = torch.tensor([[_CHECKED_TOKENS // 2, _CHECKED_TOKENS // 2 - 1]], device=model.device)
+    try:
+        encoded = encode(model, Trajectories(ids[None], torch.ones_like(count), count))
+        tokens = window_tokens(ids[None], starts, _CHECKED_TOKENS // 2)
+        packed = block_logits(model, encoded, starts, tokens)[0, 0]
+        own = model(input_ids=ids[None], use_cache=False).logits[0].float()
+        wanted = own[_CHECKED_TOKENS // 2 - 1 : -1]
+        # Much more than rounding, in float16 too; a wrong mask or position changes logits as a whole.
+        if (packed - wanted).abs().max() <= 0.05 * own.abs().max():
+            return
+        reason = "their logits come out differently"
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        if isinstance(error, (UserError, torch.cuda.OutOfMemoryError)):
+            raise
+        reason = " ".join(str(error).split())
+    raise UserError(
+        f"{model.config.name_or_path} ({type(model).__name__}) does not take windows packed behind a shared prefix "
+        f"({reason}), which objective ppow needs: take another objective, or another model."
     )
 
 

@@ -17,7 +17,8 @@ from ppow_train.errors import UserError
 from ppow_train.generation import Round, continuation_rounds
 from ppow_train.microbatches import divide_step, num_processes
 from ppow_train.objectives import check_dpace, parse_objective
-from ppow_train.options import CHOICES, PPOWOptions
+from ppow_train.options import PPOWOptions
+from ppow_train.ranges import check_ranges, require
 
 silence_import_warnings()
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402, F401  (trainer.py takes it from here: TRL is imported in one place)
@@ -30,6 +31,7 @@ _DECIDED = {
     "generation_batch_size": "set windows_per_step",
     "gradient_accumulation_steps": "set windows_per_forward",
     "steps_per_generation": "drop it, there is one update per batch",
+    "num_iterations": "drop it, there is one update per batch",
     "gradient_checkpointing": "packed windows read the cache that it would drop, set windows_per_forward",
     "loss_type": "drop it, windows all have the same length",
     "use_bias_correction_kl": "drop it, the penalty is KL(q ‖ p), set beta",
@@ -41,11 +43,25 @@ _DECIDED = {
     "use_cpu": "give --device",
 }
 
-# TRL's fields that would do harm, or nothing, without a word.
+# TRL's fields that would do harm, or nothing, without a word, unless they are left alone.
+_NOT_DRAWN = "windows are drawn from the drafter's whole distribution, which is the one that is served"
+_NO_VLLM = "windows are drafted in this process"
+_NOT_EVALUATED = "held-out prompts are no dataset of TRL: give --held-out and eval_steps"
 _UNFIT = {
     "mask_truncated_completions": "windows end after K tokens, not at an end token, and would hardly be trained on",
     "entropy_coef": "entropies are only logged, so it would change the logged loss and no gradient",
     "use_adaptive_entropy": "entropies are only logged, so it would change the logged loss and no gradient",
+    "top_p": _NOT_DRAWN,
+    "top_k": _NOT_DRAWN,
+    "min_p": _NOT_DRAWN,
+    "repetition_penalty": _NOT_DRAWN,
+    "generation_kwargs": _NOT_DRAWN,
+    "num_train_epochs": "max_steps says how long a run is",
+    "eval_strategy": _NOT_EVALUATED,
+    "eval_on_start": _NOT_EVALUATED,
+    "load_best_model_at_end": "keep_best does that, by acceptance",
+    "sync_ref_model": "the penalty is towards the target, which stays as it is",
+    "use_liger_kernel": "logits of windows are not made by the model's own forward",
 }
 
 
@@ -80,7 +96,11 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         self.disable_tqdm = True
         # None too: every window runs through every layer.
         self.ddp_find_unused_parameters: bool | None = bool(self.ddp_find_unused_parameters)
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"TRL refuses these options ({reason}): change or drop them.") from error
         if self.world_size != num_processes():
             raise UserError(
                 f"{self.world_size} processes were found where WORLD_SIZE says {num_processes()}: start them with "
@@ -118,44 +138,11 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         )
 
     def _check(self) -> None:
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            _require(value in choices, name, f"one of {', '.join(choices)}", repr(value))
-        _require(
-            self.greedy_sharpness_temperature > 0,
-            "greedy_sharpness_temperature",
-            "> 0",
-            self.greedy_sharpness_temperature,
-        )
-        _require(
-            self.num_speculative_tokens >= 1, "num_speculative_tokens", ">= 1", self.num_speculative_tokens
-        )
-        _require(self.continuations >= 1, "continuations", ">= 1", self.continuations)
-        _require(self.serving_temperature >= 0, "serving_temperature", ">= 0", self.serving_temperature)
-        _require(
-            self.greedy_sampling_temperature > 0,
-            "greedy_sampling_temperature",
-            "> 0",
-            self.greedy_sampling_temperature,
-        )
-        _require(self.draft_cost_ratio >= 0, "draft_cost_ratio", ">= 0", self.draft_cost_ratio)
-        _require(self.criticality_refresh >= 1, "criticality_refresh", ">= 1", self.criticality_refresh)
-        _require(0 <= self.uniform_share <= 1, "uniform_share", "in 0..1", self.uniform_share)
-        _require(0 <= self.adaptive_after <= 1, "adaptive_after", "in 0..1", self.adaptive_after)
-        _require(0 <= self.survival_smoothing < 1, "survival_smoothing", "in [0, 1)", self.survival_smoothing)
-        _require(0 < self.proximity_quantile < 1, "proximity_quantile", "in 0..1", self.proximity_quantile)
-        _require(0 < self.position_decay <= 1, "position_decay", "in (0, 1]", self.position_decay)
-        _require(0 < self.dpace_alpha <= 1, "dpace_alpha", "in (0, 1]", self.dpace_alpha)
+        check_ranges(self)
         if self.position_weights == "dpace":
             check_dpace(self.objective)
-        _require(self.max_steps >= 1, "max_steps", ">= 1", self.max_steps)
-        _require(self.trajectories_per_step >= 1, "trajectories_per_step", ">= 1", self.trajectories_per_step)
         named = self.lora_targets is None or isinstance(self.lora_targets, list)
-        _require(named, "lora_targets", "a list of names", repr(self.lora_targets))
-        _require(self.lora_rank >= 1, "lora_rank", ">= 1", self.lora_rank)
-        bound = self.windows_per_forward
-        _require(bound is None or bound >= 1, "windows_per_forward", ">= 1", bound)
-        _require(self.proximity_weight >= 0, "proximity_weight", ">= 0", self.proximity_weight)
+        require(named, "lora_targets", "a list of names", repr(self.lora_targets))
         greedy_drafts = self.draft_sample_method == "greedy" and self.serving_temperature > 0
         if self.ppow_credit == "acceptance" and greedy_drafts:
             raise UserError(
@@ -167,27 +154,26 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
                 f"target_cache {self.target_cache} keeps too little for ppow, whose drafts the target reads: drop it."
             )
         if self.is_rollout:
-            _require(self.num_generations >= 2, "num_generations", ">= 2", self.num_generations)
-        for name, why in _UNFIT.items():
-            if getattr(self, name):
-                raise UserError(f"{name} {getattr(self, name)} does not fit ({why}): drop it.")
+            require(self.num_generations >= 2, "num_generations", ">= 2", self.num_generations)
+        self._check_fit()
         self._check_windows()
         self._check_keeping()
 
+    def _check_fit(self) -> None:
+        """Whether TRL's options that would do harm or nothing are left alone."""
+        for option in dataclasses.fields(self):
+            why = _UNFIT.get(option.name) or (_NO_VLLM if option.name.startswith("vllm_") else None)
+            if why is not None and getattr(self, option.name) != option.default:
+                raise UserError(f"{option.name} {getattr(self, option.name)} does not fit ({why}): drop it.")
+
     def _check_keeping(self) -> None:
         """What is saved, evaluated and told on the way."""
-        kept = self.save_total_limit
-        # While one is being written, the one before it must stay.
-        _require(kept is None or kept >= 2, "save_total_limit", ">= 2", kept)
-        _require(
+        require(
             self.save_strategy in ("no", "steps"), "save_strategy", "no or steps", repr(self.save_strategy)
         )
         _check_reporters(self.report_to)
-        evaluates = self.eval_steps is None or self.eval_steps >= 1
-        _require(evaluates, "eval_steps", ">= 1, or absent", self.eval_steps)
         if self.early_stop_patience is not None:
-            _require(self.early_stop_patience >= 1, "early_stop_patience", ">= 1", self.early_stop_patience)
-            _require(
+            require(
                 self.eval_steps is not None, "eval_steps", "set with early_stop_patience", self.eval_steps
             )
         if self.push_to_hub:  # transformers would upload training state; `ppow train` takes the option away
@@ -224,11 +210,6 @@ def _check_reporters(names: str | list[str] | None) -> None:
             )
 
 
-def _require(holds: bool, name: str, wanted: str, value: Any) -> None:
-    if not holds:
-        raise UserError(f"{name} must be {wanted}, got {value}.")
-
-
 def read_config_file(path: Path) -> dict[str, Any]:
     """Read a YAML mapping of `PPOWConfig` fields.
 
@@ -253,16 +234,23 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 def _typed(value: Any, field: dataclasses.Field[Any], source: str) -> Any:
     """A number where a number belongs: YAML reads `3e-3` as text, and TRL would fail on it late."""
-    is_number = isinstance(field.default, (int, float)) and not isinstance(field.default, bool)
-    if not is_number or (value is None and "None" in str(field.type)):
+    # Our own annotations are text, most of TRL's are types: "<class 'int'>", "float | None".
+    written = str(field.type).removeprefix("<class '").removesuffix("'>")
+    kinds = {kind.strip() for kind in written.split("|")}
+    if (value is None and "None" in kinds) or not kinds - {"None"} <= {"int", "float", "bool"}:
         return value
-    wanted = "a whole number" if field.type in ("int", int) else "a number"
+    if "bool" in kinds:
+        if not isinstance(value, bool):
+            raise UserError(f"{source}: {field.name} must be true or false, got {value!r}.")
+        return value
+    is_whole = "float" not in kinds
     try:
         number = float(value) if isinstance(value, str) else value
-        if isinstance(number, bool) or (wanted == "a whole number" and int(number) != number):
+        if isinstance(number, bool) or (is_whole and int(number) != number):
             raise ValueError
-        return int(number) if wanted == "a whole number" else number + 0
-    except (TypeError, ValueError) as error:
+        return int(number) if is_whole else number + 0
+    except (TypeError, ValueError, OverflowError) as error:
+        wanted = "a whole number" if is_whole else "a number"
         raise UserError(f"{source}: {field.name} must be {wanted}, got {value!r}.") from error
 
 

@@ -8,6 +8,23 @@ from pathlib import Path
 
 import torch
 
+from ppow_train.errors import UserError
+
+
+def choose_device(wanted: str | None) -> str:
+    """`cpu` or `cuda`, as wanted; without a wish CUDA where there is a device.
+
+    Raises:
+        UserError: CUDA is wanted and torch sees no device.
+    """
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda needs a CUDA device, and torch sees none: give --device cpu, or a torch that fits."
+        )
+    return wanted
+
 
 def available_bytes(device: torch.device, root: Path = Path("/")) -> int:
     """Memory that this process can still take: free memory of a CUDA device, or of the machine and its cgroup (Linux).

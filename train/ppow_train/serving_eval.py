@@ -124,6 +124,17 @@ def ppow_spec(
     }
 
 
+def model_length(
+    prompts: Sequence[Sequence[int]], max_tokens: int, num_speculative_tokens: int, config: Any
+) -> int:
+    """max_model_len for prompts and their continuations, in tokens, no more than a model of this config takes.
+
+    Room to spare: with less than two drafts of it before max_model_len, vLLM's acceptance was seen to fall.
+    """
+    wanted = max(map(len, prompts)) + max_tokens + 4 * (num_speculative_tokens + 1)
+    return min(wanted, getattr(config.get_text_config(), "max_position_embeddings", None) or wanted)
+
+
 class Engine:
     """A vLLM engine in a process of its own. Use as a context manager.
 

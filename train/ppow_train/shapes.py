@@ -13,11 +13,14 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ppow_train.errors import UserError
+
 if TYPE_CHECKING:
     from ppow_train.target import Target
 
 # States of one such pass: 8,700 tokens of an 8B target in bfloat16 that a head reads.
 PASS_BYTES = 4 * 2**30
+_INTERMEDIATE_NAMES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +36,31 @@ class Shapes:
 
     @classmethod
     def of(cls, model: Any) -> Shapes:
-        """Those of a model of transformers or of the speculators library."""
+        """Those of a model of transformers or of the speculators library.
+
+        Raises:
+            UserError: its config does not name them as any model known here does.
+        """
         config = getattr(model.config, "transformer_layer_config", None) or model.config.get_text_config()
+        try:
+            return cls._of(config, next(model.parameters()).element_size())
+        except AttributeError as error:
+            raise UserError(
+                f"The config of {type(model).__name__} does not tell its sizes ({error}): take another model."
+            ) from error
+
+    @classmethod
+    def _of(cls, config: Any, element: int) -> Shapes:
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         keys = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
+            intermediate=_intermediate(config),
             queries=heads * head_dim,
             keys=keys,
-            element=next(model.parameters()).element_size(),
+            element=element,
         )
 
     @property
@@ -74,6 +90,16 @@ class Shapes:
         """
         streams = self.layers * self.hidden if taps else 0
         return (streams + 3 * self.intermediate) * self.element
+
+
+def _intermediate(config: Any) -> int:
+    """Features between the two halves of a feed-forward layer, under the names that families of models give them.
+
+    Those that give none (Bloom) have four times the hidden size, as in the first Transformer.
+    """
+    named = (getattr(config, name, None) for name in _INTERMEDIATE_NAMES)
+    # Gemma 3n has one for each layer; the largest is counted for all.
+    return next((max(n) if isinstance(n, list) else n for n in named if n), 4 * config.hidden_size)
 
 
 def pass_bytes_per_token(target: Target) -> int:

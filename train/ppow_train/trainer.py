@@ -15,7 +15,7 @@ Left out: everything else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from ppow_train.compat import (
 from ppow_train.config import GRPOTrainer, PPOWConfig
 from ppow_train.credit import token_advantages
 from ppow_train.distributed import admit_computations, inside
-from ppow_train.errors import UserError
+from ppow_train.lora_targets import check_lora_targets
 from ppow_train.objectives import PathWindows, make_objective
 from ppow_train.rewards import ProximityThreshold, make_reward_funcs
 from ppow_train.rollout import WindowRunner
@@ -78,7 +78,7 @@ class PPOWTrainer(GRPOTrainer):
             target_modules=args.lora_targets or runner.drafter.lora_targets,
             bias="none",
         )
-        _check_lora_targets(runner.drafter.model, lora.target_modules)
+        check_lora_targets(runner.drafter.model, lora.target_modules)
         silence_rollout_warning()
         silence_telemetry()
         ensure_generation_config(runner.drafter.model)
@@ -278,17 +278,6 @@ def _in_row_order(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torc
 
     whole = {name: value if value.ndim == 0 else joined(name) for name, value in batches[0].items()}
     return [{name: v if v.ndim == 0 else v[part] for name, v in whole.items()} for part in parts]
-
-
-def _check_lora_targets(model: torch.nn.Module, names: Iterable[str]) -> None:
-    """PEFT passes over a name that fits nothing as long as another one fits."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    for wanted in names:
-        if not any(f".{name}".endswith(f".{wanted}") for name in linear):
-            known = sorted({name.rpartition(".")[2] for name in linear if not name.startswith("verifier_")})
-            raise UserError(
-                f"lora_targets must name linear layers of the drafter ({', '.join(known)}), got {wanted!r}."
-            )
 
 
 def trajectory_rows(num_trajectories: int, args: PPOWConfig) -> Dataset:

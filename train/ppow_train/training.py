@@ -15,6 +15,7 @@ import torch
 from rich.progress import Progress, TaskID
 
 from ppow_train.adapter import adapter_config, held_out_facts, training_facts, write_files
+from ppow_train.causal import check_windows
 from ppow_train.checkpoints import (
     CheckpointState,
     finish_run,
@@ -25,7 +26,9 @@ from ppow_train.checkpoints import (
 )
 from ppow_train.config import PPOWConfig
 from ppow_train.data import keep_long_enough, read_prompts
+from ppow_train.errors import UserError
 from ppow_train.generation import Round, load_or_generate, load_tokenizer
+from ppow_train.lora_targets import check_lora_targets
 from ppow_train.machine import peak_bytes
 from ppow_train.microbatches import choose_windows_per_forward, divide_step
 from ppow_train.pair import Pair
@@ -33,10 +36,26 @@ from ppow_train.progress import ProgressBar
 from ppow_train.prompts import Text
 from ppow_train.rollout import WindowRunner
 from ppow_train.selection import BestOnHeldOut, Judge, SelectionState, require_held_out, split_held_out
+from ppow_train.shapes import Shapes
 from ppow_train.target_cache import TargetCache, open_cache
 from ppow_train.types import Trajectories
 from ppow_train.walk import ExpectedWalk
 from vllm_ppow.artifact import Adapter, check_output, read_adapter, write_adapter
+
+
+def check_trainable(pair: Pair, config: PPOWConfig) -> None:
+    """Refuse what would end a run only after its trajectories are generated.
+
+    Raises:
+        UserError: layers to adapt are not there, or sizes of a model are not known.
+    """
+    check_lora_targets(pair.drafter.model, config.lora_targets or pair.drafter.lora_targets)
+    for model in (pair.target.model, pair.drafter.model):
+        Shapes.of(model)
+    if config.is_rollout:
+        check_windows(pair.target.model)
+        if pair.drafter.drafter_type == "causal_lm":
+            check_windows(pair.drafter.model)
 
 
 def get_trajectories(
@@ -53,6 +72,9 @@ def get_trajectories(
 
     Args:
         texts: those of the file to continue; None for all.
+
+    Raises:
+        UserError: a GPU's memory does not suffice.
     """
     tokenizer = load_tokenizer(pair.target.directory)
     texts = read_prompts(prompts, tokenizer) if texts is None else texts
@@ -60,17 +82,24 @@ def get_trajectories(
     parts = []
     for index, drawn in enumerate(rounds):
         before = index * len(texts)
-        part = load_or_generate(
-            cache,
-            pair.target.model,
-            tokenizer,
-            texts,
-            target_fingerprint=pair.target_ref.fingerprint,
-            max_new_tokens=max_new_tokens,
-            temperature=drawn.temperature,
-            seed=drawn.seed,
-            report=_advance(progress, task, before),
-        )
+        try:
+            part = load_or_generate(
+                cache,
+                pair.target.model,
+                tokenizer,
+                texts,
+                target_fingerprint=pair.target_ref.fingerprint,
+                max_new_tokens=max_new_tokens,
+                temperature=drawn.temperature,
+                seed=drawn.seed,
+                report=_advance(progress, task, before),
+            )
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(
+                f"The GPU ran out of memory while the target continued {prompts.name}: stop what else uses it, lower "
+                "--max-new-tokens, give --target-dtype bfloat16, or continue the prompts with `ppow data "
+                "--batch-size`, below its default, and train with --data."
+            ) from error
         parts.append(part)
         progress.update(task, completed=before + len(texts))
     return Trajectories.join(parts)

@@ -40,10 +40,12 @@ class ExpectedWalk:
     Attributes:
         num_drafts: float64 [B], on the CPU.
         num_accepted_tokens_per_pos: float64 [B, K], accepted tokens by position in the draft, bonus excluded.
+        covariance: float64 [B, 2, 2], of (drafts, accepted tokens) given the text; only where it was asked for.
     """
 
     num_drafts: torch.Tensor
     num_accepted_tokens_per_pos: torch.Tensor
+    covariance: torch.Tensor | None = None
 
     @property
     def num_accepted_tokens(self) -> torch.Tensor:
@@ -59,6 +61,21 @@ class ExpectedWalk:
     def acceptance_per_position(self) -> tuple[float, ...]:
         """Share of drafts whose token at a position was accepted, [K]; unconditional."""
         return tuple((self.num_accepted_tokens_per_pos.sum(0) / self.num_drafts.sum()).tolist())
+
+    @property
+    def standard_error(self) -> float:
+        """Of what serving counts as accepted tokens per draft on these very texts, around `mean_accepted`.
+
+        Of a ratio, by the delta method: Var(ΣA / ΣD) ≈ Σ Var(A − R·D) / (ΣD)², prompts being independent.
+
+        Raises:
+            ValueError: the walk was taken without its covariance.
+        """
+        if self.covariance is None:
+            raise ValueError("expected_walk was not asked for the covariance")
+        weights = torch.tensor([-self.mean_accepted, 1.0], dtype=self.covariance.dtype)
+        variance = (weights @ self.covariance @ weights).sum()
+        return float(variance.clamp(min=0).sqrt() / self.num_drafts.sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +151,12 @@ def target_paths(runner: WindowRunner) -> Iterator[TargetPath]:
 
 @torch.no_grad()
 def expected_walk(
-    runner: WindowRunner, max_tokens: int, greedy_drafts: bool, paths: Iterable[TargetPath] | None = None
+    runner: WindowRunner,
+    max_tokens: int,
+    greedy_drafts: bool,
+    paths: Iterable[TargetPath] | None = None,
+    *,
+    with_covariance: bool = False,
 ) -> ExpectedWalk:
     """The mean of `simulate_walk` over all its draws, by dynamic programming (ours): no sampling noise is left.
 
@@ -144,12 +166,14 @@ def expected_walk(
     Args:
         runner, max_tokens, greedy_drafts: as in `simulate_walk`.
         paths: what `target_paths` gave for these trajectories and this temperature; without it, it is computed.
+        with_covariance: tell also how far single walks lie from the mean.
     """
     length, count = runner.num_speculative_tokens, len(runner.trajectories)
     num_drafts = torch.zeros(count, dtype=torch.float64)
     accepted = torch.zeros(count, length, dtype=torch.float64)
+    covariance = torch.zeros(count, 2, 2, dtype=torch.float64) if with_covariance else None
     if max_tokens <= 1:  # the target's own first token is all
-        return ExpectedWalk(num_drafts, accepted)
+        return ExpectedWalk(num_drafts, accepted, covariance)
     for path in target_paths(runner) if paths is None else paths:
         num_starts = path.trajectories.num_starts(length).clamp(max=max_tokens - 1)
         survival = _acceptance_given_output(runner, path, num_starts, greedy_drafts).cumprod(-1)
@@ -157,7 +181,9 @@ def expected_walk(
         rows = path.rows.cpu()
         num_drafts[rows] = visits.sum(-1).cpu()
         accepted[rows] = (visits[..., None] * survival).sum(1).cpu()
-    return ExpectedWalk(num_drafts, accepted)
+        if covariance is not None:
+            covariance[rows] = _covariance(survival, num_starts).cpu()
+    return ExpectedWalk(num_drafts, accepted, covariance)
 
 
 def _acceptance_given_output(
@@ -208,12 +234,41 @@ def _draft_columns(runner: WindowRunner) -> int:
     return runner.drafter.vocab_size if ids is None else len(ids) + 1
 
 
+def _chances(survival: torch.Tensor) -> torch.Tensor:
+    """P(k | start) for k = 0..K: Π_{t<=k} r_t [B, W, K] -> [B, W, K + 1]."""
+    edge = torch.ones_like(survival[..., :1])
+    reached = torch.cat([edge, survival, torch.zeros_like(edge)], dim=-1)
+    return reached[..., :-1] - reached[..., 1:]
+
+
+def _covariance(survival: torch.Tensor, num_starts: torch.Tensor) -> torch.Tensor:
+    """Of drafts D and accepted tokens A of a walk: Π_{t<=k} r_t [B, W, K], int64 [B] -> [B, 2, 2] (ours).
+
+    Backwards: what is still to come from start n is (1, k) plus what is to come from n + k + 1, so its first and second
+    moments are means over k of those there.
+    """
+    batch, windows, length = survival.shape
+    chance = _chances(survival)
+    step = torch.ones(length + 1, 2, dtype=survival.dtype, device=survival.device)
+    step[:, 1] = torch.arange(length + 1)
+    mean = survival.new_zeros(batch, windows + length + 1, 2)
+    second = survival.new_zeros(batch, windows + length + 1, 2, 2)
+    inside = torch.arange(windows, device=num_starts.device) < num_starts[:, None]
+    own = step[:, :, None] * step[:, None, :]
+    for start in reversed(range(windows)):
+        after = slice(start + 1, start + length + 2)
+        weight = chance[:, start] * inside[:, start, None]
+        mixed = step[:, :, None] * mean[:, after, None, :]
+        mean[:, start] = (weight[..., None] * (step + mean[:, after])).sum(1)
+        moments = own + mixed + mixed.mT + second[:, after]
+        second[:, start] = (weight[..., None, None] * moments).sum(1)
+    return second[:, 0] - mean[:, 0, :, None] * mean[:, 0, None, :]
+
+
 def _expected_visits(survival: torch.Tensor, num_starts: torch.Tensor) -> torch.Tensor:
     """Chance that a draft begins at each start: Π_{t<=k} r_t [B, W, K], int64 [B] -> [B, W]."""
     batch, windows, length = survival.shape
-    edge = survival.new_ones(batch, windows, 1)
-    reached = torch.cat([edge, survival, torch.zeros_like(edge)], dim=-1)
-    chance = reached[..., :-1] - reached[..., 1:]  # of k = 0..K
+    chance = _chances(survival)
     visits = survival.new_zeros(batch, windows + length + 1)
     visits[:, 0] = 1.0
     inside = torch.arange(windows, device=num_starts.device) < num_starts[:, None]

@@ -13,6 +13,16 @@ from ppow_train.options import CHOICES, PPOWOptions
 _KINDS = {"int": int, "float": float, "bool": bool, "str": str}
 
 
+def device_option(prefix: str = "") -> Callable[[Callable], Callable]:
+    """`--device`; `prefix` says what of a command it is for."""
+    return click.option(
+        "--device",
+        type=click.Choice(("cpu", "cuda")),
+        default=None,
+        help=f"{prefix}where models run  [default: cuda where there is one]",
+    )
+
+
 class _Names(click.ParamType):
     """Names separated by commas, as a list."""
 

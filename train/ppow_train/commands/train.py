@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ppow_train.commands import training_run
-from ppow_train.commands.options import given, training_options
+from ppow_train.commands.options import device_option, given, training_options
 from ppow_train.commands.training_run import Request
 
 if TYPE_CHECKING:
@@ -44,7 +44,10 @@ if TYPE_CHECKING:
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of options; flags override it"
 )
-@click.option("--max-new-tokens", default=128, show_default=True, help="tokens of each trajectory at most")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True,
+    help="tokens of each trajectory at most",
+)  # fmt: skip
 @click.option(
     "--cache", default=Path("runs/trajectories"), show_default=True, type=click.Path(path_type=Path),
     help="where generated trajectories are kept for the next run",
@@ -56,8 +59,10 @@ if TYPE_CHECKING:
 @click.option(
     "--resume", is_flag=True, help="go on with the unfinished run in --checkpoints, if there is one"
 )
-@click.option("--seed", default=0, show_default=True, help="of trajectories, initialisation and windows")
-@click.option("--device", default=None, help="cpu or cuda  [default: cuda where there is one]")
+@click.option(
+    "--seed", default=0, show_default=True, help="of trajectories, initialisation and windows (0..2^32 - 1)"
+)
+@device_option()
 @click.option(
     "--parity/--no-parity",
     default=True,
@@ -104,6 +109,7 @@ def train(
     values = {**(read_config_file(config_file) if config_file else {}), **given(arguments)}
     if "seed" not in values or ctx.get_parameter_source("seed") is not click.core.ParameterSource.DEFAULT:
         values["seed"] = arguments["seed"]
+    _check_cache(ctx, data, values.get("target_cache"))
     if data is not None and "continuations" in values:
         raise click.UsageError("continuations were settled by `ppow data`: drop them, or give --prompts.")
     if cost_profile is not None:
@@ -157,17 +163,22 @@ def _finish(request: Request, push: Push | None, as_json: bool) -> None:
     from ppow_train.card import write_card
     from ppow_train.push import push_adapter
 
-    result, agreement = training_run.run(request)
-    if result is None:
+    outcome = training_run.run(request)
+    if outcome is None:
         return  # another process reports
+    result, agreement = outcome.result, outcome.parity
     checked = agreement.as_json() if agreement else None
     write_card(result.adapter.directory, result.adapter.config, checked)
     _report(result, agreement, as_json)
     not_uploaded = " It was not uploaded." if push else ""
+    if outcome.parity_failure is not None:
+        raise click.ClickException(
+            f"parity with vLLM was not checked ({outcome.parity_failure}): the adapter is written, check it with "
+            f"`ppow bench --adapter {result.adapter.directory} --prompts FILE`.{not_uploaded}"
+        )
     if agreement is not None and not agreement.holds:
         raise click.ClickException(
-            "vLLM does not accept what training simulates (above): the adapter is written, do not trust its figures."
-            + not_uploaded
+            f"{agreement.problem} (figures above): the adapter is written, do not trust its figures.{not_uploaded}"
         )
     if result.adapter.config.training.get("gain_above_zero") is False:
         raise click.ClickException(
@@ -201,12 +212,20 @@ def _take_push(values: dict[str, Any], output: Path, parity: bool, has_held_out:
 def _check_usage(ctx: click.Context, prompts: Path | None, data: Path | None) -> None:
     if (prompts is None) == (data is None):
         raise click.UsageError("give exactly one of --prompts and --data.")
-    settled = ["held_out", "max_new_tokens"] + ["cache"] * (ctx.params["target_cache"] != "disk")
-    for name in settled if data is not None else ():
+    for name in ("held_out", "max_new_tokens") if data is not None else ():
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             raise click.UsageError(
                 f"--{name.replace('_', '-')} was settled by `ppow data`: drop it, or give --prompts."
             )
+
+
+def _check_cache(ctx: click.Context, data: Path | None, target_cache: str | None) -> None:
+    """With --data nothing is generated: --cache is then of use for the target's states on disk alone."""
+    is_given = ctx.get_parameter_source("cache") is not click.core.ParameterSource.DEFAULT
+    if data is not None and is_given and target_cache != "disk":
+        raise click.UsageError(
+            "--cache was settled by `ppow data`: drop it, or give --prompts, or --target-cache disk."
+        )
 
 
 def _report(result: TrainingResult, parity: Parity | None, as_json: bool) -> None:
@@ -221,7 +240,7 @@ def _report(result: TrainingResult, parity: Parity | None, as_json: bool) -> Non
         before, after = result.before.mean_accepted, result.after.mean_accepted
         click.echo(
             f"Expected accepted tokens per draft on {len(result.before.num_drafts)} held-out prompts: "
-            f"{before:.3f} -> {after:.3f} ({100 * (after / before - 1):+.1f} %)"
+            f"{before:.3f} -> {after:.3f}" + (f" ({100 * (after / before - 1):+.1f} %)" if before else "")
         )
     if (chosen := config.training.get("selection")) is not None:
         click.echo(
@@ -229,15 +248,20 @@ def _report(result: TrainingResult, parity: Parity | None, as_json: bool) -> Non
             f"{chosen['prompts']} other held-out prompts ({result.adapter.directory / CURVE})"
         )
     if parity:
-        click.echo(
-            f"Parity on the same prompts: simulated {parity.simulated.mean_accepted:.3f}, counted by vLLM "
-            f"{parity.served.mean_accepted:.3f} accepted tokens per draft; by position "
-            + ", ".join(
-                f"{d:+.3f} (±{t:.3f})" for d, t in zip(parity.differences, parity.tolerances, strict=True)
-            )
-            + f": {'agree' if parity.holds else 'DIFFER'}"
-        )
+        _report_parity(parity)
     click.echo(f"Peak memory: {config.training['peak_memory_bytes'] / 2**20:,.0f} MiB")
     spec = json.dumps({"method": "ppow", "model": str(result.adapter.directory)})
     click.echo(f"Adapter: {result.adapter.directory}")
     click.echo(f"Serve it: vllm serve {config.target.name_or_path} --speculative-config '{spec}'")
+
+
+def _report_parity(parity: Parity) -> None:
+    positions = ", ".join(
+        f"{d:+.3f} (±{t:.3f})" for d, t in zip(parity.differences, parity.tolerances, strict=True)
+    )
+    click.echo(
+        f"Parity on the same prompts: simulated {parity.simulated.mean_accepted:.3f}, counted by vLLM "
+        f"{parity.served.mean_accepted:.3f} accepted tokens per draft; by position {positions}; on vLLM's own texts "
+        f"expected {parity.expected.mean_accepted:.3f} (±{parity.tolerance:.3f}), without the adapter "
+        f"{parity.bare.mean_accepted:.3f}: {'agree' if parity.holds else 'DIFFER'}"
+    )

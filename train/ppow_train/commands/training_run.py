@@ -51,19 +51,38 @@ class Request:
     parity: bool
 
 
-def run(request: Request) -> tuple[TrainingResult | None, Parity | None]:
-    """Train and check; where several processes train, only the main one has a result."""
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        result: the adapter and its figures.
+        parity: with vLLM, where it was checked.
+        parity_failure: why it could not be checked though it was to be.
+    """
+
+    result: TrainingResult
+    parity: Parity | None = None
+    parity_failure: str | None = None
+
+
+def run(request: Request) -> Outcome | None:
+    """Train and check; None in all but the main one of several processes."""
+    import torch
+
     from ppow_train.distributed import leave_group
+    from ppow_train.errors import UserError
     from ppow_train.pair import load_pair
     from ppow_train.progress import make_progress
     from ppow_train.selection import require_held_out
-    from ppow_train.training import train_adapter
+    from ppow_train.training import check_trainable, train_adapter
 
     config = _config(request, request.checkpoints)
     require_held_out(config, request.data is not None or request.held_out is not None)
     is_main = config.process_index == 0
     with make_progress(is_shown=is_main) as progress:
         pair = load_pair(request.target, request.drafter, str(config.device), config.target_dtype)
+        check_trainable(pair, config)  # before hours of generation
         # One process generates, the others find what it put into the cache.
         with config.main_process_first(local=False):
             trajectories, held_out = _splits(request, pair, config, progress)
@@ -83,9 +102,13 @@ def run(request: Request) -> tuple[TrainingResult | None, Parity | None]:
         )
     leave_group()
     if not is_main:
-        return None, None
-    report = result.report
-    return result, check_parity(request, pair, report, result) if report and request.parity else None
+        return None
+    if result.report is None or not request.parity:
+        return Outcome(result)
+    try:
+        return Outcome(result, check_parity(request, pair, result.report, result))
+    except (UserError, torch.cuda.OutOfMemoryError) as error:  # the adapter is there, and worth its figures
+        return Outcome(result, parity_failure=" ".join(str(error).split()).rstrip("."))
 
 
 def estimate(request: Request) -> RunEstimate | None:
@@ -93,12 +116,14 @@ def estimate(request: Request) -> RunEstimate | None:
     from ppow_train.estimate import estimate_run
     from ppow_train.pair import load_pair
     from ppow_train.progress import make_progress
+    from ppow_train.training import check_trainable
 
     with tempfile.TemporaryDirectory() as scratch:
         config = _config(request, Path(scratch))
         is_main = config.process_index == 0
         with make_progress(is_shown=is_main) as progress:
             pair = load_pair(request.target, request.drafter, str(config.device), config.target_dtype)
+            check_trainable(pair, config)
             with config.main_process_first(local=False):
                 trajectories, held_out = _splits(request, pair, config, progress)
             if is_main:
@@ -123,12 +148,11 @@ def _tell_passes(config: PPOWConfig, trajectories: Trajectories) -> None:
 
 
 def _config(request: Request, state: Path) -> PPOWConfig:
-    import torch
-
     from ppow_train.config import PPOWConfig
+    from ppow_train.machine import choose_device
 
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return PPOWConfig(output_dir=str(state), use_cpu=device == "cpu", **request.values)
+    use_cpu = choose_device(request.device) == "cpu"
+    return PPOWConfig(output_dir=str(state), use_cpu=use_cpu, **request.values)
 
 
 def check_parity(

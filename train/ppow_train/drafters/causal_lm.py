@@ -13,6 +13,7 @@ import torch
 from ppow_train import causal
 from ppow_train.drafters.base import ChainDrafter
 from ppow_train.last_layer import read_slots
+from ppow_train.lora_targets import default_targets
 from ppow_train.types import Encoded, Trajectories
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class CausalLMDrafter(ChainDrafter):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.lora_targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        self.lora_targets = default_targets(model)
 
     @classmethod
     def load(cls, directory: Path, device: str, dtype: torch.dtype) -> CausalLMDrafter:
