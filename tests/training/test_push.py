@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +124,42 @@ def test_what_is_uploaded_can_be_read_and_names_no_path(hub, adapter, tmp_path):
     uploaded = read_adapter(tmp_path)
     assert uploaded.config.adapter_fingerprint == adapter.config.adapter_fingerprint
     assert uploaded.config.base_drafter.name_or_path == "causal_lm"
+    assert uploaded.peft_config["base_model_name_or_path"] == "causal_lm"
+    assert [path.name for path in adapter.directory.parent.glob("*my-adapter*")] == ["my-adapter"], (
+        "no copy is left"
+    )
     assert '"model": "me/my-adapter"' in hub.files["README.md"].decode()
 
 
-def test_an_upload_that_fails_leaves_the_adapter(hub, adapter):
+def test_a_drafter_of_the_hub_goes_by_its_repo(hub, adapter):
+    """PEFT records the snapshot that it was read from."""
+    ref = dataclasses.replace(adapter.config.base_drafter, name_or_path="org/drafter", revision="c0ffee")
+    of_hub = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, base_drafter=ref))
+    push_adapter(of_hub, Push("me/my-adapter", private=True), None)
+    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "org/drafter"
+    assert "base_model: org/drafter" in hub.files["README.md"].decode()
+
+
+def test_an_upload_that_fails_leaves_the_adapter_and_a_copy_that_may_be_uploaded(hub, adapter):
+    place = adapter.directory.parent
+    before = {path.name for path in place.iterdir()}
     hub.upload_error = RuntimeError("quota\nexceeded")
-    with pytest.raises(UserError, match=r"quota exceeded\).*it is in .*my-adapter, upload it with"):
-        push_adapter(adapter, Push("me/my-adapter", private=True), None)
+    kept = []
+    for private, flag in ((True, " --private"), (False, "")):
+        with pytest.raises(UserError) as refused:
+            push_adapter(adapter, Push("me/my-adapter", private=private), None)
+        message = str(refused.value)
+        assert "quota exceeded)" in message
+        assert f"it is in {adapter.directory};" in message
+        kept += sorted({path for path in place.iterdir() if path.name not in before} - set(kept))
+        assert message.endswith(f"`hf upload me/my-adapter {kept[-1]}{flag}`.")
+    assert [path.name.partition(".upload")[0] for path in kept] == ["my-adapter"] * 2, "an earlier one stays"
     assert read_adapter(adapter.directory) == adapter
+    for copy in kept:
+        assert read_adapter(copy).config.adapter_fingerprint == adapter.config.adapter_fingerprint
+        for file in copy.iterdir():
+            assert str(place).encode() not in file.read_bytes()
+        shutil.rmtree(copy)
 
 
 # ---------------------------------------------------------------- the command

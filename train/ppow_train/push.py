@@ -1,6 +1,7 @@
 """An adapter onto the Hugging Face Hub: asked before training whether it can, done after parity has passed.
 
-What goes there names no path of this machine. Left out: the card (card.py); uploading while training, which
+What goes there names no path of this machine: a copy of the adapter, made beside it and kept if the upload fails.
+Left out: the card (card.py); uploading while training, which
 transformers would do with these options and which is why they are taken from the configuration here.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,7 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from ppow_train.card import last_name, write_card
 from ppow_train.errors import UserError
 from ppow_train.options import PPOWOptions
-from vllm_ppow.artifact import PEFT_CONFIG, PPOW_CONFIG, Adapter
+from vllm_ppow.artifact import PEFT_CONFIG, PPOW_CONFIG, Adapter, AdapterConfig
 
 _LOGIN = "run `hf auth login` or set HF_TOKEN, or drop --push-to-hub"
 
@@ -85,7 +87,7 @@ def _who() -> dict[str, Any]:
 
 
 def push_adapter(adapter: Adapter, push: Push, parity: dict[str, Any] | None) -> str:
-    """Upload a finished adapter directory.
+    """Upload a copy of a finished adapter directory that names no path of this machine.
 
     Args:
         parity: as in `write_card`.
@@ -94,12 +96,13 @@ def push_adapter(adapter: Adapter, push: Push, parity: dict[str, Any] | None) ->
         The repo's address.
 
     Raises:
-        UserError: it could not be uploaded; the directory is as it was.
+        UserError: it could not be uploaded; the directory is as it was, the copy is kept, and the message names it.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / "adapter"
-        shutil.copytree(adapter.directory, copy, ignore=shutil.ignore_patterns(".*"))
-        _drop_paths(copy)
+    place = adapter.directory.resolve()
+    copy = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    try:
+        shutil.copytree(place, copy, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
+        _drop_paths(copy, adapter.config)
         write_card(copy, adapter.config, parity, push.repo_id)
         try:
             url = HfApi().create_repo(push.repo_id, private=push.private, exist_ok=True)
@@ -107,22 +110,38 @@ def push_adapter(adapter: Adapter, push: Push, parity: dict[str, Any] | None) ->
                 repo_id=push.repo_id, folder_path=copy, commit_message="Adapter trained by vllm-ppow"
             )
         except Exception as error:  # as above
+            kept = _keep(copy, place)
+            private = " --private" if push.private else ""
             raise UserError(
                 f"The adapter could not be uploaded to {push.repo_id} ({_reason(error)}): it is in "
-                f"{adapter.directory}, upload it with `hf upload {push.repo_id} {adapter.directory}`."
+                f"{adapter.directory}; a copy that names no path of this machine is in {kept}, upload that with "
+                f"`hf upload {push.repo_id} {shlex.quote(str(kept))}{private}`."
             ) from error
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
     return str(url)
 
 
-def _drop_paths(directory: Path) -> None:
+def _keep(copy: Path, adapter: Path) -> Path:
+    """Give the copy a name beside the adapter that nothing else has, and return it."""
+    kept = adapter.with_name(f"{adapter.name}.upload")
+    if kept.exists():
+        # Empty: the copy takes its place.
+        kept = Path(tempfile.mkdtemp(prefix=f"{kept.name}-", dir=kept.parent))
+    return copy.rename(kept)
+
+
+def _drop_paths(directory: Path, config: AdapterConfig) -> None:
     """Local models go by their last name: who serves the adapter names the drafter in any case."""
+    drafter = last_name(config.base_drafter.name_or_path)
     for name, keys in ((PPOW_CONFIG, ("base_drafter", "target")), (PEFT_CONFIG, ())):
         file = directory / name
         values = json.loads(file.read_text(encoding="utf-8"))
         for key in keys:
             values[key]["name_or_path"] = last_name(values[key]["name_or_path"])
         if values.get("base_model_name_or_path"):
-            values["base_model_name_or_path"] = last_name(values["base_model_name_or_path"])
+            # PEFT records where the drafter was read: of one from the Hub, a directory named by a commit.
+            values["base_model_name_or_path"] = drafter
         file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
