@@ -2,7 +2,8 @@
 
     DIR/run.json                 what the run depends on; there from its first moment until its adapter is written
     DIR/checkpoint-100/          what transformers saves after 100 updates: adapter, optimizer, schedule, random state
-        ppow_state.json          what it does not know of (the proximity threshold); written last: where it is, all is
+        ppow_state.json          what it does not know of: proximity threshold, sampler, window log; written last: where
+                                 it is, all is
 
 A checkpoint without ppow_state.json was cut off by a kill, and is deleted. Left out: what is random in an update, which
 follows from seed and step alone (trainer.py); which adapter is kept (selection.py).
