@@ -5,12 +5,14 @@ Left out: training and serving, which stand-ins count here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import OPTConfig
 
 from ppow_train import cli, pair
 from ppow_train.commands import compare
@@ -25,16 +27,22 @@ def served(monkeypatch) -> list[tuple[str, list[float]]]:
     calls: list[tuple[str, list[float]]] = []
 
     def serve(
-        adapter: Any, name: str, trainer: Any, texts: Any, options: Any, temperatures: Any, most: Any
+        adapter: Any, name: str, trainer: Any, prompts: Any, options: Any, temperatures: Any, most: Any
     ) -> dict[str, Any]:
+        monkeypatch.setattr(compare, "started", options, raising=False)
         calls.append((name, list(temperatures)))
         return {f"{t:g}": {"num_accepted_tokens": 30, "num_drafts": 10} for t in temperatures}
 
     ref = SimpleNamespace(fingerprint="f")
-    loaded = SimpleNamespace(target_ref=ref, drafter_ref=ref, target=SimpleNamespace(directory=Path("t")))
+    model = SimpleNamespace(config=OPTConfig(max_position_embeddings=2048))
+    target = SimpleNamespace(directory=Path("t"), model=model)
+    loaded = SimpleNamespace(target_ref=ref, drafter_ref=ref, target=target)
     monkeypatch.setattr(pair, "load_pair", lambda *args: loaded)
     monkeypatch.setattr("ppow_train.generation.load_tokenizer", lambda directory: None)
+    monkeypatch.setattr("ppow_train.prompts.text_ids", lambda texts, _: [[1] * len(text) for text in texts])
     monkeypatch.setattr(compare._Trainer, "adapter", lambda *args: None)
+    monkeypatch.setattr(compare._Trainer, "check", lambda *args: None)
+    monkeypatch.setattr(compare._Trainer, "out_of_the_way", lambda *args: contextlib.nullcontext())
     monkeypatch.setattr(compare, "_serve", serve)
     return calls
 
@@ -153,3 +161,40 @@ def test_a_line_cut_off_by_a_kill_is_served_again(run, served, tmp_path):
     assert served == [("exact", [1.0, 0.0])]
     assert file.read_bytes() == content
     assert [json.loads(line)["arm"] for line in content.splitlines()] == list(NAMES)
+
+
+# ---------------------------------------------------------------- models as they are
+
+
+def test_engines_have_room_for_the_longest_prompt(run, served, tmp_path):
+    """Beside 64 output tokens four drafts of 8 + 1."""
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"prompt": "h" * 600}) + "\n", encoding="utf-8")
+    assert run() == 0
+    assert compare.started.max_model_len == 600 + 64 + 36
+
+
+def test_a_prompt_that_does_not_fit_is_told_before_anything_is_trained(
+    run, served, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(compare._Trainer, "adapter", lambda *args: pytest.fail("trained"))
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"prompt": "h" * 2000}) + "\n", encoding="utf-8")
+    assert run() == 1
+    assert "need 2064 tokens, the target takes 2048" in capsys.readouterr().err
+
+
+def test_training_is_where_it_was_asked_for(run, served, monkeypatch, tmp_path, capsys):
+    asked: list[Any] = []
+    own = pair.load_pair
+    monkeypatch.setattr(pair, "load_pair", lambda *args: asked.append(args) or own(*args))
+    assert run("--device", "cpu") == 0
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert run() == 1, "another device than before"
+    assert "device None (now cuda)" in capsys.readouterr().err
+    assert [args[2] for args in asked] == ["cpu", "cuda"]
+    trainer = object.__new__(compare._Trainer)
+    trainer.__dict__.update(output=tmp_path, steps=2, serving_temperature=1.0, rates={}, device="cpu")
+    assert trainer._config("exact", 0).use_cpu
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run("--device", "cuda") == 1
+    assert "--device cuda needs a CUDA device" in capsys.readouterr().err
+    assert run("--device", "tpu") == 2

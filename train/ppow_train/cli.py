@@ -131,8 +131,8 @@ def run(args: Sequence[str] | None = None) -> int:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; nothing here imports torch
             raise
         return _fail(
-            "the GPU ran out of memory: stop what else uses it, lower --windows-per-forward or --max-new-tokens, or "
-            "give --target-dtype bfloat16."
+            "the GPU ran out of memory: stop what else uses it, lower --windows-per-forward (train), --batch-size "
+            "(data) or --max-new-tokens, or give --target-dtype bfloat16."
         )
     except ModuleNotFoundError as error:
         remedy = _REMEDIES.get((error.name or "").partition(".")[0])

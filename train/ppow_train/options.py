@@ -21,7 +21,7 @@ class PPOWOptions:
     """What can be set in a config file or by a flag; TRL's own fields can stand in the file too."""
 
     # The README's tables ("Which objective"): clear of `cst:tv` in two cells of eight, 0.2 points below it in one; with
-    # eight continuations of every prompt clear of it in three of four.
+    # eight continuations of every prompt clear of it in all four.
     objective: str = _option(
         "cst:jsd",
         "what is minimised: ppow, exact, overlap, drafts, cst:LOSS (cst:jsd, cst:tv, …), or a weighted sum of these "
@@ -111,16 +111,16 @@ class PPOWOptions:
         "memory, disk (under --cache), or auto (memory if they take 2 GiB at most; ppow, which needs more: none)",
     )
     lora_rank: int = _option(32, "LoRA rank r (>= 1)")
-    lora_alpha: int = _option(64, "LoRA α; deltas are scaled by α / r")
+    lora_alpha: int = _option(64, "LoRA α (>= 1); deltas are scaled by α / r")
     lora_targets: list[str] | None = _option(
-        None, "names of the linear layers to adapt, as q_proj,v_proj (default: all of the drafter's layers)"
+        None, "names of the linear layers to adapt, as q_proj,v_proj (default: all of the drafter's blocks)"
     )
 
     # TRL defaults that PPOW changes; each can still be set.
-    learning_rate: float = _option(3e-3, "peak learning rate")
+    learning_rate: float = _option(3e-3, "peak learning rate (> 0)")
     max_steps: int = _option(100, "updates")
     num_generations: int = _option(8, "G, drafted windows per prefix (ppow)")
-    beta: float = _option(0.05, "weight of the KL penalty towards the target (ppow)")
+    beta: float = _option(0.05, "weight of the KL penalty towards the target (ppow; >= 0)")
     warmup_steps: float = _option(0.1, "updates of warm-up, or their share of the run if below 1")
     eval_steps: int | None = _option(
         None, "updates between two evaluations on one half of the held-out prompts (>= 1; default: none)"
@@ -139,7 +139,7 @@ class PPOWOptions:
         None, "repo to upload to (default: named as the output directory, in your own namespace)"
     )
     hub_private_repo: bool | None = _option(True, "make the repo private if it is new")
-    logging_steps: float = _option(10, "updates between two log lines")
+    logging_steps: float = _option(10, "updates between two log lines, or their share of the run if below 1")
     save_strategy: str = _option("steps", "when to save training state: no, steps")
     save_steps: float = _option(
         100, "updates between two savings of training state, or their share of the run if below 1"

@@ -174,16 +174,16 @@ def check_parity(
     merged = merged_pair(pair, adapter, drafter_directory)
     device = pair.target.model.device
     simulated = _walk(merged, config, trajectories.to(device), max_tokens)
-    _move((pair, merged), torch.device("cpu"))  # vLLM wants the GPU's memory to itself
+    move_pairs((pair, merged), "cpu")  # vLLM wants the GPU's memory to itself
     say("starting vLLM to count the same prompts")
     prompts = zip(trajectories.input_ids.tolist(), trajectories.prompt_lengths.tolist(), strict=True)
     token_ids = [ids[:length] for ids, length in prompts]
     served, given = _serve(pair, adapter, drafter_directory, token_ids, max_tokens)
-    _move((pair, merged), device)
+    move_pairs((pair, merged), device)
     given = given.to(device)
     expected = _walk(merged, config, given, max_tokens, with_covariance=True)
     bare = _walk(pair, config, given, max_tokens)
-    _move((pair, merged), torch.device("cpu"))
+    move_pairs((pair, merged), "cpu")
     return Parity(simulated, served, expected, bare)
 
 
@@ -202,7 +202,8 @@ def _walk(
     return expected_walk(runner, max_tokens, greedy, **options)
 
 
-def _move(pairs: Sequence[Pair], device: torch.device) -> None:
+def move_pairs(pairs: Sequence[Pair], device: torch.device | str) -> None:
+    """Move models, and give back the memory that they had."""
     for pair in pairs:
         pair.target.model.to(device)
         pair.drafter.model.to(device)

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(0),
     default=(0.0, 1.0),
     show_default=True,
+    help="to serve at; may be given several times",
 )
 @click.option(
     "--concurrency",

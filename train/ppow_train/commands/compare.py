@@ -15,15 +15,16 @@ import importlib.metadata
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ppow_train.commands.options import device_option
+
 if TYPE_CHECKING:
     from ppow_train.config import PPOWConfig
-    from ppow_train.prompts import Text
     from ppow_train.serving_eval import EngineOptions
     from vllm_ppow.artifact import Adapter
 
@@ -51,13 +52,25 @@ FACTS = "compare.json"
     help="instead of the default, for one",
 )
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
-@click.option("--steps", default=100, show_default=True, help="updates, the same for every objective")
-@click.option("--max-new-tokens", default=128, show_default=True, help="tokens of each trajectory at most")
-@click.option("--max-tokens", default=64, show_default=True, help="output tokens per served prompt")
-@click.option("--serving-temperature", default=1.0, show_default=True, help="temperature that is trained for")
 @click.option(
-    "--temperature", "temperatures", multiple=True, type=float, default=(1.0, 0.0), show_default=True
-)
+    "--steps", type=click.IntRange(1), default=100, show_default=True, help="updates, the same for every objective"
+)  # fmt: skip
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True,
+    help="tokens of each trajectory at most",
+)  # fmt: skip
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="output tokens per served prompt"
+)  # fmt: skip
+@click.option(
+    "--serving-temperature", type=click.FloatRange(0), default=1.0, show_default=True,
+    help="temperature that is trained for",
+)  # fmt: skip
+@click.option(
+    "--temperature", "temperatures", multiple=True, type=click.FloatRange(0), default=(1.0, 0.0), show_default=True,
+    help="to serve and count at; may be given several times",
+)  # fmt: skip
+@device_option("of training: ")
 def compare(
     target: str,
     drafter: str,
@@ -72,17 +85,29 @@ def compare(
     max_tokens: int,
     serving_temperature: float,
     temperatures: Sequence[float],
+    device: str | None,
 ) -> None:
     """Train one adapter per objective and seed at equal windows and count accepted tokens per draft in vLLM."""
+    from ppow_train.machine import choose_device
     from ppow_train.objectives import parse_objective
     from ppow_train.prompts import check_apart
     from ppow_train.trajectory_store import only_writer
 
     names = list(dict.fromkeys(map(parse_objective, objectives)))
     check_apart(prompts, held_out)
+    where = choose_device(device)
     trainer = _Trainer(
-        target, drafter, prompts, output, steps, max_new_tokens, serving_temperature, _parse_rates(rates)
+        target,
+        drafter,
+        prompts,
+        output,
+        steps,
+        max_new_tokens,
+        serving_temperature,
+        _parse_rates(rates),
+        where,
     )
+    trainer.check(names, seeds)
     facts = {**trainer.facts(), "held_out": _digest(held_out), "max_tokens": max_tokens, **_versions()}
     with only_writer(output):
         _begin(output, facts)
@@ -104,10 +129,12 @@ def _finish(
 ) -> None:
     """Train and serve what is not known yet."""
     from ppow_train.generation import load_tokenizer
-    from ppow_train.prompts import read_prompts
+    from ppow_train.prompts import read_prompts, text_ids
     from ppow_train.serving_eval import EngineOptions
 
-    texts = read_prompts(held_out, load_tokenizer(trainer.target_directory))
+    tokenizer = load_tokenizer(trainer.target_directory)
+    prompts = text_ids(read_prompts(held_out, tokenizer), tokenizer)
+    longest = trainer.model_length(prompts, max_tokens)  # before anything is trained
     for seed in seeds:
         for name in (BASE, *names):
             missing = results.missing(name, seed, temperatures)
@@ -115,8 +142,10 @@ def _finish(
                 continue
             adapter = trainer.adapter(names[0] if name == BASE else name, seed)
             click.echo(f"seed {seed}: serving {name}", err=True)
-            options = EngineOptions(str(trainer.target_directory), max_num_seqs=16, seed=seed)
-            results.add(name, seed, _serve(adapter, name, trainer, texts, options, missing, max_tokens))
+            options = EngineOptions(str(trainer.target_directory), longest, max_num_seqs=16, seed=seed)
+            with trainer.out_of_the_way():
+                served = _serve(adapter, name, trainer, prompts, options, missing, max_tokens)
+            results.add(name, seed, served)
 
 
 def _versions() -> dict[str, str]:
@@ -178,11 +207,45 @@ class _Trainer:
     max_new_tokens: int
     serving_temperature: float
     rates: dict[str, float]
+    device: str
 
     def __post_init__(self) -> None:
         from ppow_train.pair import load_pair
 
-        self.pair = load_pair(self.target, self.drafter)
+        self.pair = load_pair(self.target, self.drafter, self.device)
+
+    def check(self, objectives: Sequence[str], seeds: Sequence[int]) -> None:
+        """Refuse before anything is trained what some run would be refused for."""
+        from ppow_train.training import check_trainable
+
+        for objective in objectives:
+            for seed in seeds:
+                check_trainable(self.pair, self._config(objective, seed))
+
+    def model_length(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> int:
+        """max_model_len of the engines that serve these prompts.
+
+        Raises:
+            UserError: prompts and outputs do not fit the target.
+        """
+        from ppow_train.generation import check_length
+        from ppow_train.options import PPOWOptions
+        from ppow_train.serving_eval import model_length
+
+        config = self.pair.target.model.config
+        check_length(max(map(len, prompts)) + max_tokens, config)
+        return model_length(prompts, max_tokens, PPOWOptions.num_speculative_tokens, config)
+
+    @contextlib.contextmanager
+    def out_of_the_way(self) -> Iterator[None]:
+        """The pair in main memory while vLLM serves: it wants a GPU's memory to itself."""
+        from ppow_train.parity import move_pairs
+
+        move_pairs([self.pair], "cpu")
+        try:
+            yield
+        finally:
+            move_pairs([self.pair], self.device)
 
     @property
     def target_directory(self) -> Path:
@@ -197,6 +260,9 @@ class _Trainer:
             "steps": self.steps,
             "max_new_tokens": self.max_new_tokens,
             "serving_temperature": self.serving_temperature,
+            **(
+                {} if self.device == "cpu" else {"device": self.device}
+            ),  # before, all were trained on the CPU
             **{f"learning_rate of {objective}": rate for objective, rate in self.rates.items()},
         }
 
@@ -231,7 +297,7 @@ class _Trainer:
         return PPOWConfig(
             output_dir=str(self.output / "state"),
             serving_temperature=self.serving_temperature,
-            use_cpu=True,
+            use_cpu=self.device == "cpu",
             save_strategy="no",
             **values,
         )
@@ -241,20 +307,17 @@ def _serve(
     adapter: Adapter,
     name: str,
     trainer: _Trainer,
-    texts: Sequence[Text],
+    prompts: Sequence[Sequence[int]],
     options: EngineOptions,
     temperatures: Sequence[float],
     max_tokens: int,
 ) -> dict[str, Any]:
     """Counters of one drafter at every temperature."""
-    from ppow_train.generation import load_tokenizer
-    from ppow_train.prompts import text_ids
     from ppow_train.serving_eval import Engine, native_spec, ppow_spec
     from vllm_ppow.resolve import resolve_directory
 
     base = resolve_directory(trainer.drafter)[0]
     make_spec = native_spec if name == BASE else ppow_spec
-    prompts = text_ids(texts, load_tokenizer(trainer.target_directory))
     served = {}
     # The base drafter's are sampled as well, so that both arms run on the same model runner.
     sampled = adapter.config.draft_sample_method == "probabilistic"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ppow_train.commands.engine_arguments import engine_argument_option
+from ppow_train.commands.options import device_option
 from ppow_train.options import PPOWOptions
 
 if TYPE_CHECKING:
@@ -87,15 +88,14 @@ if TYPE_CHECKING:
     "--compile/--eager", "compiled", default=False, show_default=True, help="vllm: compile and capture graphs"
 )
 @click.option(
-    "--tensor-parallel-size", type=click.IntRange(1), default=1, show_default=True,
-    help="vllm: GPUs that the target is spread over",
+    "--tensor-parallel-size", type=click.IntRange(1), default=1, show_default=True, help="vllm: GPUs of the target"
 )  # fmt: skip
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
     help="of hf and vllm; auto is the target's own",
 )  # fmt: skip
 @engine_argument_option
-@click.option("--device", default=None, help="hf: cpu or cuda  [default: cuda where there is one]")
+@device_option("hf: ")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
 @click.pass_context
 def data(ctx: click.Context, as_json: bool, **options: Any) -> None:
@@ -198,9 +198,9 @@ class _Request:
 
     def resolved_device(self) -> str:
         """Where --engine hf runs."""
-        import torch
+        from ppow_train.machine import choose_device
 
-        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return choose_device(self.device)
 
     def api_key(self) -> str | None:
         """The endpoint's key, from the variable that was named."""

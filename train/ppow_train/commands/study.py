@@ -15,7 +15,9 @@ import click
     type=click.Path(path_type=Path),
     help="directory of results; the same one goes on",
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda")
+@click.option(
+    "--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True, help="where models run"
+)
 @click.option("--cell", "cells", multiple=True, help="do only these cells of the plan now  [default: all]")
 @click.option("--arm", "arms", multiple=True, help="do only these arms of the plan now  [default: all]")
 @click.option("--table-only", is_flag=True, help="print what is there, run nothing")
