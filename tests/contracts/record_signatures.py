@@ -61,6 +61,7 @@ RECORDED = (
     "vllm.v1.worker.gpu_model_runner",
     "vllm.v1.worker.gpu_worker",
     "vllm.v1.worker.worker_base",
+    "vllm.v1.worker.gpu.cudagraph_utils",
     "vllm.v1.worker.gpu.model_runner",
     "vllm.v1.worker.gpu.sample.gumbel",
     "vllm.v1.worker.gpu.spec_decode.*",

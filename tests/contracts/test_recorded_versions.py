@@ -24,7 +24,7 @@ from facts import FACTS, MISSING
 from packaging.requirements import Requirement
 from record_signatures import FORMAT, SIGNATURES, is_recorded, record_installed
 
-from vllm_ppow.compat import draft_loading, window
+from vllm_ppow.compat import decode_graphs, draft_loading, window
 from vllm_ppow.config import _PATHS_TAKEN_FOR_ANOTHER_METHOD
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +101,19 @@ def test_which_v2_runners_draft_as_the_scheduler_says(version):
     kept = recording(version)["modules"]["vllm.v1.worker.gpu.model_runner"]["classes"]["ExecuteModelState"]
     old = tuple(map(int, version.split(".")[:2])) < (0, 32)
     assert ("num_spec_tokens_to_schedule" in kept["fields"]) is not old
+
+
+@each_version
+def test_where_draft_lengths_change_graphs_are_listed_as_we_expect(version):
+    """`decode_graphs` adds to that list; before 0.32 the window is fixed on the V2 runner, and it is let be."""
+    if tuple(map(int, version.split(".")[:2])) < (0, 32):
+        return
+    module, name, method = decode_graphs._CANDIDATES
+    manager = recording(version)["modules"][module]["classes"][name]
+    assert manager["methods"][method] == "(self)"
+    assert {"_candidates", "_capture_descs"} <= set(manager["attributes"])
+    descriptor = recording(version)["modules"][module]["classes"]["BatchExecutionDescriptor"]
+    assert {"num_tokens", "num_reqs", "uniform_token_count", "num_active_loras"} <= set(descriptor["fields"])
 
 
 @each_version

@@ -11,7 +11,16 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from vllm_ppow.compat import cpu_sampling, draft_loading, draft_lora, draft_room, hot_swap, seams
+from vllm_ppow.compat import (
+    cpu_sampling,
+    decode_graphs,
+    draft_loading,
+    draft_lora,
+    draft_room,
+    hot_swap,
+    seams,
+    v2_runner,
+)
 from vllm_ppow.compat.engine_args import serves_ppow
 from vllm_ppow.config import FINGERPRINT_KEY
 from vllm_ppow.merge import MergeError
@@ -72,6 +81,8 @@ def _preparing(original: Callable[..., Any]) -> Callable[..., Any]:
             loader.register_loader()
             draft_loading.install()
             draft_room.install()
+            if self.vllm_config.use_v2_model_runner and v2_runner.drafts_as_scheduled():
+                decode_graphs.install()
             if self.vllm_config.lora_config is not None:
                 draft_lora.install()
             _merges_before[self] = len(loader.completed_merges)
