@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, step by step; what was done is kept, so run it again to go on.
+# What a GPU is asked, step by step; what was done is kept, so run it again to go on.
 #
 #   examples/benchmarks/gpu.sh [OUTPUT] [options of gpu/steps.py: --backend cpu, --tiny]
 #
 # Steps: the whole loop with the tiny pair; training both kinds of drafter; greedy identity on both model runners, eager and
-# with CUDA graphs; the cost profile of a Qwen3-8B-shaped target with an EAGLE-3 head, random weights, K = 1..10, batch
-# 1..64; and under synthetic acceptance no speculation, every fixed K and the adaptive window, in as many groups as the
-# memory asks for (arms-1, …), each beside no speculation. Needs about 24 GB of GPU memory; with less than 52 GB arms run
-# one after the other.
+# with CUDA graphs; the tests of sampling, of the adaptive window, of hot swap and of what serving is combined with; the
+# cost profile of a Qwen3-8B-shaped target with an EAGLE-3 head, random weights, K = 1..10, batch 1..64; and under
+# synthetic acceptance no speculation, every fixed K and the adaptive window, in as many groups as the memory asks for
+# (arms-1, …), each beside no speculation. Needs about 24 GB of GPU memory; with less than 52 GB arms run one after the
+# other.
 #
 # Environment:
 #   PYTHON     an interpreter with vllm-ppow[train] and vLLM; by default .venv/bin/python, else python3

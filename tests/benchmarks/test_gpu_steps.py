@@ -24,6 +24,7 @@ sys.path.append(str(FOLDER / "gpu"))
 
 import arms as gpu_arms  # noqa: E402
 import random_pair  # noqa: E402
+import serving_tests  # noqa: E402
 import steps as gpu_steps  # noqa: E402
 import summary as gpu_summary  # noqa: E402
 
@@ -73,10 +74,52 @@ def test_the_steps_are_what_the_benchmark_promises(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_steps, "_at_once", lambda plan: 2)
     names = list(gpu_steps.steps(plan(tmp_path)))
     identity = [f"identity-{runner}-{mode}" for runner in ("v1", "v2") for mode in ("eager", "graphs")]
-    assert names[:-6] == ["loop", "train-eagle3", "train-causal_lm", *identity, "profile"]
+    tests = list(serving_tests.GROUPS)
+    assert names[:-6] == ["loop", "train-eagle3", "train-causal_lm", *identity, *tests, "profile"]
     assert names[-6:] == [
         f"arms-{number}" for number in range(1, 7)
     ]  # two engines at once: each beside no speculation
+
+
+def test_on_a_cpu_the_tests_of_serving_are_left_to_make_test(tmp_path):
+    assert not set(serving_tests.GROUPS) & set(gpu_steps.steps(plan(tmp_path, backend="cpu", tiny=True)))
+
+
+def test_groups_of_tests_leave_none_of_their_files_out():
+    """What a group does not select another one does."""
+    selections = {}
+    for file, *selected in serving_tests.GROUPS.values():
+        assert (serving_tests.TESTS / file).is_file()
+        selections.setdefault(file, []).append(selected)
+    for expressions in selections.values():
+        if len(expressions) > 1:
+            (_, first), (_, second) = expressions
+            assert second == f"not {first}"
+        else:
+            assert expressions == [[]]
+
+
+@pytest.mark.parametrize(
+    ("body", "counts"),
+    [
+        ("def test_a(): pass\ndef test_b():\n    import pytest\n    pytest.skip('no')", (1, 1)),
+        ("def test_a(): pass\ndef test_b(): assert False", None),
+        ("import pytest\n@pytest.mark.skip(reason='no')\ndef test_a(): pass", None),
+        ("x = 1", None),
+    ],
+)
+def test_a_group_is_done_when_all_of_it_passed_and_something_did(tmp_path, monkeypatch, body, counts):
+    (tmp_path / "tests" / "e2e").mkdir(parents=True)
+    (tmp_path / "tests" / "e2e" / "test_x.py").write_text(body, encoding="utf-8")
+    monkeypatch.setattr(serving_tests, "TESTS", tmp_path / "tests" / "e2e")
+    monkeypatch.setattr(serving_tests, "GROUPS", {"tests-x": ("test_x.py",)})
+    if counts is None:
+        with pytest.raises(SystemExit, match="tests-x: "):
+            serving_tests.run("tests-x", tmp_path)
+    else:
+        found = serving_tests.run("tests-x", tmp_path)["tests"]
+        assert (found["passed"], found["skipped"]) == counts
+        assert found["arguments"] == ["test_x.py"]
 
 
 def test_arms_are_none_every_length_and_the_adaptive_window(tmp_path, monkeypatch):
@@ -336,7 +379,10 @@ def test_the_summary_shows_errors_and_says_when_it_means_nothing(tmp_path, capsy
     compared = {
         "adapter against X": {"identical": 1, "prompts": 4, "ties": 0, "errors": ["a", "b"], "holds": False}
     }
-    shown = gpu_summary.summary({"identity-v1-eager": result(compared=compared) | {"tiny": True}}, [])
+    tests = {"arguments": ["test_x.py", "-k", "a"], "passed": 3, "skipped": 1}
+    both = {"identity-v1-eager": result(compared=compared) | {"tiny": True}, "tests-x": result(tests=tests)}
+    shown = gpu_summary.summary(both, [])
+    assert "| tests-x | `test_x.py -k a` | 3 | 1 |" in shown
     assert "| identity-v1-eager | adapter against X | 1 of 4 | 0 | **2** |" in shown
     assert "says nothing about speed" in shown
     assert "the arm none was not run" in shown

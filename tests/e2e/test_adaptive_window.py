@@ -7,6 +7,7 @@ which two shared cores cannot tell in a test (examples/benchmarks), and lengths 
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from pathlib import Path
 
@@ -209,8 +210,8 @@ def test_drafts_go_on_to_the_end_and_none_is_of_zeros(served, drafts, without_sp
 
 
 def test_an_engine_that_pauses_at_changes_is_noticed(served, without_speculation, monkeypatch):
-    """Two lengths that promise alike, in turns: a tenth of a second whenever another one is drafted."""
-    llm, lengths = served[1], []
+    """Two lengths that promise alike, in turns: a pause of several steps whenever another one is drafted."""
+    llm, lengths, took = served[1], [], [0.02]
     policy, runner = scheduler_of(llm).ppow_window, runner_of(llm)
     monkeypatch.setattr(policy, "changing", ChangeCost())
     execute = runner.execute_model
@@ -219,8 +220,11 @@ def test_an_engine_that_pauses_at_changes_is_noticed(served, without_speculation
         if scheduler_output.num_scheduled_tokens:
             lengths.append(scheduler_output.num_spec_tokens_to_schedule)
             if lengths[-1] != lengths[-2:][0]:
-                time.sleep(0.1)
-        return execute(scheduler_output, *args, **kwargs)
+                time.sleep(5 * statistics.median(took))
+        began = time.perf_counter()
+        output = execute(scheduler_output, *args, **kwargs)
+        took.append(time.perf_counter() - began)
+        return output
 
     choose, steps = policy.choose, iter(range(10**6))
 

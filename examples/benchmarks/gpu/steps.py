@@ -21,6 +21,7 @@ from typing import Any
 
 import engines
 import random_pair
+import serving_tests
 from arms import NONE, Arm, Load, groups, measure
 
 from ppow_train.identity import compare
@@ -99,6 +100,8 @@ def steps(plan: Plan) -> dict[str, Callable[[Plan], dict[str, Any]]]:
     for runner in runners:
         for mode in modes:
             found[f"identity-{runner}-{mode}"] = lambda plan, r=runner, m=mode: identity(plan, r, m)
+    for group in serving_tests.GROUPS if plan.backend == "cuda" else ():  # on a CPU `make test` has them
+        found[group] = lambda plan, g=group: serving_tests.run(g, plan.output) | engines.environment()
     found["profile"] = profile
     for number, group in enumerate(groups(chosen_arms(plan), _at_once(plan)), 1):
         found[f"arms-{number}"] = lambda plan, g=group, n=number: arms(plan, g, n)
@@ -111,11 +114,8 @@ def steps(plan: Plan) -> dict[str, Callable[[Plan], dict[str, Any]]]:
 def loop(plan: Plan) -> dict[str, Any]:
     """`ppow demo`: trains an adapter for the tiny pair, serves it, compares."""
     command = [sys.executable, "-m", "ppow_train.cli", "demo", "--tiny", str(TINY_PAIR), "--json"]
-    command += [
-        "--output",
-        str(plan.output / "demo"),
-        *(["--steps", "2", "--prompts", "4"] if plan.tiny else []),
-    ]
+    command += ["--output", str(plan.output / "demo")]
+    command += ["--steps", "2", "--prompts", "4"] if plan.tiny else []
     return {"demo": _json_of(command, plan), **engines.environment()}
 
 

@@ -41,7 +41,7 @@ def summary(results: dict[str, dict[str, Any]], figures: list[dict[str, Any]]) -
     lines = ["Ran on: " + "; ".join(places) + "."]
     if any(one["tiny"] for one in results.values()):
         lines.append("**Tiny models: a trial of the steps, which says nothing about speed.**")
-    lines += ["", *_training(results), "", *_identity(results), "", *_arms(figures)]
+    lines += ["", *_training(results), "", *_identity(results), "", *_tests(results), *_arms(figures)]
     return "\n".join(lines)
 
 
@@ -69,6 +69,16 @@ def _identity(results: dict[str, dict[str, Any]]) -> list[str]:
                 f"| {name} | {what} | {found['identical']} of {found['prompts']} | {found['ties']} | {verdict} |"
             )
     return rows if len(rows) > 2 else ["Greedy output: not run."]
+
+
+def _tests(results: dict[str, dict[str, Any]]) -> list[str]:
+    rows = ["| tests of serving | pytest | passed | skipped |", "|---|---|---|---|"]
+    for name, one in results.items():
+        if tests := one.get("tests"):
+            rows.append(
+                f"| {name} | `{' '.join(tests['arguments'])}` | {tests['passed']} | {tests['skipped']} |"
+            )
+    return [*rows, ""] if len(rows) > 2 else []
 
 
 def _arms(figures: list[dict[str, Any]]) -> list[str]:
