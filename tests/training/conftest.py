@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,3 +47,38 @@ def progress():
     from ppow_train.progress import make_progress
 
     return make_progress(Console(quiet=True))
+
+
+@pytest.fixture
+def small_study(directories, tmp_path) -> Path:
+    """A plan for the test pair: two arms, one of them drafting, in two cells."""
+    texts = ["windows", "of draft", "tokens ", "dow", "so", "many"]
+    for name, more in (("train", ""), ("held_out", " so")):
+        lines = "".join(json.dumps({"prompt": text + more}) + "\n" for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    cells = [
+        {
+            "name": name,
+            "drafter": str(directories.drafter[name]),
+            "prompts": str(tmp_path / "train.jsonl"),
+            "held_out": str(tmp_path / "held_out.jsonl"),
+            "temperature": temperature,
+        }
+        for name, temperature in (("eagle3", 1.0), ("causal_lm", 0.0))
+    ]
+    cells[1]["tuned_like"] = "eagle3"
+    values = {
+        "target": str(directories.target),
+        "cells": cells,
+        "arms": {"cst:tv": {"objective": "cst:tv"}, "ppow": {"objective": "ppow", "num_generations": 2}},
+        "reference": "cst:tv",
+        "seeds": [0],
+        "learning_rates": [0.003],
+        "tuning_prompts": 2,
+        "steps": [2],
+        "options": {"num_speculative_tokens": K, "trajectories_per_step": 2, "windows_per_step": 4},
+        "max_new_tokens": 12,
+        "max_tokens": 8,
+    }
+    (tmp_path / "plan.yaml").write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
+    return tmp_path / "plan.yaml"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from training_pair import K
 
 from ppow_train.cli import run
 from ppow_train.errors import UserError
@@ -255,41 +253,6 @@ def test_the_overview_has_a_column_for_every_cell_and_is_sorted():
 
 
 # ---------------------------------------------------------------- the whole thing
-
-
-@pytest.fixture
-def small_study(directories, tmp_path) -> Path:
-    """A plan for the test pair: two arms, one of them drafting, in two cells."""
-    texts = ["windows", "of draft", "tokens ", "dow", "so", "many"]
-    for name, more in (("train", ""), ("held_out", " so")):
-        lines = "".join(json.dumps({"prompt": text + more}) + "\n" for text in texts)
-        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    cells = [
-        {
-            "name": name,
-            "drafter": str(directories.drafter[name]),
-            "prompts": str(tmp_path / "train.jsonl"),
-            "held_out": str(tmp_path / "held_out.jsonl"),
-            "temperature": temperature,
-        }
-        for name, temperature in (("eagle3", 1.0), ("causal_lm", 0.0))
-    ]
-    cells[1]["tuned_like"] = "eagle3"
-    values = {
-        "target": str(directories.target),
-        "cells": cells,
-        "arms": {"cst:tv": {"objective": "cst:tv"}, "ppow": {"objective": "ppow", "num_generations": 2}},
-        "reference": "cst:tv",
-        "seeds": [0],
-        "learning_rates": [0.003],
-        "tuning_prompts": 2,
-        "steps": [2],
-        "options": {"num_speculative_tokens": K, "trajectories_per_step": 2, "windows_per_step": 4},
-        "max_new_tokens": 12,
-        "max_tokens": 8,
-    }
-    (tmp_path / "plan.yaml").write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
-    return tmp_path / "plan.yaml"
 
 
 def test_prompts_that_are_reported_are_not_trained_on(small_study, tmp_path, capsys):

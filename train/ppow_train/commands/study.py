@@ -38,9 +38,15 @@ def study(
     _check_names("cell", cells, [cell.name for cell in wanted.cells])
     _check_names("arm", arms, list(wanted.arms))
     results = Results(output)
-    if not table_only:
+    if table_only:
+        from ppow_train.study.facts import check_facts, plan_facts
+
+        check_facts(results, plan_facts(wanted))
+    else:
+        from ppow_train.machine import choose_device
         from ppow_train.study.run import Study
 
+        choose_device(device)
         Study(wanted, results, device, cells, arms, say=lambda text: click.echo(text, err=True)).finish()
     text = tables(wanted, results.read(), read_costs(output))
     (output / "table.md").write_text(text, encoding="utf-8")

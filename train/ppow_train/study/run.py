@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,18 +20,22 @@ from ppow_train.config import PPOWConfig, check_keys
 from ppow_train.data import keep_long_enough, read_prompts
 from ppow_train.errors import UserError
 from ppow_train.generation import Round, load_or_generate, load_tokenizer
+from ppow_train.microbatches import choose_windows_per_forward, divide_step
+from ppow_train.options import PPOWOptions
 from ppow_train.pair import Pair, load_pair
+from ppow_train.progress import make_progress
 from ppow_train.prompts import check_apart
 from ppow_train.rollout import WindowRunner
 from ppow_train.selection import Judge
 from ppow_train.study.costs import Costs, read_costs, write_costs
+from ppow_train.study.facts import model_facts, plan_facts, record_facts
 from ppow_train.study.plan import Cell, Plan
 from ppow_train.study.results import Measured, Results, RunKey
 from ppow_train.study.schedule import runs
 from ppow_train.study.timing import cost_ratios
-from ppow_train.target_cache import MemoryCache
+from ppow_train.target_cache import TargetCache, open_cache, resolve_kind
 from ppow_train.trainer import PPOWTrainer
-from ppow_train.training import quiet_trainer, restored
+from ppow_train.training import check_trainable, quiet_trainer, restored
 from ppow_train.types import Trajectories
 from ppow_train.walk import ExpectedWalk
 
@@ -52,10 +56,13 @@ class CellBench:
         self.plan, self.cell, self.cache = plan, cell, cache
         dtype = str(plan.options.get("target_dtype", PPOWConfig.target_dtype))
         self.pair: Pair = load_pair(plan.target, cell.drafter, device, dtype)
+        for arm in plan.arms:  # before anything is generated
+            check_trainable(self.pair, self.config(arm, cache))
         self.tokenizer = load_tokenizer(self.pair.target.directory)
         self.length = int(plan.options.get("num_speculative_tokens", PPOWConfig.num_speculative_tokens))
         self.training = functools.lru_cache(maxsize=1)(self._training)
-        self.judge = functools.lru_cache(maxsize=4)(self._judge)
+        self.target_cache = functools.lru_cache(maxsize=1)(self._target_cache)
+        self.judge = functools.lru_cache(maxsize=2)(self._judge)  # each keeps a tenth of the memory at most
 
     def _trajectories(self, file: str, drawn: Round, new_tokens: int) -> Trajectories:
         return load_or_generate(
@@ -69,8 +76,8 @@ class CellBench:
             seed=drawn.seed,
         ).to(self.pair.target.model.device)
 
-    def _training(self, rounds: Sequence[Round]) -> tuple[Trajectories, MemoryCache]:
-        """Trajectories of the prompts that are trained on, with the target's states along them."""
+    def _training(self, rounds: Sequence[Round]) -> Trajectories:
+        """Trajectories of the prompts that are trained on."""
         parts = []
         for drawn in rounds:
             whole = self._trajectories(self.cell.prompts, drawn, self.plan.max_new_tokens)
@@ -80,8 +87,15 @@ class CellBench:
                     f"{len(whole)}: lower tuning_prompts."
                 )
             parts.append(whole.select(torch.arange(len(whole) - self.plan.tuning_prompts)))
-        used = keep_long_enough(Trajectories.join(parts), self.length)
-        return used, MemoryCache(self.pair.target, used)
+        return keep_long_enough(Trajectories.join(parts), self.length)
+
+    def _target_cache(self, rounds: Sequence[Round], kind: Literal["memory", "disk"]) -> TargetCache | None:
+        """The target's states along them, kept where the options say."""
+        trajectories = self.training(rounds)
+        options = PPOWOptions(target_cache=kind)
+        fingerprint = self.pair.target_ref.fingerprint
+        with make_progress(is_shown=False) as progress:
+            return open_cache(self.pair.target, trajectories, options, self.cache, fingerprint, progress)
 
     def _judge(self, phase: str, greedy_drafts: bool) -> Judge:
         """The prompts that are reported, or those that are set apart for tuning."""
@@ -108,9 +122,15 @@ class CellBench:
         }
         return PPOWConfig(**{**fixed, **self.plan.options_of(arm), **values})
 
-    def trainer(self, config: PPOWConfig) -> PPOWTrainer:
-        """A trainer whose LoRA is in the drafter from now on: use it within `restored`."""
-        trajectories, cache = self.training(config.continuation_rounds())
+    def trainer(self, config: PPOWConfig, judges: Sequence[Judge] = ()) -> PPOWTrainer:
+        """A trainer whose LoRA is in the drafter from now on: use it within `restored`.
+
+        Args:
+            judges: that keep memory while it trains.
+        """
+        rounds = config.continuation_rounds()
+        trajectories = self.training(rounds)
+        kind = resolve_kind(self.pair.target, trajectories, config)
         runner = WindowRunner(
             self.pair.target,
             self.pair.drafter,
@@ -118,9 +138,11 @@ class CellBench:
             self.length,
             config.training_temperature,
             greedy=self.cell.temperature == 0,
-            cache=None if config.is_rollout else cache,
             sampled_paths=config.needs_argmax,
         )
+        config.windows_per_forward = choose_windows_per_forward(runner, config, judges)
+        divide_step(config, config.windows_per_forward)
+        runner.cache = None if kind == "none" else self.target_cache(rounds, kind)
         trainer = PPOWTrainer(runner, config, self.tokenizer)
         quiet_trainer(trainer)
         return trainer
@@ -133,12 +155,13 @@ class CellBench:
             config = self.config(
                 key.arm, Path(scratch), seed=key.seed, max_steps=key.steps, learning_rate=key.learning_rate
             )
-            trainer = self.trainer(config)
+            greedy = config.serving_temperature == 0 or config.draft_sample_method == "greedy"
+            judge = self.judge(key.phase, greedy)
+            trainer = self.trainer(config, [judge])
             begin = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - begin
-            greedy = config.serving_temperature == 0 or config.draft_sample_method == "greedy"
-            return _measured(self.judge(key.phase, greedy)(), seconds)
+            return _measured(judge(), seconds)
 
 
 def _measured(walk: ExpectedWalk, seconds: float) -> Measured:
@@ -166,10 +189,25 @@ class Study:
 
     def __post_init__(self) -> None:
         self._bench: CellBench | None = None
+        self._models: dict[str, dict[str, Any]] = {}
         for arm in self.plan.arms:  # before anything runs
             check_keys(self.plan.options_of(arm), f"arm {arm!r} of the plan")
         for cell in self.plan.cells:
             check_apart(Path(cell.prompts), Path(cell.held_out))
+        self.check_facts()
+
+    def check_facts(self) -> None:
+        """Refuse a plan under which the results that are there would not have come out; write down what it says."""
+        facts = plan_facts(self.plan)
+        for cell in self.plan.cells:
+            if not self.only_cells or cell.name in self.only_cells:
+                facts["cells"][cell.name] |= self._model_facts(cell.drafter)
+        record_facts(self.results, facts, self.say)
+
+    def _model_facts(self, drafter: str) -> dict[str, Any]:
+        if drafter not in self._models:
+            self._models[drafter] = model_facts(self.plan.target, drafter, self.device)
+        return self._models[drafter]
 
     def bench(self, name: str) -> CellBench:
         """The bench of a cell; the last one is kept."""
