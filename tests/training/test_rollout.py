@@ -10,7 +10,7 @@ import torch
 from training_pair import K
 from unpacked import draft_windows, over_target_vocabulary, target_windows
 
-from ppow_train.packed_rows import pack_rows
+from ppow_train.packed_rows import in_rows, pack_rows
 from ppow_train.rollout import WindowRunner
 from ppow_train.types import Rollout, Trajectories
 from ppow_train.verification import (
@@ -32,10 +32,10 @@ def roll_out(runner: WindowRunner, trajectory: torch.Tensor, start: torch.Tensor
 def test_pack_and_unpack_shuffled_rows(trajectories):
     packed = pack_rows(trajectories, TRAJECTORY, START)
     assert packed.starts.shape == (3, 3)
-    assert packed.unpack(packed.starts).equal(START)
+    assert in_rows([packed], [packed.starts]).equal(START)
     assert packed.trajectories.input_ids[packed.row].equal(trajectories.input_ids[TRAJECTORY])
     values = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
-    assert packed.unpack(packed.pack(values)).equal(values)
+    assert in_rows([packed], [packed.pack(values)]).equal(values)
 
 
 def test_padding_repeats_rows_of_the_same_trajectory(trajectories):
@@ -50,7 +50,7 @@ def test_packing_drops_trajectories_without_rows(trajectories):
     packed = pack_rows(trajectories, torch.tensor([2, 1]), torch.tensor([4, 6]))
     assert len(packed.trajectories) == 2
     assert packed.trajectories.input_ids.shape[1] == 14, "cut to the longest of those that occur"
-    assert packed.unpack(packed.starts).tolist() == [4, 6]
+    assert in_rows([packed], [packed.starts]).tolist() == [4, 6]
 
 
 def test_the_target_remembers_its_last_pass_only(runner, trajectories):

@@ -44,10 +44,6 @@ class PackedRows:
         packed[self.row, self.column] = own
         return packed
 
-    def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """[B, W, ...] -> [N, ...]."""
-        return values[self.row, self.column]
-
     def distinct(self) -> tuple[PackedRows, torch.Tensor]:
         """Each start of a trajectory once, and the column of every window's start among them, int64 [B, W]."""
         row = torch.arange(len(self.starts), device=self.row.device)[:, None].expand_as(self.starts)

@@ -43,7 +43,10 @@ FACTS = "compare.json"
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="directory for adapters and results"
 )
-@click.option("--objective", "objectives", multiple=True, default=OBJECTIVES, show_default=True)
+@click.option(
+    "--objective", "objectives", multiple=True, default=OBJECTIVES, show_default=True,
+    help="to train with; may be given several times",
+)  # fmt: skip
 @click.option(
     "--learning-rate",
     "rates",
@@ -51,7 +54,10 @@ FACTS = "compare.json"
     metavar="OBJECTIVE=RATE",
     help="instead of the default, for one",
 )
-@click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
+@click.option(
+    "--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True,
+    help="one adapter each per objective; may be given several times",
+)  # fmt: skip
 @click.option(
     "--steps", type=click.IntRange(1), default=100, show_default=True, help="updates, the same for every objective"
 )  # fmt: skip
