@@ -31,6 +31,7 @@ FLOOR = 0.03  # of acceptance at a position: bf16 in vLLM against fp32 here, and
 # Of accepted tokens per draft, or of their number where there are more than one: the same, and what of it may look like
 # a drafter without its adapter.
 TOTAL_FLOOR, BARE_FLOOR = 0.03, 0.01
+REDRAWN = 0.01  # share of drafts that rounding decides otherwise, as if drawn anew: two tokens tie in bf16
 STANDARD_ERRORS = 4.0
 LIMIT = 64  # prompts served
 
@@ -78,7 +79,11 @@ class Parity:
 
     @property
     def _chance(self) -> float:
-        return STANDARD_ERRORS * self.expected.standard_error
+        """Of single drafts on given texts, and of rounding, which is all there is at temperature 0."""
+        shares = self.expected.acceptance_per_position
+        square = sum((2 * position + 1) * share for position, share in enumerate(shares))  # E[k²] of a draft
+        rounding = 2 * REDRAWN * (square - self.expected.mean_accepted**2) / max(1, self.served.num_drafts)
+        return STANDARD_ERRORS * math.sqrt(self.expected.standard_error**2 + rounding)
 
     @property
     def problem(self) -> str | None:
