@@ -22,8 +22,11 @@ from vllm_ppow.pace import Pace
 # Step times of a cell that are remembered.
 CELL_MEMORY = 41
 # How far the base is taken to be from the truth (log scale, one standard deviation): what a cell saw itself, whose
-# noise is measured, is weighed against.
-BASE_ERROR = 0.05
+# noise is measured, is weighed against. A profile may be further off, measured as it was on a machine that did other
+# things: as far as cells say, up to the larger of the two.
+BASE_ERROR, LARGEST_BASE_ERROR = 0.05, 0.3
+# What the machine's pace adds to the differences between cells (log scale, one standard deviation).
+_PACE_ERROR = 0.1
 # Observations of a draft length in one octave of batch sizes that identify its cost.
 IDENTIFIED = 3
 # The first steps of a cell are not counted.
@@ -96,6 +99,7 @@ class StepCost:
         self._least = (0.0, 1.0)  # seconds that a step takes at least at a batch size
         self._pace = Pace()
         self._uses: dict[tuple[int, int], int] = {}  # steps seen by cell
+        self._base_error = BASE_ERROR
         self._noise = 0.1  # of one observation around its cell's median, log scale
         self._now = 0
         self._fitted_at = -_REFIT_EVERY
@@ -224,10 +228,26 @@ class StepCost:
         return below[1] + share * (above[1] - below[1])
 
     def _update_shift(self, cell: _Cell) -> None:
-        """Weigh what a cell saw against the base by their variances: about π/2 · noise² / n is a quantile's."""
+        """Weigh what a cell saw against the base by their variances."""
+        seen, variance = self._beyond_base(cell)
+        # One step may have been a pause; several have their quickest.
+        error = self._base_error if len(cell.seconds) >= IDENTIFIED else BASE_ERROR
+        cell.shift = seen * error**2 / (error**2 + variance)
+
+    def _beyond_base(self, cell: _Cell) -> tuple[float, float]:
+        """Log of what a cell saw over what the base says, and its variance: about π/2 · noise² / n is a quantile's."""
         seen = math.log(cell.typical / self._regressed(cell.features, cell.batch))
-        variance = 0.5 * math.pi * self._noise**2 / cell.weight(self._now)
-        cell.shift = seen * BASE_ERROR**2 / (BASE_ERROR**2 + variance)
+        return seen, 0.5 * math.pi * self._noise**2 / cell.weight(self._now)
+
+    def _found_base_error(self) -> float:
+        """How far the base is from what cells saw, their noise and the pace's taken out (method of moments, ours)."""
+        beyond = [self._beyond_base(cell) for cell in self._cells.values() if len(cell.seconds) >= IDENTIFIED]
+        weights = [1.0 / (BASE_ERROR**2 + variance) for _, variance in beyond]
+        if not weights:
+            return BASE_ERROR
+        excess = sum(w * (seen**2 - variance) for w, (seen, variance) in zip(weights, beyond, strict=True))
+        square = excess / sum(weights) - _PACE_ERROR**2
+        return min(max(square, BASE_ERROR**2), LARGEST_BASE_ERROR**2) ** 0.5
 
     def _fit(self) -> None:
         """Fit the base to what the cells saw, in relative terms, and what the cells say beyond it."""
@@ -239,6 +259,8 @@ class StepCost:
             least[0] = _LEAST_FACTOR * _factor(rows)
         self._coefficients = _ridge_from(least, rows, self._prior)
         self._least = min(_least(cell, length) for (_, length), cell in self._cells.items())
+        if self._profile is not None:
+            self._base_error = self._found_base_error()
         for cell in self._cells.values():
             self._update_shift(cell)
 
