@@ -44,9 +44,8 @@ class AdaptiveWindow:
         self._last_length = -1  # drafted in the step that was processed last; -1: none of known length
         self._last_decoded = False  # whether that step only decoded
         self._drafts_late = bool(scheduler.vllm_config.use_v2_model_runner)
-        self._refused: dict[
-            str, tuple[int, int]
-        ] = {}  # tokens (kept, refused) of drafts that a grammar has cut
+        # Of drafts that a grammar has cut: tokens (kept, refused).
+        self._refused: dict[str, tuple[int, int]] = {}
         self._last_scheduled = -1
         self._logged_at = time.monotonic()
         self._logged: WindowCounts = self.ppow_window.counts.copy()
@@ -124,12 +123,11 @@ class AdaptiveWindow:
         """vLLM counts each request's verified draft here, whether or not statistics are kept: so do we."""
         refused = num_invalid_spec_tokens.get(request_id, 0) if num_invalid_spec_tokens else 0
         kept, dropped = self._refused.get(request_id, (0, 0))
-        dropped = (
-            dropped if num_draft_tokens == kept else 0
-        )  # a draft cut again, for room, never came to them
-        self._guarded(
-            self.ppow_window.observe_draft, num_draft_tokens + dropped, num_accepted_tokens, refused + dropped
-        )
+        if num_draft_tokens == kept:  # else it was cut again, for room, and never came to them
+            num_refused, num_drafted = refused + dropped, num_draft_tokens + dropped
+        else:
+            num_refused, num_drafted = refused, num_draft_tokens
+        self._guarded(self.ppow_window.observe_draft, num_drafted, num_accepted_tokens, num_refused)
         return super().make_spec_decoding_stats(  # type: ignore[misc]
             spec_decoding_stats,
             num_draft_tokens=num_draft_tokens,

@@ -266,9 +266,8 @@ class _Trainer:
             "steps": self.steps,
             "max_new_tokens": self.max_new_tokens,
             "serving_temperature": self.serving_temperature,
-            **(
-                {} if self.device == "cpu" else {"device": self.device}
-            ),  # before, all were trained on the CPU
+            # Results from before this option were all trained on the CPU, and must stay comparable.
+            **({} if self.device == "cpu" else {"device": self.device}),
             **{f"learning_rate of {objective}": rate for objective, rate in self.rates.items()},
         }
 

@@ -13,11 +13,14 @@ from ppow_train.options import CHOICES, PPOWOptions
 _KINDS = {"int": int, "float": float, "bool": bool, "str": str}
 
 
+DEVICES = ("cpu", "cuda")
+
+
 def device_option(prefix: str = "") -> Callable[[Callable], Callable]:
     """`--device`; `prefix` says what of a command it is for."""
     return click.option(
         "--device",
-        type=click.Choice(("cpu", "cuda")),
+        type=click.Choice(DEVICES),
         default=None,
         help=f"{prefix}where models run  [default: cuda where there is one]",
     )

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from ppow_train.commands.options import DEVICES
+
 
 @click.command()
 @click.argument("plan", type=click.Path(path_type=Path))
@@ -16,7 +18,7 @@ import click
     help="directory of results; the same one goes on",
 )
 @click.option(
-    "--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True, help="where models run"
+    "--device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="where models run"
 )
 @click.option("--cell", "cells", multiple=True, help="do only these cells of the plan now  [default: all]")
 @click.option("--arm", "arms", multiple=True, help="do only these arms of the plan now  [default: all]")
