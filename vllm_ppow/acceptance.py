@@ -76,10 +76,6 @@ class AcceptanceEstimate:
         if self._weight > _RESCALE_AT:
             self._rescale()
 
-    def known(self, position: int) -> float:
-        """Observations, forgetting applied, that stand behind a position (counted from 1)."""
-        return self._trials[position - 1] / self._weight
-
     def conditional(self) -> list[float]:
         """a_i for i = 1..maximum, each in [0, 1]."""
         strength = PRIOR_STRENGTH * self._weight
@@ -99,10 +95,6 @@ class AcceptanceEstimate:
     def promises(self) -> list[float]:
         """E[accepted tokens] of drafts of length 0..maximum, [maximum + 1]."""
         return [0.0, *itertools.accumulate(self.survival())]
-
-    def expected(self, num_draft_tokens: int) -> float:
-        """E[accepted tokens of a draft of that length] = Σ_{i <= K} S_i, bonus token excluded."""
-        return sum(self.survival()[:num_draft_tokens])
 
     def _expected(self, position: int, before: float | None) -> float:
         """What a position is taken to be before any observation of it, given the position before."""

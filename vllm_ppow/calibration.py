@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 
+from vllm_ppow.isotonic import isotonic
+
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)
 # Observations of a bin after which the older half of them is forgotten.
 MEMORY = 400
@@ -65,17 +67,3 @@ class Calibration:
             weights = [trials_at[i] + STRENGTH for i in bins]
             means = [(accepted_at[i] + STRENGTH * pooled[i]) / weights[i] for i in bins]
             self._tables[position] = isotonic(means, weights)
-
-
-def isotonic(values: list[float], weights: list[float]) -> list[float]:
-    """The non-decreasing sequence nearest to `values` in weighted squares (pool adjacent violators)."""
-    pools: list[tuple[float, float, int]] = []
-    for new_value, new_weight in zip(values, weights, strict=True):
-        value, weight, count = new_value, new_weight, 1
-        while pools and pools[-1][0] > value:
-            before, mass, number = pools.pop()
-            value = (value * weight + before * mass) / (weight + mass)
-            weight += mass
-            count += number
-        pools.append((value, weight, count))
-    return [value for value, _, count in pools for _ in range(count)]

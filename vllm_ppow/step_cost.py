@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
+from vllm_ppow.isotonic import isotonic
 from vllm_ppow.pace import Pace
 
 # Step times of a cell that are remembered.
@@ -185,15 +186,8 @@ class StepCost:
 
     def table(self, batch: int, lengths: Sequence[int], context: int | None = None) -> list[float]:
         """`step_seconds` at ascending draft lengths, made non-decreasing by pooling neighbours that violate it."""
-        pools: list[tuple[float, int]] = []
-        for length in lengths:
-            value, count = self.step_seconds(batch, length, context), 1
-            while pools and pools[-1][0] > value:
-                above, number = pools.pop()
-                value = (value * count + above * number) / (count + number)
-                count += number
-            pools.append((value, count))
-        return [value for value, count in pools for _ in range(count)]
+        seconds = [self.step_seconds(batch, length, context) for length in lengths]
+        return isotonic(seconds, [1.0] * len(seconds))
 
     def _base(self, batch: int, length: int, context: float | None) -> float:
         context = self._context * batch if context is None else context

@@ -101,15 +101,6 @@ def rates(
     return [batch * (1.0 + promises[n]) / second for n, second in zip(lengths, seconds, strict=True)]
 
 
-def choose_num_draft_tokens(
-    acceptance: AcceptanceEstimate, cost: StepCost, batch: int, minimum: int, maximum: int
-) -> int:
-    """K in minimum..maximum that promises most tokens per second at a batch size; the shortest of equals."""
-    lengths = range(minimum, maximum + 1)
-    promised = rates(acceptance.promises(), batch, lengths, cost.table(batch, lengths))
-    return lengths[promised.index(max(promised))]
-
-
 class DraftWindow:
     """The policy of one engine: told what happened, asked for the next step's draft length.
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vllm_ppow.calibration import OPTIMISM, Calibration, isotonic
+from vllm_ppow.calibration import OPTIMISM, Calibration
 
 
 def test_a_flat_softmax_is_learned_to_be_right():
@@ -44,8 +44,3 @@ def test_what_changed_is_followed():
         for _ in range(2000):
             calibration.observe(0, 0.85, accepted)
     assert calibration.acceptance(0, 0.85) < 0.15
-
-
-def test_isotonic():
-    assert isotonic([1.0, 3.0, 2.0, 4.0], [1, 1, 1, 1]) == [1.0, 2.5, 2.5, 4.0]
-    assert isotonic([3.0, 0.0], [1, 2]) == [1.0, 1.0]

@@ -21,7 +21,7 @@ from vllm_ppow.acceptance import AcceptanceEstimate
 from vllm_ppow.change_cost import ChangeCost
 from vllm_ppow.compat.window import lengths, table
 from vllm_ppow.step_cost import StepCost
-from vllm_ppow.window import DraftWindow, choose_num_draft_tokens
+from vllm_ppow.window import DraftWindow
 
 COSTS = {"accelerator": accelerator, "processor": processor}
 
@@ -186,11 +186,10 @@ def test_counts_add_up():
 
 
 def test_the_choice_is_the_argmax():
-    cost = StepCost(Exact(processor))
-    acceptance = AcceptanceEstimate(8, _products(falling(0.85)))
     for batch in (1, 4, 16, 64):
         wanted = max(range(1, 7), key=lambda k, b=batch: fixed_rate(processor, falling(0.85), b, k))
-        assert choose_num_draft_tokens(acceptance, cost, batch, 1, 6) == wanted
+        acceptance = AcceptanceEstimate(6, _products(falling(0.85)))
+        assert DraftWindow(range(1, 7), acceptance, StepCost(Exact(processor))).choose(batch) == wanted
 
 
 def test_lengths_must_ascend():
