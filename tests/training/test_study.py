@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ppow_train.cli import run
 from ppow_train.errors import UserError
@@ -19,7 +21,7 @@ from ppow_train.study.plan import Cell, Plan, read_plan
 from ppow_train.study.results import Measured, Results, RunKey
 from ppow_train.study.run import Study
 from ppow_train.study.schedule import best_rate, runs, start_key
-from ppow_train.study.table import tables
+from ppow_train.study.table import origins, tables
 
 REPO = Path(__file__).parents[2]
 
@@ -155,6 +157,22 @@ def test_results_survive_a_kill_in_the_middle_of_a_line(tmp_path):
     assert list(results.read()) == [one]
     results.add(other, measured([2.0]))
     assert list(Results(tmp_path).read()) == [one, other]
+
+
+def test_runs_say_what_made_them_and_old_ones_that_they_do_not(tmp_path):
+    results = Results(tmp_path)
+    assert origins(results.made_with()) == ""
+    old = {"run": {**dataclasses.asdict(RunKey("report", "here", "one", 0, 5, 0.1))}}
+    old["measured"] = dataclasses.asdict(measured([1.0]))
+    results.file.write_text(json.dumps(old) + "\n", encoding="utf-8")
+    assert origins(results.made_with()) == "", "tables from before stay as they are"
+    for seed in (1, 2):
+        results.add(RunKey("report", "here", "one", seed, 5, 0.1), measured([1.0]))
+    assert len(results.read()) == 3
+    made, unknown = origins(results.made_with()).strip().splitlines()[-2:]
+    assert made.startswith("- 2: vllm-ppow ")
+    assert f"torch {torch.__version__}" in made
+    assert unknown == "- 1: versions not recorded"
 
 
 def test_a_run_is_claimed_by_one_process_until_it_ends(tmp_path):

@@ -7,7 +7,6 @@ Left out: when it is written (training.py); the schema of the directory (vllm_pp
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from ppow_train.pair import Pair
 from ppow_train.report import CURVE, write_curve
 from ppow_train.selection import BestOnHeldOut
 from ppow_train.types import Trajectories
+from ppow_train.versions import installed_versions
 from ppow_train.walk import ExpectedWalk
 from vllm_ppow.artifact import AdapterConfig
 
-_VERSIONED = ("vllm-ppow", "torch", "transformers", "trl", "peft", "speculators")
 # Options that say nothing of what was learned.
 _UNRECORDED = ("push_", "hub_", "report_", "save_")
 
@@ -88,7 +87,7 @@ def adapter_config(pair: Pair, config: PPOWConfig, training: dict[str, Any]) -> 
         draft_sample_method=config.draft_sample_method,
         temperature=config.serving_temperature,
         training=training,
-        versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+        versions=installed_versions(),
     )
 
 

@@ -34,7 +34,7 @@ def study(
     from ppow_train.study.costs import read_costs
     from ppow_train.study.plan import read_plan
     from ppow_train.study.results import Results
-    from ppow_train.study.table import tables
+    from ppow_train.study.table import origins, tables
 
     wanted = read_plan(plan)
     _check_names("cell", cells, [cell.name for cell in wanted.cells])
@@ -50,7 +50,7 @@ def study(
 
         choose_device(device)
         Study(wanted, results, device, cells, arms, say=lambda text: click.echo(text, err=True)).finish()
-    text = tables(wanted, results.read(), read_costs(output))
+    text = tables(wanted, results.read(), read_costs(output)) + origins(results.made_with())
     (output / "table.md").write_text(text, encoding="utf-8")
     click.echo(text)
 

@@ -1,4 +1,4 @@
-"""The results of a study on disk, one JSON line per run, and who is at which run.
+"""The results of a study on disk, one JSON line per run with what made it, and who is at which run.
 
 Several processes may work at one study: a run is claimed by a lock on a file, which is gone with the process. Left out:
 what a run does (run.py), what the results show (table.py).
@@ -11,8 +11,12 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from ppow_train.versions import made_with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +61,15 @@ class Results:
 
     def read(self) -> dict[RunKey, Measured]:
         """All finished runs; a line that was cut short by a kill is left out."""
-        if not self.file.exists():
-            return {}
-        text = self.file.read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
-        return {RunKey(**line["run"]): Measured(**line["measured"]) for line in lines}
+        return {RunKey(**line["run"]): Measured(**line["measured"]) for line in self._lines()}
+
+    def made_with(self) -> Counter[str | None]:
+        """Runs by the versions that made them; None: from before these were recorded."""
+        return Counter(line.get("made_with") for line in self._lines())
+
+    def _lines(self) -> list[dict[str, Any]]:
+        text = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
 
     def add(self, key: RunKey, measured: Measured) -> None:
         """Append a finished run, rounded to what can matter."""
@@ -70,7 +78,7 @@ class Results:
             "accepted": [round(value, 4) for value in measured.accepted],
             "seconds": round(measured.seconds, 1),
         }
-        line = json.dumps({"run": dataclasses.asdict(key), "measured": rounded})
+        line = json.dumps({"run": dataclasses.asdict(key), "measured": rounded, "made_with": made_with()})
         with self.file.open("a+b") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             stream.seek(0)

@@ -6,6 +6,7 @@ Then a table for every cell, with what the first leaves out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from ppow_train.study.costs import Costs, equal_time_steps
@@ -31,6 +32,17 @@ def tables(plan: Plan, results: dict[RunKey, Measured], costs: Costs) -> str:
             if len(rows) > 1 or (rows and steps == plan.steps[0]):
                 parts.append(_table(plan, cell, steps, rows))
     return "\n".join(parts)
+
+
+def origins(made_with: Counter[str | None]) -> str:
+    """What made the runs, a line for each set of versions; nothing where none is on record."""
+    if not any(made_with):
+        return ""
+    told = {versions or "versions not recorded": runs for versions, runs in made_with.most_common()}
+    return (
+        "\n".join(["", "Runs by what made them:", "", *(f"- {runs}: {text}" for text, runs in told.items())])
+        + "\n"
+    )
 
 
 def _overview(plan: Plan, results: dict[RunKey, Measured], cells: list[Cell], steps: int) -> str:
