@@ -124,6 +124,33 @@ def test_the_assistants_closing_answer_is_left_out_and_counted(answers, tmp_path
         read_requests(write(tmp_path, {"messages": [answer] * answers}))
 
 
+def test_an_answer_that_the_request_wants_continued_is_kept(tmp_path, chat_tokenizer):
+    begun = [*CHAT, {"role": "assistant", "content": "windows"}]
+    logged = {"messages": begun, "continue_final_message": True, "add_generation_prompt": False}
+    path = write(tmp_path, {"body": logged}, {"messages": begun, "continue_final_message": False})
+    prompts = tokenize(read_requests(path), chat_tokenizer)
+    kept = [chat_tokenizer.decode(list(ids)) for ids in prompts.ids]
+    assert kept == ["<user>draft<assistant>windows", "<user>draft<assistant>"]
+    assert prompts.answered == 1
+    # As vLLM has it: what the request gives to the template goes before what its other fields say.
+    own = {
+        "messages": begun,
+        "chat_template_kwargs": {"continue_final_message": True, "add_generation_prompt": False},
+    }
+    assert texts(chat_tokenizer, write(tmp_path, own)) == kept[:1]
+
+
+def test_an_answer_that_the_template_would_drop_cannot_be_continued(tmp_path, tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    begun = [*CHAT, {"role": "assistant", "content": "windows"}]
+    with refused("line 1", "the target's chat template refuses the messages"):
+        tokenize(
+            read_requests(write(tmp_path, {"messages": begun, "continue_final_message": True})), tokenizer
+        )
+
+
 @pytest.mark.parametrize(
     ("row", "parts"),
     [

@@ -31,6 +31,8 @@ _HOLDERS, _WRAPPERS = ("prompt", "messages"), ("body", "request")
 # midnight: what was interrupted could not go on, caches would be lost, other prompts would be held out. An adapter is
 # served on other days than it is trained on in any case.
 PROMPT_DATE = datetime.datetime(2026, 6, 15, 12)
+# A request's field by which its last message is one to go on with, not to answer.
+_CONTINUE = "continue_final_message"
 _EXAMPLE = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
 
 
@@ -42,8 +44,9 @@ class Prompt:
         where: for messages to the user, such as "prompts.jsonl, line 3".
         text: continued as it is, special tokens as in `text_ids`.
         ids: token ids, continued as they are.
-        messages: a chat up to where the assistant speaks; the target's chat template is applied.
-        template_options: what the request gives to the template besides (tools, chat_template_kwargs).
+        messages: a chat up to where the assistant speaks, or goes on speaking; the target's chat template is applied.
+        template_options: what the request gives to the template besides (tools, chat_template_kwargs,
+            continue_final_message).
         answered: whether the chat ended with the assistant's answer, which was dropped.
     """
 
@@ -155,6 +158,8 @@ def _request(line: str, where: str) -> Iterator[Prompt]:
     options = dict(value.get("chat_template_kwargs") or {})
     if value.get("tools"):
         options["tools"] = value["tools"]
+    if value.get(_CONTINUE) is True:
+        options[_CONTINUE] = True
     yield from prompts_of(value[found[0]], where, options)
 
 
@@ -198,9 +203,12 @@ def _all(value: Any, kind: Any) -> bool:
 
 
 def _chat(messages: list[dict[str, Any]], where: str, template_options: dict[str, Any]) -> Prompt:
-    """A chat without the assistant's closing answer: that is what the target is to say itself."""
+    """A chat without the assistant's closing answer: that is what the target is to say itself.
+
+    A request that has the beginning of the answer continued keeps it.
+    """
     asked = list(messages)
-    while asked and asked[-1]["role"] == "assistant":
+    while asked and not template_options.get(_CONTINUE) and asked[-1]["role"] == "assistant":
         asked.pop()
     if not asked:
         raise UserError(
@@ -373,12 +381,18 @@ def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
             f"{prompt.where}: messages need a chat template, and the tokenizer of this target has none: give "
             '{"prompt": "…"} with the text that the target shall continue.'
         )
-    options = {**prompt.template_options, "strftime_now": _strftime_now}
+    begins = not prompt.template_options.get(_CONTINUE)
+    options = {"add_generation_prompt": begins, **prompt.template_options, "strftime_now": _strftime_now}
     try:
-        return tokenizer.apply_chat_template(
-            prompt.messages, add_generation_prompt=True, tokenize=False, **options
-        )
+        return tokenizer.apply_chat_template(prompt.messages, tokenize=False, **options)
     except TemplateError as error:
         raise UserError(
             f"{prompt.where}: the target's chat template refuses the messages ({error})."
+        ) from error
+    except ValueError as error:
+        if begins:
+            raise
+        raise UserError(
+            f"{prompt.where}: the target's chat template does not print the message that is to be continued: leave "
+            f"{_CONTINUE} out."
         ) from error
