@@ -73,6 +73,21 @@ def test_parity_is_told(checked, capsys):
     assert "without the adapter 0.400: agree" in told
 
 
+def test_parity_runs_in_an_engine_as_the_server_has_it(command, tmp_path, capsys, monkeypatch):  # noqa: F811
+    started = []
+
+    def no_engine(name: str, options: Any, spec: Any) -> None:
+        started.append(options.more)
+        raise UserError("not today")
+
+    monkeypatch.setattr("ppow_train.parity.Engine", no_engine)
+    command.remove("--no-parity")
+    command += ["--held-out", str(jsonl(tmp_path / "held_out.jsonl", ["of", "draft"]))]
+    assert cli.run([*command, "--engine-arg", "kv_cache_dtype=fp8"]) == 1
+    assert "parity with vLLM was not checked (not today)" in capsys.readouterr().err
+    assert started == [{"kv_cache_dtype": "fp8"}]
+
+
 def test_nothing_accepted_before_is_no_division(capsys):
     before, after = (ExpectedWalk(torch.ones(2), torch.full((2, 1), share)) for share in (0.0, 0.5))
     config = SimpleNamespace(training={"peak_memory_bytes": 1}, target=SimpleNamespace(name_or_path="t"))
@@ -105,6 +120,17 @@ def test_what_cannot_be_is_told_before_anything_is_generated(options, says, unbe
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert cli.run([*unbegun, *options]) == 1
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_an_engine_argument_without_parity_is_a_usage_error(held_out, unbegun, tmp_path, capsys):
+    unbegun.remove("--no-parity")
+    if held_out:
+        unbegun += ["--no-parity", "--held-out", str(jsonl(tmp_path / "held_out.jsonl", ["of", "draft"]))]
+    assert cli.run([*unbegun, "--engine-arg", "kv_cache_dtype=fp8"]) == 2
+    assert "--engine-arg is for parity" in capsys.readouterr().err
+    assert cli.run([*unbegun, "--engine-arg", "tensor_parallel_size=2"]) == 2
+    assert "is set by this command, from its other options" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--device", "gpu"], ["--max-new-tokens", "0"]])

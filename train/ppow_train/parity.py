@@ -157,6 +157,7 @@ def check_parity(
     drafter_directory: Path,
     trajectories: Trajectories,
     *,
+    engine_arguments: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Parity:
     """Simulate and serve an adapter on the same prompts at the temperature it was trained for.
@@ -165,6 +166,7 @@ def check_parity(
         pair: target and drafter, without the adapter.
         trajectories: held-out prompts with the target's continuations at that temperature; the first LIMIT are used,
             and as many output tokens as leave room for a whole draft.
+        engine_arguments: further ones of vLLM's engine, by name.
 
     Returns:
         What was expected and what was counted; the pair's models are on the CPU afterwards.
@@ -183,7 +185,7 @@ def check_parity(
     say("starting vLLM to count the same prompts")
     prompts = zip(trajectories.input_ids.tolist(), trajectories.prompt_lengths.tolist(), strict=True)
     token_ids = [ids[:length] for ids, length in prompts]
-    served, given = _serve(pair, adapter, drafter_directory, token_ids, max_tokens)
+    served, given = _serve(pair, adapter, drafter_directory, token_ids, max_tokens, engine_arguments or {})
     move_pairs((pair, merged), device)
     given = given.to(device)
     expected = _walk(merged, config, given, max_tokens, with_covariance=True)
@@ -217,7 +219,12 @@ def move_pairs(pairs: Sequence[Pair], device: torch.device | str) -> None:
 
 
 def _serve(
-    pair: Pair, adapter: Adapter, drafter_directory: Path, prompts: list[list[int]], max_tokens: int
+    pair: Pair,
+    adapter: Adapter,
+    drafter_directory: Path,
+    prompts: list[list[int]],
+    max_tokens: int,
+    engine_arguments: dict[str, Any],
 ) -> tuple[SpecDecodeCounts, Trajectories]:
     """vLLM's counts, and its texts with what the target says next.
 
@@ -228,7 +235,8 @@ def _serve(
     length = config.num_speculative_tokens
     longest = model_length(prompts, max_tokens, length, pair.target.model.config)
     spec = ppow_spec(adapter, drafter_directory, length)
-    with Engine(ADAPTER, EngineOptions(str(pair.target.directory), max_model_len=longest), spec) as engine:
+    options = EngineOptions(str(pair.target.directory), max_model_len=longest, more=engine_arguments)
+    with Engine(ADAPTER, options, spec) as engine:
         engine.wait_until_ready()
         run = engine.run(prompts, max_tokens=max_tokens, temperature=config.temperature)
         texts = [[*prompt, *own] for prompt, own in zip(prompts, run.tokens, strict=True)]

@@ -89,7 +89,7 @@ if TYPE_CHECKING:
     help="tokens of prompt and output at most",
 )
 @click.option("--dtype", default="auto", show_default=True, help="of the target, as in vLLM")
-@engine_argument_option
+@engine_argument_option()
 @click.option(
     "--compile/--eager",
     "compiled",

@@ -94,7 +94,7 @@ if TYPE_CHECKING:
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
     help="of hf and vllm; auto is the target's own",
 )  # fmt: skip
-@engine_argument_option
+@engine_argument_option()
 @device_option("hf: ")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
 @click.pass_context

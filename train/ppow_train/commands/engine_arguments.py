@@ -27,24 +27,30 @@ _KEPT = (
 )  # fmt: skip
 
 
-def engine_argument_option(command: Callable) -> Callable:
-    """Add the option; the command gets `engine_arguments`, a dict."""
+def engine_argument_option(of: str = "") -> Callable:
+    """The option; the command gets `engine_arguments`, a dict.
+
+    Args:
+        of: what the engine is for, where that is not the whole command.
+    """
     return click.option(
         "--engine-arg",
         "engine_arguments",
         multiple=True,
         metavar="NAME=VALUE",
         callback=_read,
-        help="argument of vLLM's engine as the server has it, such as quantization=fp8 or kv_cache_dtype=fp8; "
+        help=f"{of}argument of vLLM's engine as the server has it, such as quantization=fp8 or kv_cache_dtype=fp8; "
         "VALUE is JSON, or text as it stands; may be repeated",
-    )(command)
+    )
 
 
 def _read(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:
     arguments = dict(_pair(text) for text in given)
     for name in arguments:
         if name in _OWN_OPTIONS:
-            use = f": use {_OWN_OPTIONS[name]}" if _OWN_OPTIONS[name] else ", from its other options"
+            flags = {flag for option in context.command.params for flag in option.opts}
+            own = _OWN_OPTIONS[name]
+            use = f": use {own}" if own.partition("/")[0] in flags else ", from its other options"
             raise click.BadParameter(f"{name} is set by this command{use}.")
         if name in _KEPT:
             raise click.BadParameter(

@@ -66,7 +66,7 @@ class _Numbers(click.ParamType):
 @click.option("--temperature", type=click.FloatRange(0), help="of acceptance  [default: the adapter's]")
 @click.option("--dtype", default="auto", show_default=True, help="of the target, as in vLLM")
 @click.option("--tensor-parallel-size", type=click.IntRange(1), default=1, show_default=True)
-@engine_argument_option
+@engine_argument_option()
 @click.option(
     "--compile/--eager",
     "compiled",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ppow_train.commands import training_run
+from ppow_train.commands.engine_arguments import engine_argument_option
 from ppow_train.commands.options import device_option, given, training_options
 from ppow_train.commands.training_run import Request
 
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="with --held-out: serve the adapter in vLLM at the end and fail unless it accepts what training simulates",
 )
+@engine_argument_option("with --parity: ")
 @click.option(
     "--cost-profile", type=click.Path(path_type=Path),
     help="file that `ppow profile` wrote, or adapter directory that has one: where draft_cost_ratio is taken from",
@@ -95,6 +97,10 @@ def train(
     """
     prompts, data, held_out = (arguments[name] for name in ("prompts", "data", "held_out"))
     _check_usage(ctx, prompts, data)
+    if arguments["engine_arguments"] and not (arguments["parity"] and (held_out or data)):
+        raise click.UsageError(
+            "--engine-arg is for parity, which takes --held-out or --data: drop it, or --no-parity."
+        )
     from ppow_train.prompts import read_requests
 
     for file in (prompts, held_out):

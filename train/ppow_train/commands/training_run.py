@@ -34,7 +34,10 @@ MOST_PASSES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line asked for; `values` are the training options that were given, and the seed."""
+    """What the command line asked for.
+
+    `values` are the training options that were given, and the seed; `engine_arguments` are vLLM's, for parity.
+    """
 
     target: str
     drafter: str
@@ -49,6 +52,7 @@ class Request:
     resume: bool
     device: str | None
     parity: bool
+    engine_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +176,7 @@ def check_parity(
         result.adapter,
         resolve_directory(pair.drafter_ref.name_or_path, pair.drafter_ref.revision)[0],
         held_out,
+        engine_arguments=request.engine_arguments,
         say=lambda text: click.echo(text, err=True),
     )
 
