@@ -39,10 +39,8 @@ def test_an_engine_of_the_planned_length_holds_every_request():
 
 
 def _samples(*steps):
-    samples = Samples([], [], [])
     passes = [PassTime(1, 2, 2, target, draft) for target, draft, _ in steps]
-    samples.add(passes, [whole for _, _, whole in steps])
-    return samples
+    return Samples.of(passes, [whole for _, _, whole in steps])
 
 
 def test_medians_and_spread_of_a_point():

@@ -1,21 +1,23 @@
 """What the steps of an engine cost, and what its drafter gets accepted: an `LLM` in, a CostProfile out.
 
 Every point of the grid is measured several times, points and draft lengths taking turns, so that what else the machine
-does falls on all of them; what counts are medians of steps in which every request decodes. Left out: how passes are
-timed and draft lengths set (vllm_ppow/compat/profiling.py), starting the engine (profile_engine.py).
+does falls on all of them; what counts are medians of steps in which every request decodes, at one pace of the machine
+(turns.py). Left out: how passes are timed and draft lengths set (vllm_ppow/compat/profiling.py), starting the engine
+(profile_engine.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import statistics
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ppow_train.errors import UserError
+from ppow_train.turns import Samples, Turn, at_one_pace
 from vllm_ppow.cost_profile import CostProfile
 from vllm_ppow.metrics import SpecDecodeCounts
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 _PROMPT_TOKENS_PER_STEP = 512  # fewer than vLLM takes by default, what it keeps free for drafts subtracted
 # Steps after a change of draft length: the first verifies drafts of the old one, with async scheduling the second too.
 _WARM_UP = 3
+# In a round a point has as many turns over all draft lengths as fit into so many seconds, one at least and so many at
+# most: where steps are short, a second of other work would fall on several draft lengths, and turns are cheap.
+_ROUND_SECONDS, _MOST_TURNS = 6.0, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +40,7 @@ class ProfileOptions:
     Attributes:
         batch_sizes, context_lengths, draft_lengths: the grid, as in `CostProfile`.
         steps: steps measured in a row.
-        rounds: passes over the grid, so that every point is measured rounds · steps times.
+        rounds: passes over the grid, so that every point is measured rounds · steps times at least.
         max_tokens: of each continuation that acceptance is counted on.
         temperature: of these continuations; steps are measured at 0.
     """
@@ -76,41 +81,6 @@ def start_steps(batch: int, context: int) -> int:
     return 10 + batch + 2 * batch * context // _PROMPT_TOKENS_PER_STEP
 
 
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """Seconds at one point of the grid, one figure per step.
-
-    Attributes:
-        target, draft: of the runner's passes.
-        step: of the engine core's steps.
-    """
-
-    target: list[float]
-    draft: list[float]
-    step: list[float]
-
-    def add(self, passes: Sequence[PassTime], steps: Sequence[float]) -> None:
-        """Add what one burst measured."""
-        self.target.extend(one.target_seconds for one in passes)
-        self.draft.extend(one.draft_seconds for one in passes)
-        self.step.extend(steps)
-
-    @property
-    def medians(self) -> tuple[float, float, float]:
-        """Target, draft, and the rest of the step (>= 0)."""
-        rest = [s - t - d for s, t, d in zip(self.step, self.target, self.draft, strict=True)]
-        target, draft, overhead = map(statistics.median, (self.target, self.draft, rest))
-        return target, draft, max(0.0, overhead)
-
-    @property
-    def spread(self) -> float:
-        """Half the range between the quartiles of the step, over its median."""
-        if len(self.step) < 2:
-            return 0.0
-        low, middle, high = statistics.quantiles(self.step, n=4, method="inclusive")
-        return (high - low) / 2 / middle
-
-
 Point = tuple[int, int, int]  # context length, batch size, draft length
 
 
@@ -132,24 +102,47 @@ def measure_steps(
     Raises:
         UserError: a batch never decoded as a whole, because the KV cache holds too few tokens.
     """
-    samples: dict[Point, Samples] = defaultdict(lambda: Samples([], [], []))
+    turns: dict[tuple[int, int], list[Turn]] = defaultdict(list)
     for number in range(-1, options.rounds):  # the first is not counted: caches and kernels get ready
         contexts = options.context_lengths[:1] if number < 0 else options.context_lengths
         for context, batch in itertools.product(contexts, options.batch_sizes):
             name = "warm-up" if number < 0 else f"round {number + 1} of {options.rounds}"
             say(f"{name}: {batch} requests, {context} tokens of context")
-            requests = _start(llm, profiler, context, batch, options, prompts)
-            for length in _turned(options.draft_lengths, number):
-                burst = _burst(llm, profiler, batch, length, options.steps)
+            began = time.perf_counter()
+            for _ in range(1 if number < 0 else _MOST_TURNS):
+                turn = _turn(llm, profiler, context, batch, options, prompts, len(turns[context, batch]))
                 if number >= 0:
-                    samples[context, batch, length].add(*burst)
-            llm.llm_engine.abort_request(requests)
-            while llm.llm_engine.has_unfinished_requests():
-                llm.llm_engine.step()
-    for (context, batch, _), found in samples.items():
-        if not found.target:
+                    turns[context, batch].append(turn)
+                if time.perf_counter() - began >= _ROUND_SECONDS:
+                    break
+    samples: dict[Point, Samples] = {}
+    for (context, batch), taken in turns.items():
+        pooled = at_one_pace(taken)
+        if len(pooled) < len(options.draft_lengths):
             raise _too_small(batch, context)
-    return dict(samples)
+        samples |= {(context, batch, length): found for length, found in pooled.items()}
+    return samples
+
+
+def _turn(
+    llm: Any,
+    profiler: StepProfiler,
+    context: int,
+    batch: int,
+    options: ProfileOptions,
+    prompts: Sequence[Sequence[int]],
+    number: int,
+) -> Turn:
+    """Start requests and time a burst of every draft length, of those that stayed steady."""
+    requests = _start(llm, profiler, context, batch, options, prompts)
+    bursts = {
+        length: Samples.of(*_burst(llm, profiler, batch, length, options.steps))
+        for length in _turned(options.draft_lengths, number)
+    }
+    llm.llm_engine.abort_request(requests)
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    return {length: samples for length, samples in bursts.items() if samples.target}
 
 
 def _turned(values: Sequence[int], by: int) -> list[int]:
