@@ -2,7 +2,8 @@
 
 Each arm is a `vllm serve` of its own; the load is that of `vllm bench serve` (its own code, called in this process so
 that vLLM is imported once). The servers of a group stay up side by side and only one is loaded at a time, in a new
-random order in every block (one concurrency in one round), so that arms are compared with neighbours in time. How many
+random order in every block (one concurrency in one round), so that arms are compared with neighbours in time. The one
+without speculation is loaded twice in every block: what it makes of itself tells which differences are chance. How many
 servers fit is bounded by --max-servers and by free memory; where not all do, groups take turns, and every group has no
 speculation and ours in it, so that ours meets every fixed K in the same blocks. Results are appended block by block,
 and the same command goes on where it was stopped. Left out: comparing and drawing (sweep_table.py).
@@ -27,7 +28,7 @@ import psutil
 import sweep_table
 from bench_adapters import train_adapter
 from bench_server import MODEL_NAME, TINY, Server, ServerOptions, named
-from sweep_table import ADAPTIVE, NONE, fixed, is_fixed
+from sweep_table import ADAPTIVE, CONTROL, NONE, fixed, is_fixed
 
 from ppow_train.progress import make_progress
 
@@ -59,8 +60,11 @@ def make_arms(
     return {**arms, ADAPTIVE: ours}
 
 
-def make_groups(arms: Sequence[str], max_servers: int) -> list[tuple[str, ...]]:
+def make_groups(arms: Sequence[str], max_servers: int, control: bool = True) -> list[tuple[str, ...]]:
     """Arms that are up at the same time; no speculation and ours are in every group.
+
+    Args:
+        control: no speculation is loaded a second time.
 
     Raises:
         click.UsageError: not even one fixed window fits beside them.
@@ -73,7 +77,8 @@ def make_groups(arms: Sequence[str], max_servers: int) -> list[tuple[str, ...]]:
         )
     num_groups = -(-len(windows) // room)
     size = -(-len(windows) // num_groups)
-    return [(NONE, *windows[i : i + size], ADAPTIVE) for i in range(0, len(windows), size)]
+    ends = (NONE, *[CONTROL] * control), (ADAPTIVE,)
+    return [(*ends[0], *windows[i : i + size], *ends[1]) for i in range(0, len(windows), size)]
 
 
 def bench_arguments(url: str, target: str, prompts: Path, load: dict[str, Any]) -> list[str]:
@@ -149,7 +154,7 @@ def running(
 def affordable_servers(asked: int, gib_per_server: float, lines: Sequence[dict[str, Any]]) -> int:
     """As many servers as asked for, or as free memory holds; a sweep that goes on keeps the groups it began with."""
     if lines:
-        return max(len(line["group"]) for line in lines)
+        return max(len(set(line["group"]) - {CONTROL}) for line in lines)
     fitting = int(psutil.virtual_memory().available / 2**30 / gib_per_server)
     if fitting < asked:
         click.echo(f"Free memory holds {fitting} servers of {gib_per_server:g} GiB, not {asked}.", err=True)
@@ -187,8 +192,9 @@ def measure_block(
     lines: list[dict[str, Any]] = []
     for arm in order:
         on_run(f"round {round_index + 1}, T = {temperature:g}, concurrency {concurrency}, {arm}")
-        arguments = bench_arguments(servers[arm].url, settings["target"], Path(settings["prompts"]), load)
-        measured = run_bench(servers[arm], arguments, output / "logs" / "bench.log")
+        server = servers[NONE if arm == CONTROL else arm]
+        arguments = bench_arguments(server.url, settings["target"], Path(settings["prompts"]), load)
+        measured = run_bench(server, arguments, output / "logs" / "bench.log")
         place = {"temperature": temperature, "group": group, "round": round_index, "concurrency": concurrency}
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         lines.append({**place, "arm": arm, "position": len(lines), "time": when, **measured})
@@ -216,7 +222,7 @@ def sweep(
         for group, blocks in left.items():
             if not blocks:
                 continue
-            windows = [arm for arm in group if arm not in shared]
+            windows = [arm for arm in group if is_fixed(arm)]
             with running(windows, arms, options, output) as others:
                 for block, order in blocks:
                     lines = measure_block(block, order, {**shared, **others}, settings, output, on_run)
@@ -274,6 +280,9 @@ def _numbers(kind: type) -> Any:
 )
 @click.option("--windows", default="1,2,3,5,8,10", show_default=True, callback=_numbers(int), help="fixed K")
 @click.option("--per-request", is_flag=True, help="ours also trims drafts request by request")
+@click.option(
+    "--control/--no-control", default=True, show_default=True, help="load no speculation twice in every block"
+)
 @click.option("--temperatures", default="0", show_default=True, callback=_numbers(float))
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--output-len", default=64, show_default=True, help="output tokens of every request")
@@ -307,13 +316,15 @@ def main(
     facts = {**{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, **machine_facts()}
     facts |= {key: named(facts[key]) for key in ("target", "prompts", "adapter")}
     rounds = facts.pop("rounds")  # more rounds of the same sweep may follow later
-    if not facts["per_request"]:
-        del facts["per_request"]  # sweeps from before there was a choice go on
+    for name in ("per_request", "control"):
+        if not facts[name]:
+            del facts[name]  # sweeps from before there was a choice go on
     lines = sweep_table.read_results(output / "results.jsonl", facts)
     if not report_only:
         adapter = adapter or train_adapter(output / "adapter", training_steps)
         arms = make_arms(settings["windows"], adapter, settings["per_request"])
-        groups = make_groups(list(arms), affordable_servers(max_servers, gib_per_server, lines))
+        affordable = affordable_servers(max_servers, gib_per_server, lines)
+        groups = make_groups(list(arms), affordable, settings["control"])
         total = rounds * len(settings["temperatures"]) * len(settings["levels"]) * sum(map(len, groups))
         done = {sweep_table.block_of(line) for line in lines}
         with make_progress() as progress:

@@ -16,6 +16,9 @@ from typing import Any
 import click
 
 NONE, ADAPTIVE = "none", "adaptive"
+CONTROL = (
+    "none again"  # the server without speculation, loaded a second time in the block: what chance alone does
+)
 MIN_OF_BEST, MIN_OF_NONE = 0.98, 0.97  # the aims: ours over the best fixed K, and over no speculation
 
 Block = tuple[float, tuple[str, ...], int, int]  # temperature, arms of the group, round, concurrency
@@ -39,7 +42,7 @@ class Verdict:
     """Ours at one concurrency, against the fixed K that is best there, no speculation, and every fixed K.
 
     `over_chosen` is against the K that a user would have fixed who measured before: in each round the one that was best
-    in the other rounds. None with one round.
+    in the other rounds. None with one round. `control` is no speculation over itself; None where it was not measured.
     """
 
     concurrency: int
@@ -48,6 +51,13 @@ class Verdict:
     over_chosen: Spread | None
     over_none: Spread
     over_every_fixed: dict[str, Spread]
+    control: Spread | None = None
+
+    def beside_chance(self, median: float, aim: float) -> str:
+        """What to say of a figure that is no further from its aim than no speculation is from itself."""
+        if self.control is None or abs(median - aim) > self.control.half_range:
+            return ""
+        return f"; not resolved: no speculation came to {self.control} of itself there"
 
     @property
     def is_strictly_better(self) -> bool:
@@ -182,7 +192,8 @@ def judge(lines: Sequence[dict[str, Any]], temperature: float) -> list[Verdict]:
         every = {arm: spread for arm in gains if (spread := over(arm))}
         if best in every:
             chosen = over_chosen(lines, temperature, concurrency)
-            verdicts.append(Verdict(concurrency, best, every[best], chosen, over_none, every))
+            control = ratios(lines, CONTROL, NONE, temperature, concurrency)
+            verdicts.append(Verdict(concurrency, best, every[best], chosen, over_none, every, control))
     return verdicts
 
 
@@ -197,12 +208,13 @@ def aims(verdicts: Sequence[Verdict]) -> list[tuple[bool, str]]:
         (
             of_best.over_best.median >= MIN_OF_BEST,
             f"at every concurrency at least {MIN_OF_BEST:.0%} of the best fixed K: least is {of_best.over_best} at "
-            f"concurrency {of_best.concurrency} (best there {of_best.best_fixed})",
+            f"concurrency {of_best.concurrency} (best there {of_best.best_fixed})"
+            + of_best.beside_chance(of_best.over_best.median, MIN_OF_BEST),
         ),
         (
             of_none.over_none.median >= MIN_OF_NONE,
             f"never below {MIN_OF_NONE:.0%} of no speculation: least is {of_none.over_none} at concurrency "
-            f"{of_none.concurrency}",
+            f"{of_none.concurrency}" + of_none.beside_chance(of_none.over_none.median, MIN_OF_NONE),
         ),
         (
             bool(better),
@@ -216,7 +228,7 @@ def aims(verdicts: Sequence[Verdict]) -> list[tuple[bool, str]]:
 
 
 def order_arms(arms: Iterable[str]) -> list[str]:
-    """No speculation, fixed K by length, ours."""
+    """No speculation (and again), fixed K by length, ours."""
     return sorted(arms, key=lambda arm: (arm == ADAPTIVE, int(arm[2:]) if is_fixed(arm) else 0, arm))
 
 
