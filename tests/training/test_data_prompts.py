@@ -145,7 +145,9 @@ def test_an_answer_that_the_template_would_drop_cannot_be_continued(tmp_path, to
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     )
     begun = [*CHAT, {"role": "assistant", "content": "windows"}]
-    with refused("line 1", "the target's chat template refuses the messages"):
+    with refused(
+        "line 1", "does not print the message that is to be continued", "leave continue_final_message out"
+    ):
         tokenize(
             read_requests(write(tmp_path, {"messages": begun, "continue_final_message": True})), tokenizer
         )

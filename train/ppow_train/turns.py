@@ -12,12 +12,23 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from vllm_ppow.compat.profiling import PassTime
+from typing import Protocol
 
 _SWEEPS = 3  # of the median polish; it hardly moves after the second
+
+
+class PassSeconds(Protocol):
+    """What is needed of a runner's pass that was timed."""
+
+    @property
+    def target_seconds(self) -> float:
+        """Of the target's part."""
+        ...
+
+    @property
+    def draft_seconds(self) -> float:
+        """Of the drafter's."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +45,7 @@ class Samples:
     step: list[float]
 
     @classmethod
-    def of(cls, passes: Sequence[PassTime], steps: Sequence[float]) -> Samples:
+    def of(cls, passes: Sequence[PassSeconds], steps: Sequence[float]) -> Samples:
         """What one burst measured."""
         return cls([one.target_seconds for one in passes], [one.draft_seconds for one in passes], list(steps))
 
