@@ -77,8 +77,8 @@ def make_groups(arms: Sequence[str], max_servers: int, control: bool = True) -> 
         )
     num_groups = -(-len(windows) // room)
     size = -(-len(windows) // num_groups)
-    ends = (NONE, *[CONTROL] * control), (ADAPTIVE,)
-    return [(*ends[0], *windows[i : i + size], *ends[1]) for i in range(0, len(windows), size)]
+    without = (NONE, CONTROL) if control else (NONE,)
+    return [(*without, *windows[i : i + size], ADAPTIVE) for i in range(0, len(windows), size)]
 
 
 def bench_arguments(url: str, target: str, prompts: Path, load: dict[str, Any]) -> list[str]:

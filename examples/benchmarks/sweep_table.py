@@ -16,9 +16,8 @@ from typing import Any
 import click
 
 NONE, ADAPTIVE = "none", "adaptive"
-CONTROL = (
-    "none again"  # the server without speculation, loaded a second time in the block: what chance alone does
-)
+# The server without speculation, loaded a second time in the block: what chance alone does.
+CONTROL = "none again"
 MIN_OF_BEST, MIN_OF_NONE = 0.98, 0.97  # the aims: ours over the best fixed K, and over no speculation
 
 Block = tuple[float, tuple[str, ...], int, int]  # temperature, arms of the group, round, concurrency

@@ -302,23 +302,27 @@ def stand_ins(monkeypatch):
     return ran, stop_after
 
 
+def sweep_arguments(output: Path, windows: str, levels: str, rounds: int) -> list[str]:
+    """Of a sweep with room for one fixed window at a time."""
+    chosen = ["--windows", windows, "--levels", levels, "--rounds", str(rounds)]
+    return [
+        "--output",
+        str(output),
+        "--adapter",
+        "a",
+        *chosen,
+        "--max-servers",
+        "3",
+        "--gib-per-server",
+        "0.01",
+    ]
+
+
 def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, stand_ins):
     from click.testing import CliRunner
 
     ran, stop_after = stand_ins
-    arguments = [
-        "--output",
-        str(tmp_path),
-        "--adapter",
-        "a",
-        "--windows",
-        "1,3",
-        "--levels",
-        "1,4",
-        "--rounds",
-        "2",
-    ]
-    arguments += ["--max-servers", "3", "--gib-per-server", "0.01", "--no-control"]
+    arguments = [*sweep_arguments(tmp_path, windows="1,3", levels="1,4", rounds=2), "--no-control"]
     stop_after[0] = 7  # in the third block of three arms
     assert CliRunner().invoke(serve_sweep.main, arguments).exit_code == 1
     assert StandIn.up == [], "no server stays after an error"
@@ -345,21 +349,8 @@ def test_the_control_is_a_second_load_of_the_server_without_speculation(tmp_path
     from click.testing import CliRunner
 
     ran, _ = stand_ins
-    arguments = [
-        "--output",
-        str(tmp_path),
-        "--adapter",
-        "a",
-        "--windows",
-        "1",
-        "--levels",
-        "1",
-        "--rounds",
-        "1",
-    ]
-    done = CliRunner().invoke(
-        serve_sweep.main, [*arguments, "--max-servers", "3", "--gib-per-server", "0.01"]
-    )
+    arguments = sweep_arguments(tmp_path, windows="1", levels="1", rounds=1)
+    done = CliRunner().invoke(serve_sweep.main, arguments)
     assert done.exit_code == 0, done.output
     assert sorted(ran) == ["K=1", ADAPTIVE, NONE, NONE]
     assert StandIn.events.count(("start", NONE)) == 1

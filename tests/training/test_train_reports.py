@@ -130,7 +130,7 @@ def test_an_engine_argument_without_parity_is_a_usage_error(held_out, unbegun, t
     assert cli.run([*unbegun, "--engine-arg", "kv_cache_dtype=fp8"]) == 2
     assert "--engine-arg is for parity" in capsys.readouterr().err
     assert cli.run([*unbegun, "--engine-arg", "tensor_parallel_size=2"]) == 2
-    assert "is set by this command, from its other options" in capsys.readouterr().err
+    assert "tensor_parallel_size is set by this command and cannot be chosen here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--device", "gpu"], ["--max-new-tokens", "0"]])

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-_SWEEPS = 3  # of the median polish; it hardly moves after the second
+_SWEEPS = 3  # of the median polish
 
 
 class PassSeconds(Protocol):
@@ -49,9 +49,10 @@ class Samples:
         """What one burst measured."""
         return cls([one.target_seconds for one in passes], [one.draft_seconds for one in passes], list(steps))
 
-    def scaled(self, factor: float) -> Samples:
-        """The same at another pace."""
-        return Samples(*([factor * one for one in part] for part in (self.target, self.draft, self.step)))
+    def add(self, other: Samples, factor: float) -> None:
+        """Add another's at another pace."""
+        for own, more in ((self.target, other.target), (self.draft, other.draft), (self.step, other.step)):
+            own.extend(factor * seconds for seconds in more)
 
     @property
     def medians(self) -> tuple[float, float, float]:
@@ -83,11 +84,7 @@ def at_one_pace(turns: Sequence[Turn]) -> dict[int, Samples]:
     pooled: dict[int, Samples] = {}
     for turn, level in zip(turns, slower, strict=True):
         for length, samples in turn.items():
-            scaled = samples.scaled(math.exp(-level))
-            known = pooled.setdefault(length, Samples([], [], []))
-            known.target.extend(scaled.target)
-            known.draft.extend(scaled.draft)
-            known.step.extend(scaled.step)
+            pooled.setdefault(length, Samples([], [], [])).add(samples, math.exp(-level))
     return {length: pooled[length] for length in sorted(pooled)}
 
 

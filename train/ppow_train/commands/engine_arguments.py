@@ -48,10 +48,7 @@ def _read(context: click.Context, parameter: click.Parameter, given: tuple[str, 
     arguments = dict(_pair(text) for text in given)
     for name in arguments:
         if name in _OWN_OPTIONS:
-            flags = {flag for option in context.command.params for flag in option.opts}
-            own = _OWN_OPTIONS[name]
-            use = f": use {own}" if own.partition("/")[0] in flags else ", from its other options"
-            raise click.BadParameter(f"{name} is set by this command{use}.")
+            raise click.BadParameter(f"{name} is set by this command{_instead(context, _OWN_OPTIONS[name])}.")
         if name in _KEPT:
             raise click.BadParameter(
                 f"{name} is set by this command: what it compares or keeps depends on it."
@@ -59,6 +56,14 @@ def _read(context: click.Context, parameter: click.Parameter, given: tuple[str, 
     if arguments:
         _check_known(arguments)
     return arguments
+
+
+def _instead(context: click.Context, own: str) -> str:
+    """What sets it: an option of its own, if this command has it."""
+    if not own:
+        return ", from its other options"
+    flags = {flag for option in context.command.params for flag in option.opts}
+    return f": use {own}" if own.partition("/")[0] in flags else " and cannot be chosen here"
 
 
 def _pair(text: str) -> tuple[str, Any]:

@@ -38,11 +38,10 @@ def origins(made_with: Counter[str | None]) -> str:
     """What made the runs, a line for each set of versions; nothing where none is on record."""
     if not any(made_with):
         return ""
-    told = {versions or "versions not recorded": runs for versions, runs in made_with.most_common()}
-    return (
-        "\n".join(["", "Runs by what made them:", "", *(f"- {runs}: {text}" for text, runs in told.items())])
-        + "\n"
-    )
+    told = [
+        f"- {runs}: {versions or 'versions not recorded'}\n" for versions, runs in made_with.most_common()
+    ]
+    return "\nRuns by what made them:\n\n" + "".join(told)
 
 
 def _overview(plan: Plan, results: dict[RunKey, Measured], cells: list[Cell], steps: int) -> str:
