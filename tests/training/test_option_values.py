@@ -65,6 +65,15 @@ def test_what_a_config_file_may_hold(tmp_path):
     assert (config.objective, config.learning_rate) == ("exact", 0.003)
 
 
+@pytest.mark.parametrize(
+    ("options", "alpha"),
+    [({"lora_rank": 16}, 32), ({"lora_rank": 256}, 512), ({"lora_rank": 16, "lora_alpha": 4}, 4)],
+)
+def test_alpha_is_twice_the_rank_unless_told(options, alpha, tmp_path):
+    config = PPOWConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+    assert config.to_dict()["lora_alpha"] == alpha  # what a run records
+
+
 def test_numbers_are_numbers_where_there_may_be_none(tmp_path):
     text = "proximity_epsilon: 5e-1\neval_steps: 1e1\nwindows_per_forward: '8'\nearly_stop_patience: null\ntop_p: '1'"
     values = read_config_file(write(tmp_path, text))

@@ -16,6 +16,7 @@ from test_study import measured
 
 from ppow_train.cli import run
 from ppow_train.errors import UserError
+from ppow_train.options import PPOWOptions
 from ppow_train.study.facts import FACTS
 from ppow_train.study.plan import read_plan
 from ppow_train.study.results import Results, RunKey
@@ -63,6 +64,8 @@ def started_study(small_study, tmp_path, monkeypatch) -> Path:
             lambda plan: plan["cells"][0].update(temperature=0.5),
             "cell 'eagle3' with temperature 1.0 (now 0.5)",
         ),
+        (lambda plan: plan["options"].update(lora_rank=2), "lora_rank"),
+        (lambda plan: plan["options"].update(lora_alpha=2), "lora_alpha"),
         (lambda plan: plan.update(max_tokens=9), "cell 'eagle3' with max_tokens 8 (now 9)"),
         (lambda plan: plan.update(tuning_prompts=1), "tuning_prompts 2 (now 1)"),
         (lambda plan: plan["cells"][0].update(prompts=plan["cells"][0]["prompts"] + "2"), "prompts"),
@@ -89,6 +92,7 @@ def _set_drafter(plan: dict[str, Any], drafter: str) -> None:
     "change",
     [
         lambda plan: plan.update(seeds=[0, 1], steps=[2, 3], learning_rates=[0.003, 0.001]),
+        lambda plan: plan["options"].update(lora_alpha=2 * PPOWOptions.lora_rank),  # what it is anyway
         lambda plan: plan["arms"].update(more={"objective": "exact"}),
         lambda plan: plan["arms"]["ppow"].update(num_generations=4),  # has no results yet
         lambda plan: plan["cells"][1].update(temperature=0.7),

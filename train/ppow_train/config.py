@@ -74,6 +74,7 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
         if isinstance(self.adaptive_windows, bool):  # YAML reads `true` as one
             self.adaptive_windows = "true" if self.adaptive_windows else "false"
         self._check()
+        self.lora_alpha = self.resolved_lora_alpha  # as it is recorded
         self.max_completion_length = self.num_speculative_tokens  # a completion is one window
         self.temperature = self.training_temperature
         # On policy, TRL's estimate then has the gradient of KL(q ‖ p), which it is an estimate of; without, as the

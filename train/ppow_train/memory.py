@@ -73,7 +73,7 @@ def estimate_memory(runner: WindowRunner, config: PPOWConfig, judges: Sequence[J
     """Memory of an update of this pair on these trajectories, if all were as long as the longest (ours).
 
     Args:
-        runner: pair and trajectories, before LoRA is injected.
+        runner: pair and trajectories.
         config: windows, objective, LoRA.
         judges: on the run's held-out trajectories.
     """
@@ -108,7 +108,7 @@ def _prefix_bytes(runner: WindowRunner, config: PPOWConfig, length: int, each: i
         kept += target.cached
         running = kept + target.at_work(taps)  # while the target runs
     steps = config.num_speculative_tokens
-    own = drafter.activations
+    own = drafter.activations + _lora_activations(runner, config)
     if taps:  # every step of a chain keeps the prefix's keys and values, repeated for every head
         own += (steps - 1) * 2 * drafter.layers * drafter.queries * drafter.element
     along_path = not taps and not config.is_rollout  # a causal LM reads its windows where it reads the prefix
@@ -136,18 +136,30 @@ def _chain_bytes(runner: WindowRunner, config: PPOWConfig, length: int, each: in
     if not runner.target.tap_layers and not config.is_rollout:
         return 0.0
     keys = length + steps * each / 2
+    own = drafter.activations + _lora_activations(runner, config)
     # The mask, as it is made and as it is read.
-    return steps * (drafter.activations + 2 * keys * drafter.element)
+    return steps * (own + 2 * keys * drafter.element)
+
+
+def _lora_activations(runner: WindowRunner, config: PPOWConfig) -> int:
+    """Bytes that a token leaves for the backward pass between A and B of all LoRA pairs, float32."""
+    return 4 * config.lora_rank * len(_adapted(runner, config))
 
 
 def _lora_weights(runner: WindowRunner, config: PPOWConfig) -> int:
+    return config.lora_rank * sum(
+        layer.in_features + layer.out_features for layer in _adapted(runner, config)
+    )
+
+
+def _adapted(runner: WindowRunner, config: PPOWConfig) -> list[torch.nn.Linear]:
+    """Layers that LoRA adapts, whether it is there already or not."""
     names = tuple(f".{name}" for name in config.lora_targets or runner.drafter.lora_targets)
-    linear = [
+    return [
         module
         for name, module in runner.drafter.model.named_modules()
-        if isinstance(module, torch.nn.Linear) and f".{name}".endswith(names)
+        if isinstance(module, torch.nn.Linear) and f".{name}".removesuffix(".base_layer").endswith(names)
     ]
-    return config.lora_rank * sum(module.in_features + module.out_features for module in linear)
 
 
 def windows_that_fit(estimate: MemoryEstimate, available: float, windows: int) -> int:

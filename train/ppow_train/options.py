@@ -111,7 +111,9 @@ class PPOWOptions:
         "memory, disk (under --cache), or auto (memory if they take 2 GiB at most; ppow, which needs more: none)",
     )
     lora_rank: int = _option(32, "LoRA rank r (>= 1)")
-    lora_alpha: int = _option(64, "LoRA α (>= 1); deltas are scaled by α / r")
+    lora_alpha: int | None = _option(
+        None, "LoRA α (>= 1; default: twice the rank); deltas are scaled by α / r"
+    )
     lora_targets: list[str] | None = _option(
         None, "names of the linear layers to adapt, as q_proj,v_proj (default: all of the drafter's blocks)"
     )
@@ -153,6 +155,11 @@ class PPOWOptions:
         "auto",
         "numbers of the frozen target: auto is the checkpoint's own on a GPU, as vLLM serves it, float32 on a CPU",
     )
+
+    @property
+    def resolved_lora_alpha(self) -> int:
+        """α, told or twice the rank: a rank that is changed alone leaves the scale of deltas as it is."""
+        return 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
     @property
     def training_temperature(self) -> float:

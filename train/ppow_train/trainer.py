@@ -74,7 +74,7 @@ class PPOWTrainer(GRPOTrainer):
         )
         lora = LoraConfig(
             r=args.lora_rank,
-            lora_alpha=args.lora_alpha,
+            lora_alpha=args.resolved_lora_alpha,
             target_modules=args.lora_targets or runner.drafter.lora_targets,
             bias="none",
         )

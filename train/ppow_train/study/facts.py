@@ -160,6 +160,8 @@ def _defaults() -> dict[str, Any]:
 
 def _bound(options: dict[str, Any]) -> dict[str, Any]:
     """Those that must stay where there are results."""
+    lora = PPOWOptions(lora_rank=options["lora_rank"], lora_alpha=options["lora_alpha"])
+    options = {**options, "lora_alpha": lora.resolved_lora_alpha}
     return {
         name: value
         for name, value in options.items()
