@@ -110,7 +110,10 @@ class PPOWOptions:
         "where the target's states along the training trajectories are kept, not computed at every update: none, "
         "memory, disk (under --cache), or auto (memory if they take 2 GiB at most; ppow, which needs more: none)",
     )
-    lora_rank: int = _option(32, "LoRA rank r (>= 1)")
+    # examples/benchmarks/study-rank.yaml: 128 gained more than 32 wherever there was something to gain.
+    lora_rank: int = _option(
+        128, "LoRA rank r (>= 1); costs time and memory in training, none in serving, where it is merged"
+    )
     lora_alpha: int | None = _option(
         None, "LoRA α (>= 1; default: twice the rank); deltas are scaled by α / r"
     )
