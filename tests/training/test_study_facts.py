@@ -115,10 +115,10 @@ def test_results_without_a_record_go_on_and_have_one_from_then_on(started_study,
     assert "max_tokens" in refused(started_study, tmp_path, lambda plan: plan.update(max_tokens=9))
 
 
-@pytest.mark.parametrize("name", ["study", "study-continuations"])
+@pytest.mark.parametrize("name", ["study", "study-continuations", "study-rank", "study-rank-short"])
 def test_studies_of_before_are_tabled(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(REPO)
-    [kept] = (REPO / "examples" / "benchmarks").glob(f"{name}-2026-11-2[45]")
+    [kept] = (REPO / "examples" / "benchmarks").glob(f"{name}-2026-11-2[456]")
     directory = shutil.copytree(kept, tmp_path / "kept")
     assert run(["study", f"examples/benchmarks/{name}.yaml", "--output", str(directory), "--table-only"]) == 0
     assert "points of gain" in capsys.readouterr().out
