@@ -137,10 +137,9 @@ def test_lora_targets_that_the_drafter_lacks(kind, directories, trajectories, tm
         PPOWTrainer(runner, config, load_tokenizer(directories.target))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_head_is_not_adapted_nor_offered(kind, directories, tmp_path):
-    """TRL would fail on it, at the end of generation."""
-    pair = load_pair(str(directories.target), str(directories.drafter[kind]))
+def test_a_causal_lms_head_is_not_adapted_nor_offered(directories, tmp_path):
+    """It is tied to the embeddings, or serving shares it."""
+    pair = load_pair(str(directories.target), str(directories.drafter["causal_lm"]))
     config = PPOWConfig(output_dir=str(tmp_path), use_cpu=True, lora_targets=["q_proj", "lm_head"])
     with pytest.raises(UserError) as caught:
         check_trainable(pair, config)
@@ -148,6 +147,16 @@ def test_a_head_is_not_adapted_nor_offered(kind, directories, tmp_path):
     assert got == "'lm_head'."
     assert "lm_head" not in offered
     assert "o_proj" in offered
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "causal_lm"])
+def test_an_eagle_heads_own_is_offered(kind, directories, tmp_path):
+    pair = load_pair(str(directories.target), str(directories.drafter[kind]))
+    for targets in (["lm_head"], ["q_proj", "lm_head"]):
+        check_trainable(pair, PPOWConfig(output_dir=str(tmp_path), use_cpu=True, lora_targets=targets))
+    config = PPOWConfig(output_dir=str(tmp_path), use_cpu=True, lora_targets=["verifier_lm_head"])
+    with refused("lora_targets", "lm_head", "got 'verifier_lm_head'"):
+        check_trainable(pair, config)
 
 
 # ---------------------------------------------------------------- models

@@ -157,6 +157,25 @@ def test_a_run_killed_anywhere_goes_on_bit_by_bit(unbroken, directories, traject
     assert not (tmp_path / "state").exists()
 
 
+def test_a_killed_run_on_an_output_layer_goes_on_bit_by_bit(directories, trajectories, tmp_path):
+    """Its training state holds LoRA alone, no embeddings."""
+    options = {"objective": "cst:jsd", "lora_targets": ["q_proj", "lm_head"], "resume": True}
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    for directory in (alone, killed):
+        directory.mkdir()
+    assert finish(start(train_into, alone, directories, trajectories, **{**options, "resume": False})) == 0
+    fatal = ("ppow_train.trainer:PPOWTrainer.training_step", 4)
+    life = start(train_and_die, fatal, killed, directories, trajectories, **{**options, "resume": False})
+    assert finish(life) == -signal.SIGKILL
+    (state,) = (killed / "state").glob("checkpoint-*/adapter_model.safetensors")
+    saved = load_file(state)
+    assert all(".lora_" in name for name in saved)
+    assert any(".lm_head." in name for name in saved)
+    assert finish(start(train_into, killed, directories, trajectories, **options)) == 0
+    assert weights(killed) == weights(alone)
+    assert log(killed) == log(alone)
+
+
 def test_the_best_adapter_is_chosen_alike_in_two_processes_and_after_a_kill(
     directories, trajectories, tmp_path
 ):

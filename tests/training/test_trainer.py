@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import queue
 from pathlib import Path
@@ -302,6 +303,15 @@ def test_windows_of_a_trajectory_share_a_forward(objective, directories, traject
 
 
 # ---------------------------------------------------------------- seams of TRL
+
+
+def test_trl_refuses_lora_on_an_output_layer_that_is_named(directories, trajectories, tmp_path, monkeypatch):
+    """When it no longer does, `output_layer_unnamed` can go."""
+    config = make_config(tmp_path, objective="cst:jsd", lora_targets=["lm_head"])
+    make_trainer(directories, trajectories, config, "eagle3")
+    monkeypatch.setattr("ppow_train.trainer.output_layer_unnamed", lambda *_: contextlib.nullcontext())
+    with pytest.raises(ValueError, match="lm_head"):
+        make_trainer(directories, trajectories, config, "eagle3")
 
 
 def test_trl_scales_its_own_losses_for_accumulation():

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from training_pair import VOCAB, Directories, K, load
 
 from ppow_train.config import PPOWConfig
@@ -27,6 +28,7 @@ from ppow_train.training import train_adapter
 from ppow_train.types import Trajectories
 from ppow_train.walk import ExpectedWalk, expected_walk, serving_tokens
 from vllm_ppow.artifact import ArtifactError, read_adapter
+from vllm_ppow.merge import Merger
 
 
 def config_for(tmp_path: Path, **options: Any) -> PPOWConfig:
@@ -145,6 +147,44 @@ def check_that_training_lowers(
     train_adapter(pair, continuations, config, tmp_path / "adapter", progress=progress)
     after = loss_on_all(loss, merged(pair, directories, kind, tmp_path / "adapter"), continuations)
     assert after < before - 0.02 * abs(before)
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "eagle31", "reduced", "original"])
+def test_an_output_layer_alone_lowers_the_loss(kind, directories, continuations, tmp_path, progress):
+    """TRL refuses LoRA on it, as its own forward would pass it by; windows do not."""
+    pair = open_pair(directories, kind)
+    before = weights_of(pair)
+    check_that_training_lowers(
+        kind, directories, continuations, tmp_path, progress, "cst:jsd", lora_targets=["lm_head"]
+    )
+    adapter = read_adapter(tmp_path / "adapter")
+    assert set(load_file(adapter.weights)) == {
+        f"base_model.model.lm_head.lora_{side}.weight" for side in "AB"
+    }
+    Merger(adapter).check_base(directories.drafter[kind])
+    after = weights_of(open_pair(directories, kind))
+    assert all(tensor.equal(before[name]) for name, tensor in after.items())
+
+
+def test_an_output_layer_is_adapted_by_ppow(directories, continuations, tmp_path, progress):
+    pair = open_pair(directories, "reduced")
+    options = {
+        "objective": "ppow",
+        "num_generations": 8,
+        "windows_per_step": 128,
+        "max_steps": 10,
+        "beta": 0.2,
+    }
+    config = config_for(tmp_path, lora_targets=["q_proj", "lm_head"], **options)
+    named = pair.drafter.model.get_output_embeddings()
+    loss = make_objective(PPOWOptions(objective="exact"))
+    before = loss_on_all(loss, pair, continuations)
+    train_adapter(pair, continuations, config, tmp_path / "adapter", progress=progress)
+    assert pair.drafter.model.get_output_embeddings() is named
+    adapted = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert adapted["base_model.model.lm_head.lora_B.weight"].abs().max() > 0
+    after = loss_on_all(loss, merged(pair, directories, "reduced", tmp_path / "adapter"), continuations)
+    assert after < before
 
 
 @pytest.mark.parametrize(

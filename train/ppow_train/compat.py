@@ -5,7 +5,10 @@ Left out: what TRL documents as public.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -46,6 +49,31 @@ def ensure_generation_config(model: Any) -> None:
 
     if not hasattr(model, "generation_config"):
         model.generation_config = GenerationConfig()
+
+
+@contextlib.contextmanager
+def output_layer_unnamed(model: Any, wanted: bool) -> Iterator[None]:
+    """TRL refuses LoRA on the layer that a model names as its output: its own forward reads the weight past the LoRA.
+
+    Windows call that layer itself (drafters/), and TRL's forward is never asked for them. Only while a trainer is built
+    the model names none, if it is `wanted`. Can go when TRL refuses only where its own forward is used.
+    """
+    if not wanted:
+        yield
+        return
+    model.get_output_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
+
+
+def keep_embeddings_out(peft_model: Any) -> None:
+    """PEFT writes embeddings and output layer, frozen, into every training state once LoRA is on the output layer.
+
+    Can go when the Trainer of transformers lets its callers say what `save_pretrained` is given.
+    """
+    peft_model.save_pretrained = functools.partial(peft_model.save_pretrained, save_embedding_layers=False)
 
 
 def silence_import_warnings() -> None:

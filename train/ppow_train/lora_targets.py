@@ -1,6 +1,7 @@
 """Which layers of a drafter LoRA adapts: all linear ones of its blocks, by name, or some of them.
 
-A head is never among them: TRL and PEFT refuse or copy it, and serving shares it with the target. Left out: injecting
+The output layer is among them only where it is asked for, and the drafter's own: that of an EAGLE-3 head, whose
+checkpoint always has it. Causal LMs tie theirs to their embeddings, or serving shares it. Left out: injecting
 (trainer.py), merging (vllm_ppow/merge.py).
 """
 
@@ -13,6 +14,7 @@ import torch
 
 from ppow_train.errors import UserError
 
+OUTPUT_LAYER = "lm_head"
 # Of Llama and all that is built like it, in this order: what adapters of such drafters have always had.
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -28,13 +30,16 @@ def default_targets(model: torch.nn.Module) -> list[str]:
     return list(LLAMA_LAYERS) if set(LLAMA_LAYERS) <= set(names) else names
 
 
-def check_lora_targets(model: torch.nn.Module, names: Iterable[str]) -> None:
+def check_lora_targets(model: torch.nn.Module, names: Iterable[str], has_own_output: bool = False) -> None:
     """PEFT passes over a name that fits nothing as long as another one fits.
+
+    Args:
+        has_own_output: whether the output layer can be adapted as well.
 
     Raises:
         UserError: a name fits no linear layer that can be adapted, or there is none.
     """
-    linear = _linear(model)
+    linear = [*_linear(model), *([OUTPUT_LAYER] if has_own_output else [])]
     if not linear:
         raise UserError(
             f"The drafter ({type(model).__name__}) has no linear layers that LoRA could adapt and vLLM could merge: "
@@ -42,7 +47,7 @@ def check_lora_targets(model: torch.nn.Module, names: Iterable[str]) -> None:
         )
     for wanted in names:
         if not any(f".{name}".endswith(f".{wanted}") for name in linear):
-            known = ", ".join(linear_names(model))
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise UserError(f"lora_targets must name linear layers of the drafter ({known}), got {wanted!r}.")
 
 
@@ -54,6 +59,6 @@ def _linear(model: torch.nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
         and module is not head
-        and name.rpartition(".")[2] != "lm_head"
+        and name.rpartition(".")[2] != OUTPUT_LAYER
         and not name.startswith("verifier_")
     ]

@@ -118,7 +118,9 @@ class PPOWOptions:
         None, "LoRA α (>= 1; default: twice the rank); deltas are scaled by α / r"
     )
     lora_targets: list[str] | None = _option(
-        None, "names of the linear layers to adapt, as q_proj,v_proj (default: all of the drafter's blocks)"
+        None,
+        "names of the linear layers to adapt, as q_proj,v_proj (default: all but the output layer; that of an EAGLE-3 "
+        "head, lm_head, can be named as well)",
     )
 
     # TRL defaults that PPOW changes; each can still be set.

@@ -28,13 +28,15 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from ppow_train.compat import (
     TargetAnchor,
     ensure_generation_config,
+    keep_embeddings_out,
+    output_layer_unnamed,
     silence_rollout_warning,
     silence_telemetry,
 )
 from ppow_train.config import GRPOTrainer, PPOWConfig
 from ppow_train.credit import token_advantages
 from ppow_train.distributed import admit_computations, inside
-from ppow_train.lora_targets import check_lora_targets
+from ppow_train.lora_targets import OUTPUT_LAYER, check_lora_targets
 from ppow_train.objectives import PathWindows, make_objective
 from ppow_train.rewards import ProximityThreshold, make_reward_funcs
 from ppow_train.rollout import WindowRunner
@@ -78,22 +80,24 @@ class PPOWTrainer(GRPOTrainer):
             target_modules=args.lora_targets or runner.drafter.lora_targets,
             bias="none",
         )
-        check_lora_targets(runner.drafter.model, lora.target_modules)
+        check_lora_targets(runner.drafter.model, lora.target_modules, runner.drafter.has_own_output)
         silence_rollout_warning()
         silence_telemetry()
         ensure_generation_config(runner.drafter.model)
-        super().__init__(
-            model=runner.drafter.model,
-            reward_funcs=make_reward_funcs(
-                args.draft_cost_ratio, args.proximity_weight, args.num_charged_tokens
-            ),
-            args=args,
-            train_dataset=trajectory_rows(len(runner.trajectories), args),
-            processing_class=processing_class,
-            peft_config=lora,
-            rollout_func=self._roll_out,
-            callbacks=[*(callbacks or []), self.window_log],
-        )
+        with output_layer_unnamed(runner.drafter.model, OUTPUT_LAYER in lora.target_modules):
+            super().__init__(
+                model=runner.drafter.model,
+                reward_funcs=make_reward_funcs(
+                    args.draft_cost_ratio, args.proximity_weight, args.num_charged_tokens
+                ),
+                args=args,
+                train_dataset=trajectory_rows(len(runner.trajectories), args),
+                processing_class=processing_class,
+                peft_config=lora,
+                rollout_func=self._roll_out,
+                callbacks=[*(callbacks or []), self.window_log],
+            )
+        keep_embeddings_out(self.model)
         admit_computations(runner.drafter.model)
         if args.is_rollout and args.beta:
             self.ref_model = TargetAnchor()  # after super().__init__, so that it wins over the PEFT branch

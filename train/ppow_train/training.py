@@ -49,7 +49,8 @@ def check_trainable(pair: Pair, config: PPOWConfig) -> None:
     Raises:
         UserError: layers to adapt are not there, or sizes of a model are not known.
     """
-    check_lora_targets(pair.drafter.model, config.lora_targets or pair.drafter.lora_targets)
+    drafter = pair.drafter
+    check_lora_targets(drafter.model, config.lora_targets or drafter.lora_targets, drafter.has_own_output)
     for model in (pair.target.model, pair.drafter.model):
         Shapes.of(model)
     if config.is_rollout:

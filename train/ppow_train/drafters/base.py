@@ -27,6 +27,7 @@ class Drafter(Protocol):
         drafter_type: as recorded in the adapter.
         model: the PreTrainedModel that LoRA is injected into (in place).
         lora_targets: names of the linear layers to adapt by default.
+        has_own_output: whether its output layer is no other module's, so that it can be adapted too.
         tap_layers: residual streams of the target that it reads, or ().
         vocab_size: V, tokens of the target's vocabulary that it reads.
         vocabulary: the D of them that it drafts, D of its logits.
@@ -34,6 +35,7 @@ class Drafter(Protocol):
 
     model: Any
     lora_targets: list[str]
+    has_own_output: bool
     vocabulary: DraftVocabulary
 
     @property

@@ -24,6 +24,7 @@ class CausalLMDrafter(ChainDrafter):
     """Any `…ForCausalLM` of transformers."""
 
     drafter_type: Literal["causal_lm"] = "causal_lm"
+    has_own_output = False  # mostly tied to its embeddings
     tap_layers: tuple[int, ...] = ()
 
     def __init__(self, model: PreTrainedModel) -> None:

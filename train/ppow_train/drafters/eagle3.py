@@ -30,6 +30,7 @@ class Eagle3Drafter(ChainDrafter):
     """EAGLE-3 and EAGLE-3.1 heads, with the target's full vocabulary or a part of it."""
 
     drafter_type: Literal["eagle3"] = "eagle3"
+    has_own_output = True  # a checkpoint without it is refused
 
     def __init__(self, model: Any) -> None:
         self.model = model
