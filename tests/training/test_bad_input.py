@@ -138,7 +138,7 @@ def test_lora_targets_that_the_drafter_lacks(kind, directories, trajectories, tm
 
 
 def test_a_causal_lms_head_is_not_adapted_nor_offered(directories, tmp_path):
-    """It is tied to the embeddings, or serving shares it."""
+    """It is mostly its embeddings."""
     pair = load_pair(str(directories.target), str(directories.drafter["causal_lm"]))
     config = PPOWConfig(output_dir=str(tmp_path), use_cpu=True, lora_targets=["q_proj", "lm_head"])
     with pytest.raises(UserError) as caught:

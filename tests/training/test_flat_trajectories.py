@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import train_into
+from training_lives import train_into
 from training_pair import VOCAB
 
 from ppow_train.data import collate, keep_long_enough

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from runs import curve, log, start, train_and_die, train_in_group, train_into
 from safetensors.torch import load_file
 from test_bad_input import refused
+from training_lives import curve, log, start, train_and_die, train_in_group, train_into
 from training_pair import VOCAB
 
 from ppow_train.checkpoints import RUN, STATE, finish_run, open_run, run_facts
@@ -159,19 +159,19 @@ def test_a_run_killed_anywhere_goes_on_bit_by_bit(unbroken, directories, traject
 
 def test_a_killed_run_on_an_output_layer_goes_on_bit_by_bit(directories, trajectories, tmp_path):
     """Its training state holds LoRA alone, no embeddings."""
-    options = {"objective": "cst:jsd", "lora_targets": ["q_proj", "lm_head"], "resume": True}
+    options = {"objective": "cst:jsd", "lora_targets": ["q_proj", "lm_head"]}
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     for directory in (alone, killed):
         directory.mkdir()
-    assert finish(start(train_into, alone, directories, trajectories, **{**options, "resume": False})) == 0
+    assert finish(start(train_into, alone, directories, trajectories, **options)) == 0
     fatal = ("ppow_train.trainer:PPOWTrainer.training_step", 4)
-    life = start(train_and_die, fatal, killed, directories, trajectories, **{**options, "resume": False})
+    life = start(train_and_die, fatal, killed, directories, trajectories, **options)
     assert finish(life) == -signal.SIGKILL
     (state,) = (killed / "state").glob("checkpoint-*/adapter_model.safetensors")
     saved = load_file(state)
     assert all(".lora_" in name for name in saved)
     assert any(".lm_head." in name for name in saved)
-    assert finish(start(train_into, killed, directories, trajectories, **options)) == 0
+    assert finish(start(train_into, killed, directories, trajectories, resume=True, **options)) == 0
     assert weights(killed) == weights(alone)
     assert log(killed) == log(alone)
 

@@ -10,9 +10,9 @@ from collections import namedtuple
 
 import pytest
 import torch
-from runs import curve, train_into
 from safetensors.torch import load_file
 from test_bad_input import refused
+from training_lives import curve, train_into
 from training_pair import VOCAB, Directories, K, load
 
 from ppow_train import target_cache

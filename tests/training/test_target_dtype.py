@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import curve, train_into
 from test_bad_input import refused
+from training_lives import curve, train_into
 from training_pair import VOCAB, K, load
 
 from ppow_train.pair import load_pair, weight_bytes

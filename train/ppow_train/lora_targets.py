@@ -1,8 +1,8 @@
 """Which layers of a drafter LoRA adapts: all linear ones of its blocks, by name, or some of them.
 
 The output layer is among them only where it is asked for, and the drafter's own: that of an EAGLE-3 head, whose
-checkpoint always has it. Causal LMs tie theirs to their embeddings, or serving shares it. Left out: injecting
-(trainer.py), merging (vllm_ppow/merge.py).
+checkpoint always has it. A causal LM's is mostly its embeddings. Left out: injecting (trainer.py), merging
+(vllm_ppow/merge.py).
 """
 
 from __future__ import annotations
