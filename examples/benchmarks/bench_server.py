@@ -121,6 +121,11 @@ class Server:
         errors = [line for line in found if "Error" in line and " WARNING " not in line]
         return "\n".join((errors or found)[-lines:])
 
+    def signal(self, number: int) -> None:
+        """Signal the API server and every process that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
     def stop(self) -> None:
         """Ask it to end, then make it; nothing of its process group stays."""
         self._process.terminate()  # the API server alone, which shuts its engine down: told at once, both complain

@@ -259,7 +259,8 @@ def machine_facts() -> dict[str, str]:
     }
 
 
-def _numbers(kind: type) -> Any:
+def numbers(kind: type) -> Any:
+    """Callback of an option with several numbers."""
     return lambda _context, _parameter, text: tuple(kind(part) for part in text.split(","))
 
 
@@ -276,14 +277,14 @@ def _numbers(kind: type) -> Any:
     "--output", required=True, type=click.Path(path_type=Path), help="results.jsonl, table.md, plots, logs"
 )
 @click.option(
-    "--levels", default="1,2,4,8,16,32", show_default=True, callback=_numbers(int), help="concurrencies"
+    "--levels", default="1,2,4,8,16,32", show_default=True, callback=numbers(int), help="concurrencies"
 )
-@click.option("--windows", default="1,2,3,5,8,10", show_default=True, callback=_numbers(int), help="fixed K")
+@click.option("--windows", default="1,2,3,5,8,10", show_default=True, callback=numbers(int), help="fixed K")
 @click.option("--per-request", is_flag=True, help="ours also trims drafts request by request")
 @click.option(
     "--control/--no-control", default=True, show_default=True, help="load no speculation twice in every block"
 )
-@click.option("--temperatures", default="0", show_default=True, callback=_numbers(float))
+@click.option("--temperatures", default="0", show_default=True, callback=numbers(float))
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--output-len", default=64, show_default=True, help="output tokens of every request")
 @click.option(

@@ -1,0 +1,232 @@
+"""Results of turns under load: read back, compared over rotations, judged by the aims, drawn. Left out: measuring.
+
+What an arm makes is its tokens over its seconds, of all rotations together but the first ones. Arms are neighbours in
+every rotation, so ratios come with intervals from resampling whole runs of rotations for all arms alike (moving blocks,
+Künsch 1989: rotations beside each other are alike, as the machine's pace wanders more slowly than they pass).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from sweep_table import ADAPTIVE, MIN_OF_BEST, MIN_OF_NONE, NONE, is_fixed, order_arms
+
+BLOCK = 4  # rotations that are drawn together
+LEAST_ROTATIONS = 4 * BLOCK
+_DRAWS = 4000
+_PERCENT = (2.5, 97.5)
+MET, MISSED, UNRESOLVED = "met", "MISSED", "not resolved"
+
+Counts = np.ndarray  # [2, rotations]: tokens and seconds of one arm
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """Tokens per second of one arm over another's, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} … {self.high:.3f})"
+
+    def against(self, aim: float) -> str:
+        """Whether the ratio is at least so much."""
+        return MET if self.low >= aim else MISSED if self.high < aim else UNRESOLVED
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """What was found at one concurrency.
+
+    Attributes:
+        speed: no speculation's output tokens per second of its turns.
+        over_none: every other arm's ratio over no speculation, in the order of the lengths.
+        best: the fixed K that made most.
+        over_every: ours over every fixed K. Over the best of several noisy ones it errs against ours.
+        over_chosen: ours in each half of the rotations over the fixed K that was best in the other half: what a user
+            who measured before would see.
+        of_itself: no speculation in the odd rotations over the even ones: what chance does to half of them.
+        mean_length: mean drafted tokens of ours.
+        rotations: that were judged.
+    """
+
+    concurrency: int
+    speed: float
+    over_none: dict[str, Ratio]
+    best: str
+    over_every: dict[str, Ratio]
+    over_chosen: float
+    of_itself: float
+    mean_length: float
+    rotations: int
+
+
+def read_results(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """One line for each concurrency that is on disk, ascending; the file is begun if there is none.
+
+    Raises:
+        click.UsageError: the file is of other options; ratios of both together would mean nothing.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"facts": facts}) + "\n")
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:  # killed while it wrote: what follows must not be glued to the torn line
+        path.write_text(whole)
+    lines = [json.loads(line) for line in whole.splitlines()]
+    known = lines[0].get("facts", {}) if lines else {}
+    if known != facts:
+        differing = sorted(key for key in {*facts, *known} if facts.get(key) != known.get(key))
+        raise click.UsageError(
+            f"{path} has other {', '.join(differing)}: give another --output, or the same options."
+        )
+    return sorted(lines[1:], key=lambda line: line["concurrency"])
+
+
+def counts_of(line: dict[str, Any], warm_rotations: int) -> dict[str, Counts]:
+    """Tokens and seconds of every arm in each rotation that is judged."""
+    kept = [turn for turn in line["turns"] if turn["rotation"] >= warm_rotations]
+    found: dict[str, Counts] = {}
+    for arm in order_arms({turn["arm"] for turn in kept}):
+        mine = sorted((turn for turn in kept if turn["arm"] == arm), key=lambda turn: turn["rotation"])
+        found[arm] = np.array([[t["tokens"] for t in mine], [t["seconds"] for t in mine]], dtype=float)
+    return found
+
+
+def _speed(counts: Counts) -> np.ndarray:
+    """Tokens per second over the last axis."""
+    sums = counts.sum(axis=-1)
+    return sums[0] / sums[1]
+
+
+def ratio(of: Counts, over: Counts, seed: int = 0) -> Ratio:
+    """Speeds' ratio, and its interval from moving blocks of rotations, drawn for both arms alike."""
+    number = of.shape[1]
+    draw = np.random.default_rng(seed)
+    starts = draw.integers(0, number - BLOCK + 1, size=(_DRAWS, -(-number // BLOCK)))
+    rows = (starts[..., None] + np.arange(BLOCK)).reshape(_DRAWS, -1)[:, :number]
+    drawn = _speed(of[:, rows]) / _speed(over[:, rows])
+    low, high = np.percentile(drawn, _PERCENT)
+    return Ratio(float(_speed(of) / _speed(over)), float(low), float(high))
+
+
+def _over_chosen(counts: dict[str, Counts]) -> float:
+    """Ours over the fixed K that was best in the other half, geometric mean of both halves."""
+    fixed = [arm for arm in counts if is_fixed(arm)]
+    half = counts[ADAPTIVE].shape[1] // 2
+    halves = [slice(0, half), slice(half, None)]
+    found = []
+    for here, there in (halves, reversed(halves)):
+        chosen = max(fixed, key=lambda arm: _speed(counts[arm][:, there]))
+        found.append(_speed(counts[ADAPTIVE][:, here]) / _speed(counts[chosen][:, here]))
+    return float(np.sqrt(found[0] * found[1]))
+
+
+def judge(line: dict[str, Any], warm_rotations: int) -> Level:
+    """What one line of results says."""
+    counts = counts_of(line, warm_rotations)
+    none, ours = counts[NONE], counts[ADAPTIVE]
+    fixed = [arm for arm in counts if is_fixed(arm)]
+    drafts = {int(length): number for length, number in line["drafts_by_length"][ADAPTIVE].items()}
+    drafted = sum(length * number for length, number in drafts.items())
+    return Level(
+        concurrency=line["concurrency"],
+        speed=float(_speed(none)),
+        over_none={arm: ratio(counts[arm], none) for arm in counts if arm != NONE},
+        best=max(fixed, key=lambda arm: _speed(counts[arm])),
+        over_every={arm: ratio(ours, counts[arm]) for arm in fixed},
+        over_chosen=_over_chosen(counts),
+        of_itself=float(_speed(none[:, 1::2]) / _speed(none[:, ::2])),
+        mean_length=drafted / max(1, sum(drafts.values())),
+        rotations=ours.shape[1],
+    )
+
+
+def aims(levels: Sequence[Level]) -> list[tuple[str, str]]:
+    """The three aims, each with its verdict and by what: the level whose interval is lowest speaks for an aim."""
+    of_best = min(levels, key=lambda level: level.over_every[level.best].high)
+    of_none = min(levels, key=lambda level: level.over_none[ADAPTIVE].high)
+    verdicts = [
+        (
+            _worst(level.over_every[level.best].against(MIN_OF_BEST) for level in levels),
+            f"at every concurrency at least {MIN_OF_BEST:.0%} of the best fixed K: least is "
+            f"{of_best.over_every[of_best.best]} at concurrency {of_best.concurrency} (best there {of_best.best})",
+        ),
+        (
+            _worst(level.over_none[ADAPTIVE].against(MIN_OF_NONE) for level in levels),
+            f"never below {MIN_OF_NONE:.0%} of no speculation: least is {of_none.over_none[ADAPTIVE]} at concurrency "
+            f"{of_none.concurrency}",
+        ),
+    ]
+    better = [level for level in levels if all(found.low > 1 for found in level.over_every.values())]
+    where = f"at concurrency {', '.join(str(level.concurrency) for level in better)}" if better else "nowhere"
+    possible = any(all(found.high > 1 for found in level.over_every.values()) for level in levels)
+    verdict = MET if better else UNRESOLVED if possible else MISSED
+    return [*verdicts, (verdict, f"better than every fixed K, interval clear of 1: {where}")]
+
+
+def _worst(verdicts: Any) -> str:
+    found = set(verdicts)
+    return MISSED if MISSED in found else UNRESOLVED if UNRESOLVED in found else MET
+
+
+def make_table(levels: Sequence[Level]) -> str:
+    """Markdown: every arm over no speculation, ours over the best fixed K."""
+    arms = order_arms({arm for level in levels for arm in level.over_none})
+    head = ["concurrency", "none, tok/s", *(f"{arm} ÷ none" for arm in arms)]
+    head += ["best fixed", "ours ÷ best", "÷ best of the other half", "drafted", "odd ÷ even", "rotations"]
+    rows = [head, ["---"] * len(head)]
+    for level in levels:
+        row = [str(level.concurrency), f"{level.speed:.0f}"]
+        row += [str(level.over_none[arm]) if arm in level.over_none else "–" for arm in arms]
+        row += [level.best, str(level.over_every[level.best]), f"{level.over_chosen:.3f}"]
+        row += [f"{level.mean_length:.1f}", f"{level.of_itself:.3f}", str(level.rotations)]
+        rows.append(row)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def write_plot(path: Path, levels: Sequence[Level]) -> None:
+    """Output tokens per second over no speculation by concurrency; the kind follows the suffix."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+
+    figure, axes = plt.subplots(figsize=(6.5, 4.6))
+    arms = order_arms({arm for level in levels for arm in level.over_none})
+    for index, arm in enumerate(arms):
+        found = [(level.concurrency, level.over_none[arm]) for level in levels if arm in level.over_none]
+        ours = arm == ADAPTIVE
+        values = [r.value for _, r in found]
+        errors = [[r.value - r.low for _, r in found], [r.high - r.value for _, r in found]]
+        axes.errorbar(
+            [concurrency for concurrency, _ in found],
+            values,
+            yerr=np.maximum(errors, 0.0),
+            color="#d1495b" if ours else colormaps["viridis"](index / max(1, len(arms) - 1)),
+            linewidth=2.5 if ours else 1.2,
+            marker="o",
+            markersize=5 if ours else 3,
+            capsize=2,
+            label="ours, adaptive" if ours else arm,
+        )
+    axes.axhline(1.0, color="black", linewidth=0.8, label="no speculation")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="concurrency", ylabel="output tokens/s ÷ no speculation")
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    temporary = path.with_name(f".{path.name}.part")
+    figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix("."))
+    temporary.replace(path)
+    plt.close(figure)
