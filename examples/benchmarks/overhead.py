@@ -3,7 +3,8 @@
 Both arms serve the same drafter with the same drafts: vLLM's own `eagle3` without this plugin (VLLM_PLUGINS= ), and
 `ppow` with an adapter whose deltas are zero, merged all the same. Steps: two engines stay up and take turns over the
 same prompts (A B B A …); outputs and drafts must be equal in every pair, or the times would be of different work. A
-pass has two times, that on the wall and the CPU time of its engine. Start-up: fresh processes in turns. Each of these
+pass has two times, that on the wall and the CPU time of its engine. Start-up: pairs of fresh processes, each running a
+quarter of a second while the other is stopped, by the seconds that they ran and by CPU time. Each of these
 figures is the median of the pairs' ratios with its 95 % interval by order statistics, which assumes nothing of their
 distribution and is not moved by a few disturbed pairs. Where half of all passes are disturbed that interval stays wide;
 a third figure of steps looks at those that were not: every engine step of a pass comes again in every round, the same
@@ -19,10 +20,7 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from typing import Any
 import click
 import numpy as np
 from bench_adapters import TINY, make_adapter
+from paired_starts import StartPlan, time_pair
 
 from ppow_train.generation import load_tokenizer
 from ppow_train.progress import make_progress
@@ -43,15 +42,6 @@ MAX_STEP_COST, MAX_START_COST = 0.01, 0.05  # the aims, over the bare drafter
 UNDISTURBED = 0.1  # share of its rounds that counts of every step
 _RESAMPLES = 200
 _NO_PLUGIN = {"VLLM_PLUGINS": ""}
-
-_START = """
-import json, sys, time
-began = time.perf_counter()
-from vllm import LLM
-imported = time.perf_counter()
-LLM(**json.loads(sys.argv[1]))
-print("RESULT", json.dumps({"import_s": imported - began, "engine_s": time.perf_counter() - imported}))
-"""
 
 
 def speculative_configs(adapter: Adapter, num_speculative_tokens: int) -> dict[str, dict[str, Any]]:
@@ -200,42 +190,35 @@ def time_steps(
     return results
 
 
-def time_start(arm: str, options: dict[str, Any]) -> dict[str, float]:
-    """Seconds that one fresh process takes to import vLLM, to have an engine, and in all."""
-    environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
+def time_starts(
+    options: EngineOptions, specs: dict[str, Any], starts: int, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Pairs of starts; the first pair fills the page cache and is not counted.
+
+    Args:
+        keep: given the results so far after every pair.
+    """
+    base = {"model": options.target, "dtype": options.dtype, "max_model_len": options.max_model_len}
+    base |= {"enforce_eager": True, "seed": 0}
+    plans = {
+        arm: StartPlan(arm, {**base, "speculative_config": spec}, environment_of(arm))
+        for arm, spec in specs.items()
     }
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", _START, json.dumps(options)],
-        env={**environment, **os.environ, **environment_of(arm)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not found:
-        raise click.ClickException(f"The engine of arm {arm} did not start: {done.stderr.strip()[-500:]}")
-    return {**json.loads(found[0].removeprefix("RESULT ")), "whole_s": time.perf_counter() - began}
-
-
-def time_starts(options: EngineOptions, specs: dict[str, Any], starts: int) -> dict[str, Any]:
-    """Fresh engines in turns; the first pair fills the page cache and is not counted."""
-    found: dict[str, list[tuple[float, float]]] = {"engine_s": [], "whole_s": []}
+    found: dict[str, list[tuple[float, float]]] = {"engine_s": [], "whole_s": [], "whole_cpu_s": []}
+    results: dict[str, Any] = {}
     with make_progress() as progress:
         task = progress.add_task("starts", total=starts + 1, note="")
         for index in range(starts + 1):
             order = (BARE, OURS) if index % 2 else (OURS, BARE)
-            base = {"model": options.target, "dtype": options.dtype, "max_model_len": options.max_model_len}
-            base |= {"enforce_eager": True, "seed": 0}
-            timed = {arm: time_start(arm, {**base, "speculative_config": specs[arm]}) for arm in order}
+            timed = time_pair([plans[arm] for arm in order])
             if index:
                 for name, pairs in found.items():
                     pairs.append((timed[BARE][name], timed[OURS][name]))
-            progress.update(task, advance=1)
-    return {name: summarise(pairs, MAX_START_COST) for name, pairs in found.items()}
+                results = {f"start_{name}": summarise(pairs, MAX_START_COST) for name, pairs in found.items()}
+                keep(results)
+            note = f"{timed[OURS]['whole_s'] / timed[BARE]['whole_s'] - 1:+.1%}"
+            progress.update(task, advance=1, note=note)
+    return results
 
 
 def show(name: str, result: dict[str, Any]) -> str:
@@ -278,7 +261,10 @@ def main(
                 options, specs, prompts, max_tokens, rounds, lambda found: write_json(output, found)
             )
         if starts:
-            results |= {f"start_{name}": r for name, r in time_starts(options, specs, starts).items()}
+            steps = dict(results)
+            results |= time_starts(
+                options, specs, starts, lambda found: write_json(output, {**steps, **found})
+            )
     write_json(output, results)
     for name, result in results.items():
         click.echo(show(name, result))
