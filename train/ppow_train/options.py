@@ -20,7 +20,7 @@ def _option(default: Any, help: str) -> Any:
 class PPOWOptions:
     """What can be set in a config file or by a flag; TRL's own fields can stand in the file too."""
 
-    # The README's tables ("Which objective"): clear of `cst:tv` in two cells of eight, 0.2 points below it in one; with
+    # examples/benchmarks/objectives.md: clear of `cst:tv` in two cells of eight, 0.2 points below it in one; with
     # eight continuations of every prompt clear of it in all four.
     objective: str = _option(
         "cst:jsd",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ppow_train.types import Trajectories
 
 
-# Of a run over its tokens: 4 were the best in the README's tables ("Which objective"), 9 and 18 were worse.
+# Of a run over its tokens: 4 were the best in examples/benchmarks/objectives.md, 9 and 18 were worse.
 MOST_PASSES = 5
 
 
