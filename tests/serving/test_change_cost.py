@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vllm_ppow.change_cost import HALF_LIFE, LEAST, MOST, ChangeCost
+from vllm_ppow.change_cost import HALF_LIFE, LEAST, ChangeCost
 
 
 def observed(pause: float, shows: int, steps: int = 600, every: int = 20, usual: float = 0.1) -> ChangeCost:
@@ -36,10 +36,29 @@ def test_noise_and_a_few_small_excesses_are_nothing():
         assert cost.steps < 2 * LEAST
 
 
-def test_the_machines_own_pauses_count_for_little():
+@pytest.mark.parametrize("seed", range(8))
+def test_the_machines_own_pauses_do_not_count(seed):
+    """A tenth of all steps is stopped for as long as sixty steps take: a mean would hold changes for dear."""
+    rng, cost = random.Random(seed), ChangeCost()
+    for step in range(3000):
+        stopped = 60.0 if rng.random() < 0.1 else 0.0
+        cost.observe(rng.gauss(0.0, 0.1) + stopped, changed=step % 24 == 0)
+        assert cost.steps == 0.0
+
+
+def test_one_long_pause_at_a_change_is_nothing():
     cost = ChangeCost()
     cost.observe(1e6, changed=True)
-    assert cost.steps < MOST / 2
+    assert cost.steps == 0.0
+
+
+def test_pauses_of_the_machine_do_not_hide_what_changes_cost():
+    rng, cost = random.Random(3), ChangeCost()
+    for step in range(3000):
+        stopped = 60.0 if rng.random() < 0.05 else 0.0
+        changed = step % 24 == 0
+        cost.observe(rng.gauss(0.0, 0.1) + stopped + 5.0 * changed, changed)
+    assert cost.steps == pytest.approx(5.0, abs=0.5)
 
 
 def test_it_is_forgotten():
