@@ -66,6 +66,13 @@ def drifting(seed: int, size: float = 0.15, steps: int = 200) -> Iterator[float]
         yield math.exp(pace)
 
 
+def stopping(seed: int, share: float = 0.1, times: float = 60.0) -> Iterator[float]:
+    """Pace of a machine that stops within a share of the steps, for as long as so many of them take."""
+    rng = random.Random(seed)
+    while True:
+        yield times if rng.random() < share else 1.0
+
+
 def _noise(rng: random.Random) -> float:
     """What one step's clock is multiplied by."""
     return rng.lognormvariate(0, NOISE) * (5 if rng.random() < OUTLIERS else 1)

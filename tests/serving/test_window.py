@@ -15,6 +15,7 @@ from simulated_serving import (
     new_window,
     processor,
     serve,
+    stopping,
 )
 
 from vllm_ppow.acceptance import AcceptanceEstimate
@@ -105,6 +106,19 @@ def test_where_changes_make_the_engine_pause_they_are_few(cost, batch, pause, mo
     assert minding > (0.97 if pause == 0.05 else 0.92)
     monkeypatch.setattr(ChangeCost, "steps", 0.0)
     assert earned(new_window()) < minding - 0.02, "what minding it is worth"
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_machine_that_stops_now_and_then_does_not_hold_a_length(cost):
+    """Stops fall on changes of length too, and must not make these look dear: 400 steps after a jump of the load."""
+    few, many = falling(0.9), falling(0.5)
+    rates = []
+    for seed in range(12):
+        window, pace = new_window(profile=Exact(COSTS[cost])), stopping(seed)
+        serve(window, COSTS[cost], few, 2, 400, seed, pace)
+        rate, _ = serve(window, COSTS[cost], many, 16, 400, seed + 50, pace)
+        rates.append(rate / best_fixed(COSTS[cost], many, 16)[1])
+    assert statistics.mean(rates) > 0.94
 
 
 def test_a_change_of_traffic_is_followed():
