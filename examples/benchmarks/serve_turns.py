@@ -240,7 +240,7 @@ def run_levels(
     import vllm.benchmarks.serve  # noqa: F401  # before clients are forked
 
     options = ServerOptions(
-        settings["target"], settings["dtype"], settings["max_model_len"], max(settings["levels"])
+        settings["target"], settings["dtype"], settings["max_model_len"], settings["max_num_seqs"]
     )
     with serve_sweep.running(list(arms), arms, options, output) as servers:
         for level in left:
@@ -301,6 +301,7 @@ def report(lines: Sequence[dict[str, Any]], facts: dict[str, Any], output: Path)
     help="requests that a client has ready: must outlast the turns",
 )
 @click.option("--max-model-len", default=512, show_default=True)
+@click.option("--max-num-seqs", default=32, show_default=True, help="requests that a server runs at most")
 @click.option("--dtype", default="auto", show_default=True)
 @click.option(
     "--seed", default=0, show_default=True, help="of the orders, and of what `vllm bench serve` draws"
@@ -315,8 +316,10 @@ def main(
         raise click.UsageError(
             f"--rotations must be at least --warm-rotations and {turns_table.LEAST_ROTATIONS} more."
         )
+    if max(given["levels"]) > given["max_num_seqs"]:
+        raise click.UsageError(f"--levels above --max-num-seqs {given['max_num_seqs']} would only queue.")
     settings = {**given, "adapter": str(adapter or f"trained, {training_steps} steps")}
-    facts = {**{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}}
+    facts: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
     facts |= serve_sweep.machine_facts()
     facts |= {key: named(facts[key]) for key in ("target", "prompts", "adapter")}
     facts.pop("levels")  # more may follow

@@ -14,7 +14,11 @@ import psutil
 import pytest
 import serve_turns
 import turns_table
+from bench_server import REPOSITORY
+from click.testing import CliRunner
 from sweep_table import ADAPTIVE, NONE
+
+BENCHMARKS = REPOSITORY / "examples" / "benchmarks"
 
 ARMS = [NONE, "K=1", "K=3", ADAPTIVE]
 
@@ -244,9 +248,23 @@ def test_a_killed_run_goes_on_after_its_last_whole_level(tmp_path):
         turns_table.read_results(path, {"seed": 1})
 
 
-def test_too_few_rotations_are_refused_before_a_server_starts(tmp_path):
-    from click.testing import CliRunner
-
-    result = CliRunner().invoke(serve_turns.main, ["--output", str(tmp_path), "--rotations", "20"])
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [("--rotations", "20", "--rotations must be at least"), ("--levels", "8,64", "above --max-num-seqs 32")],
+)
+def test_what_would_measure_nothing_is_refused_before_a_server_starts(tmp_path, option, value, says):
+    result = CliRunner().invoke(serve_turns.main, ["--output", str(tmp_path), option, value])
     assert result.exit_code == 2
-    assert "--rotations must be at least" in result.output
+    assert says in result.output
+
+
+def test_the_committed_results_can_be_shown_again(tmp_path):
+    """Their facts are those that the command writes, so that it goes on with them."""
+    path = BENCHMARKS / "turns-2026-11-27" / "results.jsonl"
+    facts = json.loads(path.read_text().partition("\n")[0])["facts"]
+    lines = turns_table.read_results(path, facts)
+    assert [x["concurrency"] for x in lines] == [1, 2, 4, 8, 16, 32]
+    table = turns_table.make_table([turns_table.judge(x, facts["warm_rotations"]) for x in lines])
+    assert table in (path.parent / "table.md").read_text()
+    options = {option.name for option in serve_turns.main.params}
+    assert set(facts) - {"machine", "versions"} < options
