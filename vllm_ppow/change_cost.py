@@ -32,9 +32,8 @@ class ChangeCost:
         self._cost = 0.0
         self._now = 0
         self._lost: deque[tuple[int, float]] = deque(maxlen=CHANGES)  # when, and how many steps
-        self._usual: deque[float] = deque(
-            maxlen=USUAL
-        )  # what steps far from any change take beyond what is expected
+        # What steps far from any change take beyond what is expected.
+        self._usual: deque[float] = deque(maxlen=USUAL)
         self._before: float | None = None  # of the step before, if it may be the neighbour of a change
         self._after_change = False
 

@@ -113,24 +113,34 @@ def summarise(result: dict[str, Any], before: dict[str, float], after: dict[str,
     kept |= {f"p{p}_{m}_ms": result[f"p{p}_{m}_ms"] for m in ("ttft", "tpot") for p in _PERCENTILES}
     names = ("acceptance_length", "acceptance_rate", "num_drafts", "draft_tokens", "accepted_tokens")
     kept |= {name: result[key] for name in names if (key := f"spec_decode_{name}") in result}
-    kept["drafts_by_length"] = {
+    kept["drafts_by_length"] = drafts_between(before, after)
+    return kept
+
+
+def drafts_between(before: dict[str, float], after: dict[str, float]) -> dict[str, int]:
+    """Drafts by their length between two readings of our counters."""
+    return {
         name.removeprefix(_DRAFTS).rstrip("}"): int(after[name] - before.get(name, 0))
         for name in after
         if name.startswith(_DRAFTS)
     }
-    return kept
 
 
-def run_bench(server: Server, arguments: list[str], log: Path) -> dict[str, Any]:
-    """One run of `vllm bench serve`; what it prints goes to a log."""
+def bench(arguments: Sequence[str], log: Path) -> dict[str, Any]:
+    """`vllm bench serve`, its own code in this process; what it prints goes to a log."""
     from vllm.benchmarks.serve import add_cli_args, main
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
-    before, busy = server.metrics(), server.cpu_seconds()
     with log.open("a") as stream, contextlib.redirect_stdout(stream):
-        result = main(parser.parse_args(arguments))
+        return main(parser.parse_args(list(arguments)))
+
+
+def run_bench(server: Server, arguments: list[str], log: Path) -> dict[str, Any]:
+    """One run of `vllm bench serve` against a server, and what that server counted meanwhile."""
+    before, busy = server.metrics(), server.cpu_seconds()
+    result = bench(arguments, log)
     server.check_alive()
     return {**summarise(result, before, server.metrics()), "server_cpu_s": server.cpu_seconds() - busy}
 
@@ -259,34 +269,53 @@ def machine_facts() -> dict[str, str]:
     }
 
 
-def numbers(kind: type) -> Any:
-    """Callback of an option with several numbers."""
+def _numbers(kind: type) -> Any:
     return lambda _context, _parameter, text: tuple(kind(part) for part in text.split(","))
 
 
+def common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What both load benchmarks can be told (this one and serve_turns.py)."""
+    path = click.Path(path_type=Path)
+    options = (
+        click.option("--target", default=str(TINY / "target"), show_default=True),
+        click.option("--adapter", type=path, help="directory of an adapter  [default: one is trained]"),
+        click.option(
+            "--training-steps", default=100, show_default=True, help="updates of the adapter that is trained"
+        ),
+        click.option("--prompts", default=str(TINY / "prompts" / "tests_held_out.jsonl"), show_default=True),
+        click.option("--output", required=True, type=path, help="results.jsonl, table.md, plots, logs"),
+        click.option(
+            "--levels",
+            default="1,2,4,8,16,32",
+            show_default=True,
+            callback=_numbers(int),
+            help="concurrencies",
+        ),
+        click.option(
+            "--windows", default="1,2,3,5,8,10", show_default=True, callback=_numbers(int), help="fixed K"
+        ),
+        click.option("--per-request", is_flag=True, help="ours also trims drafts request by request"),
+        click.option("--output-len", default=64, show_default=True, help="output tokens of every request"),
+        click.option("--max-model-len", default=512, show_default=True),
+        click.option("--dtype", default="auto", show_default=True),
+        click.option(
+            "--seed", default=0, show_default=True, help="of the orders, and of what `vllm bench serve` draws"
+        ),
+        click.option("--check", is_flag=True, help="exit with 1 unless every aim is met"),
+        click.option("--report-only", is_flag=True, help="measure nothing; table and plots of what is there"),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command()
-@click.option("--target", default=str(TINY / "target"), show_default=True)
-@click.option(
-    "--adapter", type=click.Path(path_type=Path), help="directory of an adapter  [default: one is trained]"
-)
-@click.option(
-    "--training-steps", default=100, show_default=True, help="updates of the adapter that is trained"
-)
-@click.option("--prompts", default=str(TINY / "prompts" / "tests_held_out.jsonl"), show_default=True)
-@click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="results.jsonl, table.md, plots, logs"
-)
-@click.option(
-    "--levels", default="1,2,4,8,16,32", show_default=True, callback=numbers(int), help="concurrencies"
-)
-@click.option("--windows", default="1,2,3,5,8,10", show_default=True, callback=numbers(int), help="fixed K")
-@click.option("--per-request", is_flag=True, help="ours also trims drafts request by request")
+@common_options
 @click.option(
     "--control/--no-control", default=True, show_default=True, help="load no speculation twice in every block"
 )
-@click.option("--temperatures", default="0", show_default=True, callback=numbers(float))
+@click.option("--temperatures", default="0", show_default=True, callback=_numbers(float))
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--output-len", default=64, show_default=True, help="output tokens of every request")
 @click.option(
     "--prompts-per-client", default=4, show_default=True, help="requests of a run per unit of concurrency"
 )
@@ -295,13 +324,6 @@ def numbers(kind: type) -> Any:
 @click.option(
     "--gib-per-server", default=3.5, show_default=True, help="memory of a server; the tiny pair's takes 3.2"
 )
-@click.option("--max-model-len", default=512, show_default=True)
-@click.option("--dtype", default="auto", show_default=True)
-@click.option(
-    "--seed", default=0, show_default=True, help="of the orders, and of what `vllm bench serve` draws"
-)
-@click.option("--check", is_flag=True, help="exit with 1 if an aim is missed")
-@click.option("--report-only", is_flag=True, help="measure nothing; table and plots of what is there")
 def main(
     output: Path,
     adapter: Path | None,

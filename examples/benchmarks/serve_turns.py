@@ -28,13 +28,12 @@ import serve_sweep
 import sweep_table
 import turns_table
 from bench_adapters import train_adapter
-from bench_server import TINY, Server, ServerOptions, named
+from bench_server import Server, ServerOptions, named
 
 from ppow_train.progress import make_progress
 
 _TOKENS = "vllm:generation_tokens_total"
 _RUNNING, _WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
-_DRAFTS = "ppow:spec_decode_drafts_total{num_draft_tokens="
 _LOADED_S, _DRAINED_S = 300, 120
 
 
@@ -78,14 +77,9 @@ class Client:
 
 
 def _bench(arguments: Sequence[str], log: Path) -> None:
-    from vllm.benchmarks.serve import add_cli_args, main
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parser = FlexibleArgumentParser()
-    add_cli_args(parser)
-    with log.open("a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-        main(parser.parse_args(list(arguments)))
+    with log.open("a") as stream, contextlib.redirect_stderr(stream):  # the progress bar's place
+        serve_sweep.bench(arguments, log)
 
 
 class Runner:
@@ -201,15 +195,6 @@ def loaded(
         wait_for(server, lambda m: not m[_RUNNING] + m[_WAITING], _DRAINED_S, "kept its requests")
 
 
-def drafts_between(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, int]:
-    """Drafts by their length between two readings of our counters."""
-    return {
-        name.removeprefix(_DRAFTS).rstrip("}"): int(after[name] - before.get(name, 0))
-        for name in after
-        if name.startswith(_DRAFTS) and after[name] > before.get(name, 0)
-    }
-
-
 def measure_level(
     servers: Mapping[str, Server],
     settings: dict[str, Any],
@@ -222,7 +207,9 @@ def measure_level(
     orders = rotations(list(servers), settings["rotations"], f"{settings['seed']} {concurrency}")
     with loaded(servers, settings, concurrency, output) as runners:
         turns = take_turns(runners, orders, settings["turn_seconds"], on_rotation)
-    drafts = {arm: drafts_between(before[arm], server.metrics()) for arm, server in servers.items()}
+    drafts = {
+        arm: serve_sweep.drafts_between(before[arm], server.metrics()) for arm, server in servers.items()
+    }
     return {"concurrency": concurrency, "drafts_by_length": drafts, "turns": turns}
 
 
@@ -250,40 +237,20 @@ def run_levels(
 
 def report(lines: Sequence[dict[str, Any]], facts: dict[str, Any], output: Path) -> bool:
     """Write table.md and the plots, print the verdicts; whether every aim was met."""
-    levels = [turns_table.judge(line, facts["warm_rotations"]) for line in lines]
+    in_order = sorted(lines, key=lambda line: line["concurrency"])
+    levels = [turns_table.judge(line, facts["warm_rotations"]) for line in in_order]
     judged = turns_table.aims(levels)
     verdicts = "\n".join(f"- {verdict}: {text}" for verdict, text in judged)
     head = f"{facts['machine']}; {facts['versions']}; temperature {facts['temperature']:g}"
     (output / "table.md").write_text(f"{head}\n\n{turns_table.make_table(levels)}\n\n{verdicts}\n")
     for suffix in ("png", "svg"):
-        turns_table.write_plot(output / f"turns.{suffix}", levels)
+        turns_table.write_plot(output / f"turns.{suffix}", levels, facts["temperature"])
     click.echo((output / "table.md").read_text())
     return all(verdict == turns_table.MET for verdict, _ in judged)
 
 
 @click.command()
-@click.option("--target", default=str(TINY / "target"), show_default=True)
-@click.option(
-    "--adapter", type=click.Path(path_type=Path), help="directory of an adapter  [default: one is trained]"
-)
-@click.option(
-    "--training-steps", default=100, show_default=True, help="updates of the adapter that is trained"
-)
-@click.option("--prompts", default=str(TINY / "prompts" / "tests_held_out.jsonl"), show_default=True)
-@click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="results.jsonl, table.md, plots, logs"
-)
-@click.option(
-    "--levels",
-    default="1,2,4,8,16,32",
-    show_default=True,
-    callback=serve_sweep.numbers(int),
-    help="concurrencies",
-)
-@click.option(
-    "--windows", default="1,2,3,5,8,10", show_default=True, callback=serve_sweep.numbers(int), help="fixed K"
-)
-@click.option("--per-request", is_flag=True, help="ours also trims drafts request by request")
+@serve_sweep.common_options
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--rotations", default=40, show_default=True, help="turns of every arm at each concurrency")
 @click.option("--turn-seconds", default=1.5, show_default=True, help="seconds of a turn")
@@ -293,21 +260,13 @@ def report(lines: Sequence[dict[str, Any]], facts: dict[str, Any], output: Path)
     show_default=True,
     help="rotations that are not judged: first prefills, and the adaptive window has just met the concurrency",
 )
-@click.option("--output-len", default=64, show_default=True, help="output tokens of every request")
 @click.option(
     "--requests",
     default=4000,
     show_default=True,
     help="requests that a client has ready: must outlast the turns",
 )
-@click.option("--max-model-len", default=512, show_default=True)
 @click.option("--max-num-seqs", default=32, show_default=True, help="requests that a server runs at most")
-@click.option("--dtype", default="auto", show_default=True)
-@click.option(
-    "--seed", default=0, show_default=True, help="of the orders, and of what `vllm bench serve` draws"
-)
-@click.option("--check", is_flag=True, help="exit with 1 unless every aim is shown to be met")
-@click.option("--report-only", is_flag=True, help="measure nothing; table and plots of what is there")
 def main(
     output: Path, adapter: Path | None, training_steps: int, check: bool, report_only: bool, **given: Any
 ) -> None:
@@ -323,7 +282,7 @@ def main(
     facts |= serve_sweep.machine_facts()
     facts |= {key: named(facts[key]) for key in ("target", "prompts", "adapter")}
     facts.pop("levels")  # more may follow
-    lines = turns_table.read_results(output / "results.jsonl", facts)
+    lines = sweep_table.read_lines(output / "results.jsonl", facts)
     if not report_only:
         adapter = adapter or train_adapter(output / "adapter", training_steps)
         arms = serve_sweep.make_arms(settings["windows"], adapter, settings["per_request"])
@@ -332,7 +291,7 @@ def main(
             done_turns = len(done & set(settings["levels"])) * settings["rotations"]
             task = progress.add_task("rotations", total=total, note="", completed=done_turns)
             run_levels(arms, settings, done, output, lambda: progress.advance(task))
-        lines = turns_table.read_results(output / "results.jsonl", facts)
+        lines = sweep_table.read_lines(output / "results.jsonl", facts)
     if not lines:
         raise click.ClickException(f"{output} holds no complete level yet.")
     met = report(lines, facts, output)

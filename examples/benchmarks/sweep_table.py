@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ NONE, ADAPTIVE = "none", "adaptive"
 CONTROL = "none again"
 MIN_OF_BEST, MIN_OF_NONE = 0.98, 0.97  # the aims: ours over the best fixed K, and over no speculation
 
+Series = dict[str, list[tuple[int, float, float, float]]]  # arm -> (concurrency, ratio, low, high)
 Block = tuple[float, tuple[str, ...], int, int]  # temperature, arms of the group, round, concurrency
 
 
@@ -83,7 +84,12 @@ def block_of(line: dict[str, Any]) -> Block:
 
 
 def read_results(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Lines of the complete blocks that are on disk; the file is begun if there is none.
+    """Lines of the complete blocks that are on disk; otherwise as `read_lines`."""
+    return complete_blocks(read_lines(path, facts))
+
+
+def read_lines(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Whole lines that are on disk; the file is begun if there is none.
 
     Raises:
         click.UsageError: the file is of another sweep; ratios of both together would mean nothing.
@@ -102,7 +108,7 @@ def read_results(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
         raise click.UsageError(
             f"{path} holds a sweep with other {', '.join(differing)}: give another --output, or the same options."
         )
-    return complete_blocks(lines[1:])
+    return lines[1:]
 
 
 def complete_blocks(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -274,15 +280,33 @@ def make_table(lines: Sequence[dict[str, Any]], temperature: float) -> str:
 
 def write_plot(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Output tokens/s over no speculation by concurrency, one panel per temperature; the kind follows the suffix."""
+    panels = {}
+    for temperature in sorted({line["temperature"] for line in lines}):
+        here = [line for line in lines if line["temperature"] == temperature]
+        series: Series = {}
+        for arm in order_arms({line["arm"] for line in here} - {NONE}):
+            for concurrency in sorted({line["concurrency"] for line in here}):
+                if (found := ratios(here, arm, NONE, temperature, concurrency)) is not None:
+                    low, high = found.median - found.half_range, found.median + found.half_range
+                    series.setdefault(arm, []).append((concurrency, found.median, low, high))
+        panels[f"temperature {temperature:g}"] = series
+    draw(path, panels)
+
+
+def draw(path: Path, panels: Mapping[str, Series]) -> None:
+    """Ratios over no speculation by concurrency, with their spreads; the kind of file follows the suffix.
+
+    Args:
+        panels: of each title, every arm's points (concurrency, ratio, low, high), ours last.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    temperatures = sorted({line["temperature"] for line in lines})
-    figure, panels = plt.subplots(1, len(temperatures), figsize=(6.5 * len(temperatures), 4.6), squeeze=False)
-    for axes, temperature in zip(panels[0], temperatures, strict=True):
-        _plot_temperature(axes, [line for line in lines if line["temperature"] == temperature], temperature)
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.6), squeeze=False)
+    for panel, (title, series) in zip(axes[0], panels.items(), strict=True):
+        _draw_panel(panel, title, series)
     figure.tight_layout()
     temporary = path.with_name(f".{path.name}.part")
     figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix("."))
@@ -290,21 +314,20 @@ def write_plot(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     plt.close(figure)
 
 
-def _plot_temperature(axes: Any, lines: Sequence[dict[str, Any]], temperature: float) -> None:
+def _draw_panel(axes: Any, title: str, series: Series) -> None:
     from matplotlib import colormaps
 
-    arms = [arm for arm in order_arms({line["arm"] for line in lines}) if arm != NONE]
-    for index, arm in enumerate(arms):
-        found = [
-            (c, ratios(lines, arm, NONE, temperature, c)) for c in sorted({x["concurrency"] for x in lines})
-        ]
-        points = [(c, spread) for c, spread in found if spread is not None]
+    for index, (arm, points) in enumerate(series.items()):
         ours = arm == ADAPTIVE
         axes.errorbar(
-            [c for c, _ in points],
-            [spread.median for _, spread in points],
-            yerr=[spread.half_range for _, spread in points],
-            color="#d1495b" if ours else colormaps["viridis"](index / max(1, len(arms) - 1)),
+            [concurrency for concurrency, *_ in points],
+            [value for _, value, _, _ in points],
+            # a resampled interval need not hold the value itself
+            yerr=[
+                [max(0.0, value - low) for _, value, low, _ in points],
+                [max(0.0, high - value) for _, value, _, high in points],
+            ],
+            color="#d1495b" if ours else colormaps["viridis"](index / max(1, len(series) - 1)),
             linewidth=2.5 if ours else 1.2,
             marker="o",
             markersize=5 if ours else 3,
@@ -313,7 +336,5 @@ def _plot_temperature(axes: Any, lines: Sequence[dict[str, Any]], temperature: f
         )
     axes.axhline(1.0, color="black", linewidth=0.8, label="no speculation")
     axes.set_xscale("log", base=2)
-    axes.set(
-        xlabel="concurrency", ylabel="output tokens/s ÷ no speculation", title=f"temperature {temperature:g}"
-    )
+    axes.set(xlabel="concurrency", ylabel="output tokens/s ÷ no speculation", title=title)
     axes.legend(frameon=False, fontsize=8)

@@ -1,4 +1,4 @@
-"""Results of turns under load: read back, compared over rotations, judged by the aims, drawn. Left out: measuring.
+"""Results of turns under load: compared over rotations, judged by the aims, shown. Left out: measuring.
 
 What an arm makes is its tokens over its seconds, of all rotations together but the first ones. Arms are neighbours in
 every rotation, so ratios come with intervals from resampling whole runs of rotations for all arms alike (moving blocks,
@@ -8,14 +8,12 @@ Künsch 1989: rotations beside each other are alike, as the machine's pace wande
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
-from sweep_table import ADAPTIVE, MIN_OF_BEST, MIN_OF_NONE, NONE, is_fixed, order_arms
+from sweep_table import ADAPTIVE, MIN_OF_BEST, MIN_OF_NONE, NONE, Series, draw, is_fixed, order_arms
 
 BLOCK = 4  # rotations that are drawn together
 LEAST_ROTATIONS = 4 * BLOCK
@@ -67,30 +65,6 @@ class Level:
     of_itself: float
     mean_length: float
     rotations: int
-
-
-def read_results(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """One line for each concurrency that is on disk, ascending; the file is begun if there is none.
-
-    Raises:
-        click.UsageError: the file is of other options; ratios of both together would mean nothing.
-    """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"facts": facts}) + "\n")
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:  # killed while it wrote: what follows must not be glued to the torn line
-        path.write_text(whole)
-    lines = [json.loads(line) for line in whole.splitlines()]
-    known = lines[0].get("facts", {}) if lines else {}
-    if known != facts:
-        differing = sorted(key for key in {*facts, *known} if facts.get(key) != known.get(key))
-        raise click.UsageError(
-            f"{path} has other {', '.join(differing)}: give another --output, or the same options."
-        )
-    return sorted(lines[1:], key=lambda line: line["concurrency"])
 
 
 def counts_of(line: dict[str, Any], warm_rotations: int) -> dict[str, Counts]:
@@ -195,38 +169,10 @@ def make_table(levels: Sequence[Level]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def write_plot(path: Path, levels: Sequence[Level]) -> None:
+def write_plot(path: Path, levels: Sequence[Level], temperature: float) -> None:
     """Output tokens per second over no speculation by concurrency; the kind follows the suffix."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib import colormaps
-
-    figure, axes = plt.subplots(figsize=(6.5, 4.6))
-    arms = order_arms({arm for level in levels for arm in level.over_none})
-    for index, arm in enumerate(arms):
+    series: Series = {}
+    for arm in order_arms({arm for level in levels for arm in level.over_none}):
         found = [(level.concurrency, level.over_none[arm]) for level in levels if arm in level.over_none]
-        ours = arm == ADAPTIVE
-        values = [r.value for _, r in found]
-        errors = [[r.value - r.low for _, r in found], [r.high - r.value for _, r in found]]
-        axes.errorbar(
-            [concurrency for concurrency, _ in found],
-            values,
-            yerr=np.maximum(errors, 0.0),
-            color="#d1495b" if ours else colormaps["viridis"](index / max(1, len(arms) - 1)),
-            linewidth=2.5 if ours else 1.2,
-            marker="o",
-            markersize=5 if ours else 3,
-            capsize=2,
-            label="ours, adaptive" if ours else arm,
-        )
-    axes.axhline(1.0, color="black", linewidth=0.8, label="no speculation")
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="concurrency", ylabel="output tokens/s ÷ no speculation")
-    axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix("."))
-    temporary.replace(path)
-    plt.close(figure)
+        series[arm] = [(concurrency, r.value, r.low, r.high) for concurrency, r in found]
+    draw(path, {f"temperature {temperature:g}": series})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import click
-import paired_starts
 import pytest
 from paired_starts import Start, StartPlan, time_pair
 
@@ -77,6 +77,14 @@ def test_the_environment_of_an_arm_reaches_it():
     assert found["bare"]["whole_s"] > 0
 
 
-def test_what_is_started_marks_both_points():
-    assert 'print("MARK imported"' in paired_starts.START_ENGINE
-    assert 'print("MARK engine"' in paired_starts.START_ENGINE
+def test_an_engine_of_the_options_given_is_what_starts(tmp_path):
+    """The real program, on a stand-in for vLLM that is slow to import and writes down what it is made with."""
+    made = tmp_path / "made.json"
+    (tmp_path / "vllm.py").write_text(
+        "import json, time\ntime.sleep(0.3)\n"
+        f"def LLM(**options): time.sleep(0.3); open({str(made)!r}, 'w').write(json.dumps(options))\n"
+    )
+    options = {"model": "target", "speculative_config": {"method": "ppow"}}
+    found = time_pair([StartPlan("ours", options, {"PYTHONPATH": str(tmp_path)})])["ours"]
+    assert json.loads(made.read_text()) == options
+    assert 0.25 < found["engine_s"] < found["whole_s"] - 0.25

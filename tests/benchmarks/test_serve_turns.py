@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -131,12 +132,71 @@ def test_every_arm_has_one_turn_in_each_rotation_in_an_order_that_can_be_had_aga
     assert orders != serve_turns.rotations(ARMS, 12, "1 8")
 
 
-def test_drafts_are_counted_between_two_readings():
-    name = "ppow:spec_decode_drafts_total{num_draft_tokens="
-    before, after = {f"{name}1}}": 3.0}, {f"{name}1}}": 5.0, f"{name}2}}": 4.0, "other": 1.0}
-    before = {key.replace("}}", "}"): value for key, value in before.items()}
-    after = {key.replace("}}", "}"): value for key, value in after.items()}
-    assert serve_turns.drafts_between(before, after) == {"1": 2, "2": 4}
+class FakeServer(FakeArm):
+    """As `loaded` sees a server: what it was sent, and requests that its client keeps coming."""
+
+    name, url = "K=1", "http://127.0.0.1:1"
+
+    def __init__(self, running):
+        super().__init__([0.0], 1.0)
+        self.running, self.sent = running, []
+
+    def signal(self, number):
+        self.sent.append(number)
+
+    def metrics(self):
+        return {"vllm:num_requests_running": self.running, "vllm:num_requests_waiting": 0.0}
+
+
+SETTINGS = {
+    "requests": 9, "temperature": 0.0, "output_len": 4, "seed": 0, "target": "t", "prompts": "p.jsonl",
+}  # fmt: skip
+
+
+@pytest.fixture
+def clients(monkeypatch):
+    """Every client made, with what it was sent; `stop` ends its server's requests."""
+    made = []
+
+    class FakeClient(FakeServer):
+        def __init__(self, arguments, log):
+            super().__init__(0.0)
+            self.arguments, self.stopped = arguments, False
+            made.append(self)
+
+        def stop(self):
+            self.stopped = True
+            for server in self.servers:
+                server.running = 0.0
+
+    monkeypatch.setattr(serve_turns, "Client", FakeClient)
+    return made
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_loaded_servers_are_paused_and_run_again_afterwards_whatever_happens(tmp_path, clients, fails):
+    server = FakeServer(running=4.0)
+    with contextlib.suppress(RuntimeError), serve_turns.loaded({"K=1": server}, SETTINGS, 4, tmp_path):
+        assert server.sent == clients[0].sent == [signal.SIGSTOP]
+        clients[0].servers = [server]
+        if fails:
+            raise RuntimeError
+    assert server.sent == [signal.SIGSTOP, signal.SIGCONT]
+    assert clients[0].stopped
+    assert clients[0].arguments[clients[0].arguments.index("--max-concurrency") + 1] == "4"
+
+
+def test_a_server_that_does_not_get_its_load_is_told(tmp_path, clients, monkeypatch):
+    monkeypatch.setattr(serve_turns, "_LOADED_S", 0.0)
+    server = FakeServer(running=3.0)
+    monkeypatch.setattr(FakeServer, "servers", [server], raising=False)
+    with (
+        pytest.raises(click.ClickException, match="server of K=1 had too few requests for 0 s"),
+        serve_turns.loaded({"K=1": server}, SETTINGS, 4, tmp_path),
+    ):
+        pytest.fail("not loaded")
+    assert clients[0].stopped
+    assert server.sent[-1] == signal.SIGCONT
 
 
 # ---------------------------------------------------------------- comparing
@@ -229,23 +289,33 @@ def test_table_and_plot_hold_every_level(tmp_path):
         str(levels[0].over_none["K=1"]),
         str(levels[0].over_none[ADAPTIVE]),
     ]
-    turns_table.write_plot(tmp_path / "turns.svg", levels)
+    turns_table.write_plot(tmp_path / "turns.svg", levels, 0.0)
     assert "#d1495b" in (tmp_path / "turns.svg").read_text(), "ours"
 
 
-# ---------------------------------------------------------------- the file
+# ---------------------------------------------------------------- the command
 
 
-def test_a_killed_run_goes_on_after_its_last_whole_level(tmp_path):
-    path, facts = tmp_path / "results.jsonl", {"seed": 0}
-    assert turns_table.read_results(path, facts) == []
-    later, earlier = line({NONE: 1.0}, 8), line({NONE: 1.0}, 1)
-    with path.open("a") as stream:
-        stream.write(json.dumps(later) + "\n" + json.dumps(earlier) + "\n" + '{"concurrency": 32, "tur')
-    assert [x["concurrency"] for x in turns_table.read_results(path, facts)] == [1, 8]
-    assert path.read_text().endswith("\n")
-    with pytest.raises(click.UsageError, match="other seed"):
-        turns_table.read_results(path, {"seed": 1})
+def test_a_run_goes_on_after_its_last_whole_level(tmp_path, monkeypatch):
+    measured = []
+
+    def measure_level(servers, settings, concurrency, output, on_rotation):
+        measured.append(concurrency)
+        return line({NONE: 1.0, "K=1": 1.2, ADAPTIVE: 1.3}, concurrency)
+
+    monkeypatch.setattr(serve_turns, "measure_level", measure_level)
+    monkeypatch.setattr(serve_turns.serve_sweep, "running", lambda *_: contextlib.nullcontext({}))
+    arguments = ["--output", str(tmp_path), "--adapter", "a", "--windows", "1", "--levels"]
+    assert CliRunner().invoke(serve_turns.main, [*arguments, "8"]).exit_code == 0
+    with (tmp_path / "results.jsonl").open("a") as stream:
+        stream.write('{"concurrency": 32, "tur')  # killed there
+    done = CliRunner().invoke(serve_turns.main, [*arguments, "1,8,32"])
+    assert done.exit_code == 0, done.output
+    assert measured == [8, 1, 32]
+    rows = (tmp_path / "table.md").read_text().splitlines()[4:7]
+    assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 8", "| 32"]
+    other = CliRunner().invoke(serve_turns.main, [*arguments, "8", "--seed", "1"])
+    assert (other.exit_code, "other seed" in other.output) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -258,13 +328,25 @@ def test_what_would_measure_nothing_is_refused_before_a_server_starts(tmp_path, 
     assert says in result.output
 
 
-def test_the_committed_results_can_be_shown_again(tmp_path):
-    """Their facts are those that the command writes, so that it goes on with them."""
-    path = BENCHMARKS / "turns-2026-11-27" / "results.jsonl"
-    facts = json.loads(path.read_text().partition("\n")[0])["facts"]
-    lines = turns_table.read_results(path, facts)
-    assert [x["concurrency"] for x in lines] == [1, 2, 4, 8, 16, 32]
-    table = turns_table.make_table([turns_table.judge(x, facts["warm_rotations"]) for x in lines])
-    assert table in (path.parent / "table.md").read_text()
-    options = {option.name for option in serve_turns.main.params}
-    assert set(facts) - {"machine", "versions"} < options
+@pytest.mark.parametrize(
+    ("directory", "options"),
+    [
+        ("turns-2026-11-27", []),
+        ("turns-2026-11-27-after", ["--windows", "1,2,3,5", "--turn-seconds", "3", "--rotations", "32"]),
+    ],
+)
+def test_committed_results_give_their_table_again_and_miss_their_aims(
+    tmp_path, monkeypatch, directory, options
+):
+    kept = BENCHMARKS / directory
+    results = (kept / "results.jsonl").read_text()
+    (tmp_path / "results.jsonl").write_text(results)
+    facts = json.loads(results.partition("\n")[0])["facts"]
+    machine = {key: facts[key] for key in ("machine", "versions")}
+    monkeypatch.setattr(serve_turns.serve_sweep, "machine_facts", lambda: machine)
+    arguments = ["--target", "runs/costlier-32/target", "--adapter", "runs/costlier-32/adapter"]
+    arguments += ["--dtype", "float32", "--output", str(tmp_path), "--report-only", *options]
+    shown = CliRunner().invoke(serve_turns.main, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert (tmp_path / "table.md").read_text() == (kept / "table.md").read_text()
+    assert CliRunner().invoke(serve_turns.main, [*arguments, "--check"]).exit_code == 1
