@@ -61,11 +61,10 @@ def build(root: Path, shape: Shape, num_speculative_tokens: int) -> RandomPair:
     pair = pair_in(root)
     if (pair.adapter / "ppow_config.json").is_file():
         return pair
-    _write_config(pair.target, _target_config(shape))
+    _write_config(pair.target, target_config(shape))
     # The target has no weights on disk; one tensor gives it the fingerprint that an adapter names its target by.
     save_file({"unused": torch.zeros(1)}, pair.target / "fingerprint.safetensors")
-    _write_config(pair.head, _head_config(shape))
-    save_file(_head_tensors(shape), pair.head / "model.safetensors", metadata={"format": "pt"})
+    write_head(pair.head, shape)
     write_adapter(
         pair.adapter,
         AdapterConfig(
@@ -82,7 +81,13 @@ def build(root: Path, shape: Shape, num_speculative_tokens: int) -> RandomPair:
     return pair
 
 
-def _target_config(shape: Shape) -> dict[str, object]:
+def write_head(directory: Path, shape: Shape) -> None:
+    """Write an EAGLE-3 head in the original format."""
+    _write_config(directory, _head_config(shape))
+    save_file(_head_tensors(shape), directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def target_config(shape: Shape) -> dict[str, object]:
     return {
         **_common(shape),
         "architectures": ["Qwen3ForCausalLM"],

@@ -18,6 +18,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "tests-window": ("test_adaptive_window.py",),
     "tests-hot-swap-eagle3": ("test_hot_swap.py", "-k", "eagle3"),
     "tests-hot-swap-causal-lm": ("test_hot_swap.py", "-k", "not eagle3"),
+    "tests-in-process": ("test_in_process.py",),
+    "tests-data": ("test_data_engines.py",),
     "tests-features-fixed": ("test_features.py", "-k", "fixed"),
     "tests-features-adaptive": ("test_features.py", "-k", "not fixed"),
 }

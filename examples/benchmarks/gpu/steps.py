@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import engines
+import random_models
 import random_pair
 import serving_tests
 from arms import NONE, Arm, Load, groups, measure
@@ -102,6 +103,7 @@ def steps(plan: Plan) -> dict[str, Callable[[Plan], dict[str, Any]]]:
             found[f"identity-{runner}-{mode}"] = lambda plan, r=runner, m=mode: identity(plan, r, m)
     for group in serving_tests.GROUPS if plan.backend == "cuda" else ():  # on a CPU `make test` has them
         found[group] = lambda plan, g=group: serving_tests.run(g, plan.output) | engines.environment()
+    found["packed-speed"] = packed_speed
     found["profile"] = profile
     for number, group in enumerate(groups(chosen_arms(plan), _at_once(plan)), 1):
         found[f"arms-{number}"] = lambda plan, g=group, n=number: arms(plan, g, n)
@@ -116,6 +118,8 @@ def loop(plan: Plan) -> dict[str, Any]:
     command = [sys.executable, "-m", "ppow_train.cli", "demo", "--tiny", str(TINY_PAIR), "--json"]
     command += ["--output", str(plan.output / "demo")]
     command += ["--steps", "2", "--prompts", "4"] if plan.tiny else []
+    for name, value in plan.memory.items():
+        command += ["--engine-arg", f"{name}={value}"]
     return {"demo": _json_of(command, plan), **engines.environment()}
 
 
@@ -136,6 +140,33 @@ def train(plan: Plan, drafter: str) -> dict[str, Any]:
     }.items():
         command += [f"--{name}", str(value)]
     return {"training": _json_of(command, plan), **engines.environment()}
+
+
+def packed_speed(plan: Plan) -> dict[str, Any]:
+    """packed_speed.py with drafters of real size, random weights: packed windows against one row per window."""
+    made = random_models.build(
+        plan.output / "models", *(random_models.TINY if plan.tiny else random_models.REAL)
+    )
+    command = [sys.executable, str(ROOT / "examples" / "benchmarks" / "packed_speed.py")]
+    for name, value in {
+        "target": made.target,
+        "device": plan.backend,
+        "cache": plan.output / "trajectories-packed",
+        "rounds": 1 if plan.tiny else 3,
+        "max-new-tokens": 24 if plan.tiny else 256,
+        "trajectories-per-step": 2 if plan.tiny else 8,
+        "windows-per-step": 4 if plan.tiny else 64,
+        "num-generations": 2 if plan.tiny else 8,
+    }.items():
+        command += [f"--{name}", str(value)]
+    found = {}
+    for drafter in (made.head, made.causal_lm):
+        file = plan.output / f"packed-{drafter.name}.json"
+        done = subprocess.run([*command, "--drafter", str(drafter), "--output", str(file)], check=False)
+        if done.returncode:
+            raise SystemExit(f"packed_speed.py failed with {drafter.name}: see its message above.")
+        found[drafter.name] = json.loads(file.read_text("utf-8"))
+    return {"packed_speed": found, **engines.environment()}
 
 
 def _json_of(command: list[str], plan: Plan) -> Any:

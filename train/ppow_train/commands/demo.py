@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ppow_train.commands.engine_arguments import engine_argument_option
 from ppow_train.options import PPOWOptions
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ COSTLIER_PROMPTS = 4  # served one at a time, where speculation matters most
     help="layers of the second table's target, as much deeper than the drafter as real targets are; 0: no such table",
 )  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="of trajectories, initialisation and windows")
+@engine_argument_option()
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
 def demo(
     tiny: Path,
@@ -70,6 +72,7 @@ def demo(
     rounds: int,
     costlier_layers: int,
     seed: int,
+    engine_arguments: dict[str, Any],
     as_json: bool,
 ) -> None:
     """The whole loop once, on a small real pair: train, serve, compare (3 to 6 minutes on 2 cores).
@@ -81,6 +84,7 @@ def demo(
     from ppow_train.errors import UserError
     from ppow_train.report import as_json as to_json
     from ppow_train.report import write_json
+    from ppow_train.serving_eval import ADAPTER, BASE, NONE, EngineOptions
 
     if not (tiny / drafter).is_dir():
         raise UserError(
@@ -95,8 +99,9 @@ def demo(
     )
     adapter = _train(tiny, output, drafter, objective, steps, seed, console)
     work = _work(tiny, num_prompts, max_tokens)
-    accepted = _serve(adapter, tiny, drafter, work, console)
-    earned = _serve_costlier(adapter, tiny, drafter, costlier_layers, _few(work, rounds), console)
+    engine = EngineOptions(str(tiny / "target"), max_num_seqs=8, more=engine_arguments)
+    accepted = _run(adapter, tiny / drafter, engine, work, (NONE, BASE, ADAPTER), console)
+    earned = _serve_costlier(adapter, tiny, drafter, costlier_layers, engine, _few(work, rounds), console)
     value = to_json(
         accepted, {"demo": drafter, "training": adapter.config.training, "versions": adapter.config.versions}
     )
@@ -184,23 +189,20 @@ def _few(work: Work, rounds: int) -> Work:
     )
 
 
-def _serve(adapter: Adapter, tiny: Path, drafter: str, work: Work, console: Console) -> list[ArmResult]:
-    """What the tiny target accepts, K tokens at every step, eight requests at a time."""
-    from ppow_train.serving_eval import ADAPTER, BASE, NONE, EngineOptions
-
-    options = EngineOptions(str(tiny / "target"), max_num_seqs=8)
-    return _run(adapter, tiny / drafter, options, work, (NONE, BASE, ADAPTER), console)
-
-
 def _serve_costlier(
-    adapter: Adapter, tiny: Path, drafter: str, layers: int, work: Work, console: Console
+    adapter: Adapter,
+    tiny: Path,
+    drafter: str,
+    layers: int,
+    engine: EngineOptions,
+    work: Work,
+    console: Console,
 ) -> list[ArmResult]:
     """What drafts earn with a target that writes the same and costs more, one request at a time; none with 0 layers.
 
     In float32, which every CPU computes natively, and in which two tokens are hardly ever within rounding.
     """
     from ppow_train.benchmark import ARMS
-    from ppow_train.serving_eval import EngineOptions
     from ppow_train.tiny.costlier import carry_over, make_costlier
     from vllm_ppow.artifact import read_adapter
 
@@ -211,7 +213,7 @@ def _serve_costlier(
         pair = Path(scratch) / "pair"
         make_costlier(tiny, pair, layers, neurons)
         fitting = read_adapter(carry_over(adapter.directory, pair))
-        options = EngineOptions(str(pair / "target"), max_num_seqs=1, dtype="float32")
+        options = dataclasses.replace(engine, target=str(pair / "target"), max_num_seqs=1, dtype="float32")
         return _run(fitting, pair / drafter, options, work, ARMS, console)
 
 
