@@ -28,7 +28,9 @@ def place(tmp_path, monkeypatch):
     plain_adapter(tmp_path / "adapter")
     (tmp_path / "target").mkdir()
     save_file({"a": torch.ones(2, 2)}, tmp_path / "target" / "model.safetensors")
-    (tmp_path / "target" / "config.json").write_text('{"max_position_embeddings": 4096}')
+    (tmp_path / "target" / "config.json").write_text(
+        '{"model_type": "qwen3", "max_position_embeddings": 4096}'
+    )
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     monkeypatch.setattr("ppow_train.serving_eval.subprocess", None)
     monkeypatch.setattr("vllm_ppow.resolve.resolve_base_drafter", lambda *_: tmp_path / "drafter")
@@ -108,6 +110,27 @@ def test_the_target_of_the_adapter_needs_no_flag(place):
     assert find_target(adapter, None, allow_mismatch=False) == (target, trained.fingerprint)
     (target / "model.safetensors").unlink()
     assert find_target(adapter, None, allow_mismatch=True) == (target, None)
+
+
+# ---------------------------------------------------------------- room for prompts and output
+
+
+@pytest.mark.parametrize(("given", "room"), [((), 3 + 64 + 4 * 5), (("--max-model-len", "67"), 67)])
+def test_engines_have_room_for_the_longest_prompt_and_its_output(place, engines, given, room):
+    call(place, "bench", "--allow-target-mismatch", "--num-speculative-tokens", "4", *given)
+    assert {options.max_model_len for options in engines.options} == {room}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--max-tokens", "5000"), "need 5003 tokens, the target takes 4096: lower --max-tokens or shorten"),
+        (("--max-model-len", "66"), "need 67 tokens, --max-model-len is 66: lower --max-tokens, raise"),
+    ],
+)
+def test_too_little_room_is_told_before_an_engine_starts(place, given, told, capsys):
+    assert call(place, "bench", "--allow-target-mismatch", *given) == 1
+    assert told in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- vLLM's own arguments

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from ppow_train.engine_log import reason
 from ppow_train.errors import UserError
 from ppow_train.identity import choices
 from ppow_train.step_times import allocation_retries, timed_steps
@@ -252,9 +253,7 @@ class Engine:
     def _failure(self) -> UserError:
         self._process.wait()
         self._log.seek(0)
-        lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
-        errors = [line for line in lines if "Error" in line or "error:" in line.lower()]
-        return UserError(f"The engine of arm {self.name!r} stopped: {(errors or lines or ['no log'])[-1]}")
+        return UserError(f"The engine of arm {self.name!r} stopped: {reason(self._log.read())}")
 
 
 # ---------------------------------------------------------------- the process

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +84,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-model-len",
     type=click.IntRange(1),
-    default=2048,
-    show_default=True,
-    help="tokens of prompt and output at most",
+    help="tokens of prompt and output at most  [default: what these prompts need]",
 )
 @click.option("--dtype", default="auto", show_default=True, help="of the target, as in vLLM")
 @engine_argument_option()
@@ -156,13 +154,14 @@ def _measure(
         check_writable(output)
     tokenizer = load_tokenizer(target)
     prompts = text_ids(read_prompts(arguments["prompts"], tokenizer)[: arguments["limit"]], tokenizer)
+    length = arguments["num_speculative_tokens"] or loaded.config.num_speculative_tokens
     side_by_side = arguments["side_by_side"]
     results = run_benchmark(
         loaded,
         base,
         EngineOptions(
             str(target),
-            arguments["max_model_len"],
+            _max_model_len(arguments, prompts, length, target),
             arguments["concurrency"],
             enforce_eager=not arguments["compiled"],
             dtype=arguments["dtype"],
@@ -175,9 +174,35 @@ def _measure(
             arguments["temperatures"],
             arguments["rounds"],
         ),
-        num_speculative_tokens=arguments["num_speculative_tokens"] or loaded.config.num_speculative_tokens,
+        num_speculative_tokens=length,
         side_by_side=not torch.cuda.is_available() if side_by_side is None else side_by_side,
         allow_target_mismatch=allowed,
         say=say,
     )
     return directory, len(prompts), results
+
+
+def _max_model_len(
+    arguments: dict[str, Any], prompts: Sequence[Sequence[int]], num_speculative_tokens: int, target: Path
+) -> int:
+    """Of the engines: as asked, by default with room for these prompts.
+
+    Raises:
+        UserError: too little for them.
+    """
+    from transformers import AutoConfig
+
+    from ppow_train.errors import UserError
+    from ppow_train.serving_eval import model_length
+
+    needed = max(map(len, prompts)) + arguments["max_tokens"]
+    room = arguments["max_model_len"] or model_length(
+        prompts, arguments["max_tokens"], num_speculative_tokens, AutoConfig.from_pretrained(target)
+    )
+    if room < needed:
+        limit = "--max-model-len is" if arguments["max_model_len"] else "the target takes"
+        raise UserError(
+            f"The longest prompt and its output need {needed} tokens, {limit} {room}: lower --max-tokens"
+            f"{', raise --max-model-len' if arguments['max_model_len'] else ''} or shorten the prompts."
+        )
+    return room
