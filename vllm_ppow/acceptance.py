@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+from vllm_ppow.octave import octave
+
 # Request-steps after which an observation has lost 63 % of its weight. At 800 a probability of 0.5 is known to 0.018
 # (one standard deviation), and a change of traffic is followed within 800 drafts: 25 steps of a batch of 32.
 MEMORY = 800
@@ -128,7 +130,7 @@ class TrimmedAcceptance:
 
     def observe(self, batch: int, maximum: int, num_accepted_tokens: int) -> None:
         """A decode-only step verified what was drafted under that maximum, for `batch` requests together."""
-        key = (batch.bit_length(), maximum)
+        key = (octave(batch), maximum)
         accepted, requests = self._counts.get(key, (0.0, 0.0))
         keep = max(0.0, 1.0 - batch / self._memory)
         self._counts[key] = (keep * accepted + num_accepted_tokens, keep * requests + batch)
@@ -137,7 +139,7 @@ class TrimmedAcceptance:
         """E[accepted tokens per request] under a maximum of 0..num_speculative_tokens."""
         promised = self._estimate.promises()
         for maximum in range(1, len(promised)):
-            accepted, requests = self._counts.get((batch.bit_length(), maximum), (0.0, 0.0))
+            accepted, requests = self._counts.get((octave(batch), maximum), (0.0, 0.0))
             prior = PRIOR_STRENGTH * promised[maximum]
             promised[maximum] = (accepted + prior) / (requests + PRIOR_STRENGTH)
         return promised

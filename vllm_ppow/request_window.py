@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vllm_ppow.calibration import Calibration
+from vllm_ppow.octave import octave
 from vllm_ppow.step_cost import IDENTIFIED, StepCost
 from vllm_ppow.verify_price import VerifyPrice
 
@@ -127,16 +128,16 @@ class RequestWindow:
 
     def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
         """A decode-only step produced that many tokens (bonus tokens included) in that time, drafting included."""
-        octave = batch.bit_length()
-        total, spent, steps = self._rates.get(octave, (0.0, 0.0, 0))
+        key = octave(batch)
+        total, spent, steps = self._rates.get(key, (0.0, 0.0, 0))
         if steps >= _RATE_KNOWN:
             seconds = min(seconds, 5 * spent / min(steps, _RATE_MEMORY))  # a pause says nothing of the rate
         keep = 1 - 1 / _RATE_MEMORY if steps >= _RATE_MEMORY else 1.0
-        self._rates[octave] = (keep * total + tokens / batch, keep * spent + seconds, steps + 1)
+        self._rates[key] = (keep * total + tokens / batch, keep * spent + seconds, steps + 1)
 
     def _rate_at(self, batch: int) -> float:
         """Tokens per second at a batch size; 0 while unknown: nothing has a price then."""
-        total, spent, steps = self._rates.get(batch.bit_length(), (0.0, 0.0, 0))
+        total, spent, steps = self._rates.get(octave(batch), (0.0, 0.0, 0))
         return batch * total / spent if steps >= _RATE_KNOWN and spent > 0 else 0.0
 
     def _choose_explored(self, batch: int) -> None:

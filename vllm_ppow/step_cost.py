@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from vllm_ppow.isotonic import isotonic
+from vllm_ppow.octave import octave
 from vllm_ppow.pace import Pace
 
 # Step times of a cell that are remembered.
@@ -36,6 +37,8 @@ FIRST_USES = 2
 HALF_LIFE = 4000
 # A cell that is worth less than this many observations is forgotten.
 FORGOTTEN = 0.01
+# By how much a length may look dearer than a longer one (log scale).
+MOST_ABOVE_LONGER = 0.1
 # The profile is asked for a request's context to so many tokens.
 CONTEXT_GRAIN = 32
 # Observations of a cell that tell how the machine's pace has changed since.
@@ -123,25 +126,25 @@ class StepCost:
         seconds = self._at_constant_pace(seconds, cell, batch)
         cell.add(seconds, batch, context, self._now)
         cell.features = self._features(cell.batch, num_draft_tokens, cell.context)
-        octave = (batch.bit_length(), num_draft_tokens)
-        self._octaves[octave] = self._octaves.get(octave, 0) + 1
+        timed = (octave(batch), num_draft_tokens)
+        self._octaves[timed] = self._octaves.get(timed, 0) + 1
         refit_at = self._fitted_at + max(_REFIT_EVERY, len(self._cells))
-        if self._octaves[octave] <= IDENTIFIED or self._now >= refit_at:
+        if self._octaves[timed] <= IDENTIFIED or self._now >= refit_at:
             self._fit()
         else:
             self._update_shift(cell)
 
     def _at_constant_pace(self, seconds: float, cell: _Cell, batch: int) -> float:
         """What a step would have taken when what its cell remembers was seen."""
-        octave = batch.bit_length()
-        self._pace.advance(octave)
+        pace, near = self._pace, octave(batch)
+        pace.advance(near)
         if len(cell.seconds) >= IDENTIFIED:
-            deviation = math.log(seconds / cell.median) - self._pace.of(octave)
+            deviation = math.log(seconds / cell.median) - pace.of(near)
             # mean absolute deviation · 1.25 = standard deviation; outliers are clipped
             self._noise += 0.02 * (1.25 * min(abs(deviation), 0.5) - self._noise)
             if len(cell.seconds) >= PACED:
-                self._pace.correct(octave, deviation, self._noise)
-        return seconds * math.exp(-self._pace.of(octave))
+                pace.correct(near, deviation, self._noise)
+        return seconds * math.exp(-pace.of(near))
 
     def _is_first_use(self, cell: tuple[int, int]) -> bool:
         """Whether a step is among the first of a cell: kernels are chosen and buffers made in them."""
@@ -150,7 +153,7 @@ class StepCost:
 
     def is_timed(self, batch: int, num_draft_tokens: int) -> bool:
         """Whether steps of that draft length were timed in this octave of batch sizes, often enough to tell."""
-        return self._octaves.get((batch.bit_length(), num_draft_tokens), 0) >= IDENTIFIED
+        return self._octaves.get((octave(batch), num_draft_tokens), 0) >= IDENTIFIED
 
     def wanted(self, batch: int, lengths: Sequence[int]) -> list[int]:
         """Draft lengths to try so that costs near this batch size are identified; none with a profile.
@@ -161,12 +164,12 @@ class StepCost:
         if self._profile is not None:
             return []
         corners = list(dict.fromkeys(lengths[min(i, len(lengths) - 1)] for i in (3, 0, 1)))
-        octave = batch.bit_length()
+        here = octave(batch)
         missing = {
             near: [length for length in corners if self._octaves.get((near, length), 0) < IDENTIFIED]
-            for near in (octave, octave - 1, octave + 1)
+            for near in (here, here - 1, here + 1)
         }
-        return missing[octave] if all(missing.values()) else []
+        return missing[here] if all(missing.values()) else []
 
     def step_seconds(self, batch: int, num_draft_tokens: int, context: int | None = None) -> float:
         """Expected seconds of one decode step at a steady draft length.
@@ -176,7 +179,7 @@ class StepCost:
             num_draft_tokens: K >= 0.
             context: tokens of all requests together; None for what was seen last.
         """
-        log = self._shift(_bucket(batch), num_draft_tokens) + self._pace.of(batch.bit_length())
+        log = self._shift(_bucket(batch), num_draft_tokens) + self._pace.of(octave(batch))
         return self._base(batch, num_draft_tokens, context) * math.exp(log)
 
     @property
@@ -185,9 +188,17 @@ class StepCost:
         return self._now
 
     def table(self, batch: int, lengths: Sequence[int], context: int | None = None) -> list[float]:
-        """`step_seconds` at ascending draft lengths, made non-decreasing by pooling neighbours that violate it."""
-        seconds = [self.step_seconds(batch, length, context) for length in lengths]
-        return isotonic(seconds, [1.0] * len(seconds))
+        """`step_seconds` at ascending draft lengths, made non-decreasing.
+
+        A length that looks much dearer than a longer one was timed in a pause, since pauses only add: no more of it is
+        believed than noise may be. What is left of such violations is pooled.
+        """
+        logs = [math.log(self.step_seconds(batch, length, context)) for length in lengths]
+        least_of_longer = math.inf
+        for i in reversed(range(len(logs))):
+            logs[i] = min(logs[i], least_of_longer + MOST_ABOVE_LONGER)
+            least_of_longer = min(least_of_longer, logs[i])
+        return [math.exp(log) for log in isotonic(logs, [1.0] * len(logs))]
 
     def _base(self, batch: int, length: int, context: float | None) -> float:
         context = self._context * batch if context is None else context
@@ -234,12 +245,19 @@ class StepCost:
         return seen, 0.5 * math.pi * self._noise**2 / cell.weight(self._now)
 
     def _found_base_error(self) -> float:
-        """How far the base is from what cells saw, their noise and the pace's taken out (method of moments, ours)."""
+        """How far the base is from what cells saw, their noise and the pace's taken out (method of moments, ours).
+
+        A cell says at most twice the largest: pauses that fell on most of its steps are not the base's error.
+        """
+        most = 2 * LARGEST_BASE_ERROR
         beyond = [self._beyond_base(cell) for cell in self._cells.values() if len(cell.seconds) >= IDENTIFIED]
         weights = [1.0 / (BASE_ERROR**2 + variance) for _, variance in beyond]
         if not weights:
             return BASE_ERROR
-        excess = sum(w * (seen**2 - variance) for w, (seen, variance) in zip(weights, beyond, strict=True))
+        excess = sum(
+            w * (min(abs(seen), most) ** 2 - variance)
+            for w, (seen, variance) in zip(weights, beyond, strict=True)
+        )
         square = excess / sum(weights) - _PACE_ERROR**2
         return min(max(square, BASE_ERROR**2), LARGEST_BASE_ERROR**2) ** 0.5
 

@@ -13,6 +13,7 @@ import math
 from collections import deque
 from statistics import median
 
+from vllm_ppow.octave import octave
 from vllm_ppow.step_cost import CELL_MEMORY, FORGOTTEN, HALF_LIFE, IDENTIFIED
 
 
@@ -41,28 +42,28 @@ class VerifyPrice:
     def observe(self, batch: int, num_tokens: int, seconds: float) -> None:
         """A step of `batch` requests verified that many tokens, bonus tokens included, drafting aside."""
         self.observations += 1
-        octave = batch.bit_length()
-        cell = self._octaves.setdefault(octave, {}).setdefault(_bucket(num_tokens), _Cell())
+        key = octave(batch)
+        cell = self._octaves.setdefault(key, {}).setdefault(_bucket(num_tokens), _Cell())
         cell.steps.append((num_tokens, seconds))
         cell.seen_at = self.observations
-        price = self._slope(octave)
+        price = self._slope(key)
         if price is not None:
-            self._prices[octave] = price
+            self._prices[key] = price
 
     def seconds_per_token(self, batch: int) -> float | None:
         """Seconds that one more token adds at a batch size, from the nearest octave known; None while none is."""
-        octave = batch.bit_length()
+        key = octave(batch)
         if not self._prices:
             return None
-        return self._prices[min(self._prices, key=lambda known: (abs(known - octave), known))]
+        return self._prices[min(self._prices, key=lambda known: (abs(known - key), known))]
 
     def _weight(self, cell: _Cell) -> float:
         """Observations that a cell is worth now."""
         return len(cell.steps) * 0.5 ** ((self.observations - cell.seen_at) / HALF_LIFE)
 
-    def _slope(self, octave: int) -> float | None:
+    def _slope(self, key: int) -> float | None:
         """Weighted least squares through the medians of the cells that are known; None with fewer than two."""
-        known = [cell for cell in self._octaves[octave].values() if len(cell.steps) >= IDENTIFIED]
+        known = [cell for cell in self._octaves[key].values() if len(cell.steps) >= IDENTIFIED]
         # One that was forgotten weighs nothing, in the end exactly nothing.
         weighted = [(cell, weight) for cell in known if (weight := self._weight(cell)) >= FORGOTTEN]
         if len(weighted) < 2:

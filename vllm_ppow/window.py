@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from vllm_ppow.acceptance import AcceptanceEstimate, TrimmedAcceptance
 from vllm_ppow.change_cost import ChangeCost
+from vllm_ppow.octave import octave
 from vllm_ppow.step_cost import StepCost
 
 # A new K must promise this much more than the one of the step before, and what changing costs (change_cost.py) must
@@ -27,11 +28,13 @@ PROBE_EVERY = (24, 1024)
 # Steps that also prefill are not timed: probes wait for others, but no longer than this many times as long.
 _PATIENCE = 4
 # A probe holds its K for so many steps: the first drafts it, the others also verify it and are timed. The first of
-# these do not count where the length is new (step_cost.py), so a first probe is longer.
+# these do not count where the length is new (step_cost.py), so a first probe is longer. Through as many steps that also
+# prefill as are to be timed it is held besides: under load few others come one after the other.
 _PROBE_STEPS, _FIRST_PROBE_STEPS = 2, 5
 # Probes that a length which was never timed gets before others, in one octave of batch sizes.
 _FIRST_PROBES = 6
-# Steps given to one draft length while costs are being identified, even if none of them could be timed.
+# Steps given to one draft length while costs are being identified, even if none of them could be timed; _PATIENCE times
+# as many that also prefill.
 _LEARNING_STEPS = 8
 # Every so many steps the choice is computed anew for a batch size; in between it stands.
 _DECIDE_EVERY = 4
@@ -89,6 +92,16 @@ class _Decision:
     seconds: list[float]
 
 
+@dataclasses.dataclass
+class _Held:
+    """A probe under way: its length, how many steps more, and how many that also prefill; wait of each in steps."""
+
+    length: int
+    steps: int
+    prefilling: int
+    wait: float
+
+
 def rates(
     promises: Sequence[float], batch: int, lengths: Sequence[int], seconds: Sequence[float]
 ) -> list[float]:
@@ -125,10 +138,10 @@ class DraftWindow:
         self.counts = WindowCounts([0] * (self.lengths[-1] + 1))
         self.changing = ChangeCost()
         self._current = self.lengths[-1]
-        self._held: tuple[int, int] | None = None  # (length, steps) of a probe under way
-        self._learning: dict[tuple[int, int], int] = {}
+        self._held: _Held | None = None
+        self._learning: dict[tuple[int, int], float] = {}
         self._first_probes: dict[tuple[int, int], int] = {}
-        self._since_probe = 0
+        self._since_probe = 0.0
         self._probes = 0
         self._decided: dict[int, _Decision] = {}
         self._step = 0
@@ -231,13 +244,22 @@ class DraftWindow:
         """(length to draft, length that promises most, tokens per second promised at each length)."""
         best, promised = self._best(batch, context)
         if self._held is not None:
-            length, steps = self._held
-            self._held = (length, steps - 1) if steps > 1 else None
-            return length, best, promised
-        if decodes and (unlearned := self._unlearned(batch)) is not None:
+            return self._hold(self._held, decodes), best, promised
+        if (unlearned := self._unlearned(batch, decodes)) is not None:
             return unlearned, best, promised
         probe = self._due_probe(batch, best, promised, decodes)
         return best if probe is None else probe, best, promised
+
+    def _hold(self, held: _Held, decodes: bool) -> int:
+        """Length of the probe under way, in one step more of it."""
+        if decodes:
+            held.steps -= 1
+        else:
+            held.prefilling -= 1
+            self._since_probe -= held.wait  # what it costs is made up for
+        if not held.steps or not held.prefilling:
+            self._held = None
+        return held.length
 
     def _best(self, batch: int, context: int | None) -> tuple[int, list[float]]:
         changing = self.changing.steps
@@ -258,12 +280,12 @@ class DraftWindow:
         self._decided[batch] = _Decision(self._step, self._current, promised, seconds)
         return self._current, promised
 
-    def _unlearned(self, batch: int) -> int | None:
+    def _unlearned(self, batch: int, decodes: bool) -> int | None:
         """A draft length whose cost near this batch size is not known yet, a bounded number of steps each."""
         for length in self.cost.wanted(batch, self.lengths):
-            spent = self._learning.get((batch.bit_length(), length), 0)
+            spent = self._learning.get((octave(batch), length), 0)
             if spent < _LEARNING_STEPS:
-                self._learning[batch.bit_length(), length] = spent + 1
+                self._learning[octave(batch), length] = spent + (1.0 if decodes else 1.0 / _PATIENCE)
                 return length
         return None
 
@@ -281,12 +303,12 @@ class DraftWindow:
         wait += 2 * self.changing.steps / budget  # to the probe's length and back
         if self._since_probe < (wait if decodes else _PATIENCE * wait):
             return None
-        self._since_probe = 0
+        self._since_probe = 0.0
         self._probes += 1
-        self._held = (probe, held - 1)
+        self._held = _Held(probe, held - 1, held - 1, wait / held)
         if is_new:
-            octave = (batch.bit_length(), probe)
-            self._first_probes[octave] = self._first_probes.get(octave, 0) + 1
+            key = (octave(batch), probe)
+            self._first_probes[key] = self._first_probes.get(key, 0) + 1
         return probe
 
     def _next_probe(self, batch: int, best: int) -> int | None:
@@ -298,7 +320,7 @@ class DraftWindow:
         at = self.lengths.index(best)
         for beside in self.lengths[max(0, at - 1) : at] + self.lengths[at + 1 : at + 2]:
             if not self.cost.is_timed(batch, beside):
-                spent = self._first_probes.get((batch.bit_length(), beside), 0)
+                spent = self._first_probes.get((octave(batch), beside), 0)
                 if spent < _FIRST_PROBES:
                     return beside
         others = self._neighbours(best)

@@ -88,6 +88,7 @@ def serve(
     pace: Iterator[float] | None = None,
     first_uses: int = 0,
     pause: float = 0.0,
+    prefilling: float = 0.0,
 ) -> tuple[float, list[int]]:
     """Serve that many steps.
 
@@ -95,17 +96,19 @@ def serve(
         pace: what each step's clock is multiplied by; the rate that is returned is without it.
         first_uses: so many steps of each draft length are half as long again, on the clock only.
         pause: seconds that a step takes besides whose draft is not as long as the one that it verifies.
+        prefilling: share of steps that also prefill, of which the policy is told no time.
 
     Returns:
         Expected tokens per second by the known acceptance (sampling noise of the tokens themselves left out, of what
         the policy sees kept in), and the draft lengths chosen.
     """
-    rng, rng_of_changes = random.Random(seed), random.Random(seed + 1_000_000)
+    rng, rng_of_changes, rng_of_others = (random.Random(seed + i * 1_000_000) for i in range(3))
     verified, tokens, seconds, chosen = 0, 0.0, 0.0, []
     uses: Counter[int] = Counter()
     for _ in range(steps):
         now = 1.0 if pace is None else next(pace)
-        drafted = window.choose(batch, batch * CONTEXT)
+        prefills = rng_of_others.random() < prefilling
+        drafted = window.choose(batch, batch * CONTEXT, not prefills)
         spent = cost(batch, verified, drafted) + (pause if chosen and drafted != verified else 0.0)
         seconds += spent
         survival = earned = 1.0
@@ -120,7 +123,9 @@ def serve(
             window.observe_draft(verified, accepted)
         steady = drafted == verified
         clock = spent * _noise(rng if steady else rng_of_changes) * now if chosen else 0.0
-        if steady and chosen:
+        if chosen and prefills:
+            pass
+        elif steady and chosen:
             uses[drafted] += 1
             clock *= 1.5 if uses[drafted] <= first_uses else 1.0
             window.observe_step(clock, batch, drafted, batch * CONTEXT)

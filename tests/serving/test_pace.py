@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 
 import pytest
 
@@ -29,6 +30,18 @@ def test_found_within_a_few_steps_after_a_rest(slower):
     steps(pace, 5, 1.0, 20)
     steps(pace, 3, slower, 12, seed=1)
     assert pace.of(3) == pytest.approx(math.log(slower), abs=0.08)
+
+
+def test_a_load_between_two_octaves_does_not_move_it():
+    """No step of these is a rest of the machine: a jump at each would make the pace follow noise."""
+    pace = Pace()
+    steps(pace, 3, 1.0, 100)
+    steps(pace, 4, 1.0, 100)
+    seen = []
+    for number in range(200):
+        steps(pace, 3 + number % 2, 1.0, 1, seed=number)
+        seen.append(abs(pace.of(3 + number % 2)))
+    assert statistics.mean(seen) < 0.03, "0.05 with a jump at every change"
 
 
 def test_octaves_do_not_share_it():

@@ -144,7 +144,7 @@ def test_what_is_wanted_ends_when_it_was_seen(truth):
     assert cost.wanted(5, LENGTHS) == [3, 0, 1]
     observe(cost, truth, (4,), (3, 0), 1)
     assert cost.wanted(5, LENGTHS) == [1]
-    observe(cost, truth, (6,), (1,), FIRST_USES + IDENTIFIED)
+    observe(cost, truth, (5,), (1,), FIRST_USES + IDENTIFIED)
     assert cost.wanted(4, LENGTHS) == []
     assert cost.wanted(9, LENGTHS) == [], "the next octave is extrapolated to"
     assert cost.wanted(64, LENGTHS) == [3, 0, 1]

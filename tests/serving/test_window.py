@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 from simulated_serving import (
+    CONTEXT,
     accelerator,
     best_fixed,
     drifting,
@@ -62,6 +63,34 @@ def test_a_machine_whose_pace_wanders(cost, batch):
         rates.append(serve(window, COSTS[cost], acceptance, batch, 1000, seed + 50, pace)[0])
     assert statistics.mean(rates) > 0.97 * best
     assert min(rates) > 0.90 * best
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["no profile", "profile"])
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_pause_over_all_few_steps_of_a_short_length_keeps_no_long_one(cost, known):
+    """Else a long draft looks as cheap as all shorter ones, is kept, and none of these is timed again."""
+    acceptance, truth = falling(0.4), COSTS[cost]
+    _, most = best_fixed(truth, acceptance, 32)
+    window = new_window(profile=Exact(truth) if known else None)
+    for length, slower, times in ((7, 1.0, 60), (0, 5.0, 5), (1, 5.0, 5), (3, 5.0, 5)):
+        for _ in range(times):
+            window.observe_step(slower * truth(32, length, length), 32, length, 32 * CONTEXT)
+    serve(window, truth, acceptance, 32, 600)
+    rate, _ = serve(window, truth, acceptance, 32, 600, seed=1)
+    assert rate > 0.96 * most
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_lengths_are_learned_where_most_steps_also_prefill(cost):
+    """Steps that only decode are few and seldom neighbours: what is to be timed is held until there are some."""
+    acceptance = falling(0.6)
+    _, best = best_fixed(COSTS[cost], acceptance, 32)
+    rates = []
+    for seed in range(12):
+        window = new_window()
+        serve(window, COSTS[cost], acceptance, 32, 150, seed, prefilling=0.85)
+        rates.append(serve(window, COSTS[cost], acceptance, 32, 300, seed + 50, prefilling=0.85)[0] / best)
+    assert statistics.mean(rates) > 0.975, "0.96 and 0.91 where nothing is held through the others"
 
 
 @pytest.mark.parametrize("cost", COSTS)
