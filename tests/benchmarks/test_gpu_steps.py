@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,16 @@ from typing import ClassVar
 import pytest
 
 from ppow_train.errors import UserError
+from ppow_train.pair import load_pair
 from ppow_train.serving_eval import EngineOptions, Run
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "benchmarks"
-sys.path.append(str(FOLDER / "gpu"))
+sys.path += [str(FOLDER), str(FOLDER / "gpu")]
 
 import arms as gpu_arms  # noqa: E402
+import packed_speed  # noqa: E402
+import random_models  # noqa: E402
 import random_pair  # noqa: E402
 import serving_tests  # noqa: E402
 import steps as gpu_steps  # noqa: E402
@@ -62,6 +66,61 @@ def test_the_pair_is_merged_by_the_loaders_own_merge_and_built_once(tmp_path):
     assert (pair.head / "model.safetensors").stat().st_mtime_ns == stamp
 
 
+# ---------------------------------------------------------------- packed windows at real sizes
+
+
+def test_real_sizes_are_qwen3s():
+    target, causal_lm = random_models.REAL
+    assert (target.hidden_size, causal_lm.hidden_size) == (2048, 1024)
+    assert (
+        (target.num_hidden_layers, target.vocab_size) == (causal_lm.num_hidden_layers, 151936) == (28, 151936)
+    )
+
+
+def test_random_models_are_pairs_that_train_and_are_written_once(tmp_path):
+    models = random_models.build(tmp_path, *random_models.TINY)
+    for drafter in (models.head, models.causal_lm):
+        pair = load_pair(str(models.target), str(drafter))
+        assert pair.drafter.drafter_type == drafter.name
+        assert pair.target.vocab_size == pair.drafter.vocab_size == 2048
+    stamp = (models.head / "model.safetensors").stat().st_mtime_ns
+    (tmp_path / "causal_lm.tmp").mkdir()  # of a run that was killed
+    shutil.rmtree(models.causal_lm)
+    assert random_models.build(tmp_path, *random_models.TINY) == models
+    assert (models.head / "model.safetensors").stat().st_mtime_ns == stamp
+    assert (models.causal_lm / "model.safetensors").is_file()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_packed_speed_is_asked_for_both_drafters_in_words_that_it_knows(tmp_path, monkeypatch):
+    asked = []
+
+    def run(command, check):
+        given = packed_speed.main.make_context("packed_speed", command[2:]).params
+        asked.append(given)
+        given["output"].write_text('{"results": []}')
+        return subprocess.CompletedProcess(command, 0)
+
+    models = random_models.RandomModels(*(tmp_path / name for name in ("target", "eagle3", "causal_lm")))
+    monkeypatch.setattr(random_models, "build", lambda *_: models)
+    monkeypatch.setattr(gpu_steps.subprocess, "run", run)
+    found = gpu_steps.packed_speed(plan(tmp_path))["packed_speed"]
+    assert found == {"eagle3": {"results": []}, "causal_lm": {"results": []}}
+    assert [one["drafters"] for one in asked] == [(str(models.head),), (str(models.causal_lm),)]
+    for given in asked:
+        assert (given["target"], given["device"]) == (str(models.target), "cuda")
+        group = given["trajectories_per_step"] * given["num_generations"]
+        assert all(windows % group == 0 for windows in given["windows_per_step"])
+
+
+def test_packed_speed_that_fails_is_no_result(tmp_path, monkeypatch):
+    models = random_models.RandomModels(*(tmp_path / name for name in ("target", "eagle3", "causal_lm")))
+    monkeypatch.setattr(random_models, "build", lambda *_: models)
+    monkeypatch.setattr(gpu_steps.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
+    with pytest.raises(SystemExit, match="failed with eagle3"):
+        gpu_steps.packed_speed(plan(tmp_path))
+
+
 # ---------------------------------------------------------------- arguments, resuming
 
 
@@ -75,7 +134,10 @@ def test_the_steps_are_what_the_benchmark_promises(tmp_path, monkeypatch):
     names = list(gpu_steps.steps(plan(tmp_path)))
     identity = [f"identity-{runner}-{mode}" for runner in ("v1", "v2") for mode in ("eager", "graphs")]
     tests = list(serving_tests.GROUPS)
-    assert names[:-6] == ["loop", "train-eagle3", "train-causal_lm", *identity, *tests, "profile"]
+    assert names[:-6] == [
+        *("loop", "train-eagle3", "train-causal_lm"),
+        *(*identity, *tests, "packed-speed", "profile"),
+    ]
     assert names[-6:] == [
         f"arms-{number}" for number in range(1, 7)
     ]  # two engines at once: each beside no speculation
@@ -369,8 +431,8 @@ def test_one_engine_at_a_time_is_compared_all_the_same_and_said():
     assert "| fixed-03 | 1.75 (1.50 to 2.00) |" in shown
 
 
-def test_the_summary_of_the_results_that_are_kept_is_the_one_that_is_kept(capsys):
-    kept = FOLDER / "gpu-2026-11-26"
+@pytest.mark.parametrize("kept", sorted(FOLDER.glob("gpu-*")), ids=lambda path: path.name)
+def test_the_summary_of_the_results_that_are_kept_is_the_one_that_is_kept(kept, capsys):
     assert gpu_summary.main([str(kept)]) == 0
     assert capsys.readouterr().out == (kept / "summary.md").read_text()
 
@@ -380,10 +442,15 @@ def test_the_summary_shows_errors_and_says_when_it_means_nothing(tmp_path, capsy
         "adapter against X": {"identical": 1, "prompts": 4, "ties": 0, "errors": ["a", "b"], "holds": False}
     }
     tests = {"arguments": ["test_x.py", "-k", "a"], "passed": 3, "skipped": 1}
+    rates = {name: {"median": m, "min": m - 1, "max": m + 1} for name, m in (("packed", 80), ("ratio", 8))}
+    rates["unpacked"] = {"median": 10, "min": 9, "max": 11}
+    packed = {"eagle3": {"results": [{"windows_per_step": 64, "mean_tokens": 300.0, "wall": rates}]}}
     both = {"identity-v1-eager": result(compared=compared) | {"tiny": True}, "tests-x": result(tests=tests)}
+    both["packed-speed"] = result(packed_speed=packed)
     shown = gpu_summary.summary(both, [])
     assert "| tests-x | `test_x.py -k a` | 3 | 1 |" in shown
     assert "| identity-v1-eager | adapter against X | 1 of 4 | 0 | **2** |" in shown
+    assert "| eagle3 | 64 | 300 | 80.0 | 10.0 | 8.0 (7.0 to 9.0) |" in shown
     assert "says nothing about speed" in shown
     assert "the arm none was not run" in shown
     assert gpu_summary.main([str(tmp_path)]) == 1

@@ -41,7 +41,16 @@ def summary(results: dict[str, dict[str, Any]], figures: list[dict[str, Any]]) -
     lines = ["Ran on: " + "; ".join(places) + "."]
     if any(one["tiny"] for one in results.values()):
         lines.append("**Tiny models: a trial of the steps, which says nothing about speed.**")
-    lines += ["", *_training(results), "", *_identity(results), "", *_tests(results), *_arms(figures)]
+    lines += [
+        "",
+        *_training(results),
+        "",
+        *_identity(results),
+        "",
+        *_tests(results),
+        *_packed(results),
+        *_arms(figures),
+    ]
     return "\n".join(lines)
 
 
@@ -78,6 +87,22 @@ def _tests(results: dict[str, dict[str, Any]]) -> list[str]:
             rows.append(
                 f"| {name} | `{' '.join(tests['arguments'])}` | {tests['passed']} | {tests['skipped']} |"
             )
+    return [*rows, ""] if len(rows) > 2 else []
+
+
+def _packed(results: dict[str, dict[str, Any]]) -> list[str]:
+    rows = [
+        "| drafter | windows per update | tokens of a trajectory | packed windows per second | one row each | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in results.values():
+        for drafter, measured in one.get("packed_speed", {}).items():
+            for found in measured["results"]:
+                packed, unpacked, ratio = (found["wall"][name] for name in ("packed", "unpacked", "ratio"))
+                cells = [drafter, str(found["windows_per_step"]), f"{found['mean_tokens']:.0f}"]
+                cells += [f"{packed['median']:.1f}", f"{unpacked['median']:.1f}"]
+                cells += [f"{ratio['median']:.1f} ({ratio['min']:.1f} to {ratio['max']:.1f})"]
+                rows.append(f"| {' | '.join(cells)} |")
     return [*rows, ""] if len(rows) > 2 else []
 
 
