@@ -333,6 +333,7 @@ def test_what_would_measure_nothing_is_refused_before_a_server_starts(tmp_path, 
     [
         ("turns-2026-11-27", []),
         ("turns-2026-11-27-after", ["--windows", "1,2,3,5", "--turn-seconds", "3", "--rotations", "32"]),
+        ("turns-2026-11-27-learning", ["--windows", "1,2,3,5", "--turn-seconds", "3", "--rotations", "32"]),
     ],
 )
 def test_committed_results_give_their_table_again_and_miss_their_aims(
