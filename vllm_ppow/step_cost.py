@@ -245,19 +245,12 @@ class StepCost:
         return seen, 0.5 * math.pi * self._noise**2 / cell.weight(self._now)
 
     def _found_base_error(self) -> float:
-        """How far the base is from what cells saw, their noise and the pace's taken out (method of moments, ours).
-
-        A cell says at most twice the largest: pauses that fell on most of its steps are not the base's error.
-        """
-        most = 2 * LARGEST_BASE_ERROR
+        """How far the base is from what cells saw, their noise and the pace's taken out (method of moments, ours)."""
         beyond = [self._beyond_base(cell) for cell in self._cells.values() if len(cell.seconds) >= IDENTIFIED]
         weights = [1.0 / (BASE_ERROR**2 + variance) for _, variance in beyond]
         if not weights:
             return BASE_ERROR
-        excess = sum(
-            w * (min(abs(seen), most) ** 2 - variance)
-            for w, (seen, variance) in zip(weights, beyond, strict=True)
-        )
+        excess = sum(w * (seen**2 - variance) for w, (seen, variance) in zip(weights, beyond, strict=True))
         square = excess / sum(weights) - _PACE_ERROR**2
         return min(max(square, BASE_ERROR**2), LARGEST_BASE_ERROR**2) ** 0.5
 

@@ -123,13 +123,12 @@ def serve(
             window.observe_draft(verified, accepted)
         steady = drafted == verified
         clock = spent * _noise(rng if steady else rng_of_changes) * now if chosen else 0.0
-        if chosen and prefills:
-            pass
-        elif steady and chosen:
+        told = bool(chosen) and not prefills
+        if steady and told:
             uses[drafted] += 1
             clock *= 1.5 if uses[drafted] <= first_uses else 1.0
             window.observe_step(clock, batch, drafted, batch * CONTEXT)
-        elif chosen:
+        elif told:
             window.observe_change(clock, batch, max(drafted, verified))
         verified = drafted
         chosen.append(drafted)

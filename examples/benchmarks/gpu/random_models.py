@@ -7,7 +7,6 @@ models say; a pair that vLLM alone loads, which needs no weights of the target (
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +49,6 @@ def _keep_or_write(directory: Path, write: Callable[[Path], None]) -> None:
     if not directory.exists():
         place = directory.with_name(f"{directory.name}.tmp")
         shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
         write(place)
         place.replace(directory)
 
@@ -58,7 +56,7 @@ def _keep_or_write(directory: Path, write: Callable[[Path], None]) -> None:
 def _write_language_model(directory: Path, shape: Shape) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    (directory / "config.json").write_text(json.dumps(random_pair.target_config(shape)), encoding="utf-8")
+    random_pair.write_config(directory, random_pair.target_config(shape))
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # billions of random numbers
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.bfloat16)

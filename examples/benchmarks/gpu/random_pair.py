@@ -61,7 +61,7 @@ def build(root: Path, shape: Shape, num_speculative_tokens: int) -> RandomPair:
     pair = pair_in(root)
     if (pair.adapter / "ppow_config.json").is_file():
         return pair
-    _write_config(pair.target, target_config(shape))
+    write_config(pair.target, target_config(shape))
     # The target has no weights on disk; one tensor gives it the fingerprint that an adapter names its target by.
     save_file({"unused": torch.zeros(1)}, pair.target / "fingerprint.safetensors")
     write_head(pair.head, shape)
@@ -83,7 +83,7 @@ def build(root: Path, shape: Shape, num_speculative_tokens: int) -> RandomPair:
 
 def write_head(directory: Path, shape: Shape) -> None:
     """Write an EAGLE-3 head in the original format."""
-    _write_config(directory, _head_config(shape))
+    write_config(directory, _head_config(shape))
     save_file(_head_tensors(shape), directory / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -177,6 +177,6 @@ def _write_lora(directory: Path, shape: Shape) -> None:
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _write_config(directory: Path, config: dict[str, object]) -> None:
+def write_config(directory: Path, config: dict[str, object]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

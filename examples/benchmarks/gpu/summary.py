@@ -91,6 +91,7 @@ def _tests(results: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _packed(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Windows per second by wall time, medians over rounds; the ratio with its spread."""
     rows = [
         "| drafter | windows per update | tokens of a trajectory | packed windows per second | one row each | ratio |",
         "|---|---|---|---|---|---|",
