@@ -33,8 +33,8 @@ from bench_server import Server, ServerOptions, named
 from ppow_train.progress import make_progress
 
 _TOKENS = "vllm:generation_tokens_total"
-_RUNNING, _WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
-_LOADED_S, _DRAINED_S = 300, 120
+RUNNING, _WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
+LOADED_S, _DRAINED_S = 300, 120
 
 
 class Metered(Protocol):
@@ -166,6 +166,11 @@ def wait_for(
         time.sleep(0.2)
 
 
+def wait_until_idle(server: Server) -> None:
+    """Block until a server has no request any more."""
+    wait_for(server, lambda m: not m[RUNNING] + m[_WAITING], _DRAINED_S, "kept its requests")
+
+
 @contextlib.contextmanager
 def loaded(
     servers: Mapping[str, Server], settings: dict[str, Any], concurrency: int, output: Path
@@ -184,7 +189,7 @@ def loaded(
             )
             client = Client(arguments, output / "logs" / f"bench-{arm}.log")
             runners[arm] = Runner(server, client)
-            wait_for(server, lambda m: m[_RUNNING] >= concurrency, _LOADED_S, "had too few requests")
+            wait_for(server, lambda m: m[RUNNING] >= concurrency, LOADED_S, "had too few requests")
             runners[arm].pause()
         yield runners
     finally:
@@ -192,7 +197,7 @@ def loaded(
             runner.client.stop()
             servers[arm].signal(signal.SIGCONT)
     for server in servers.values():
-        wait_for(server, lambda m: not m[_RUNNING] + m[_WAITING], _DRAINED_S, "kept its requests")
+        wait_until_idle(server)
 
 
 def measure_level(
@@ -235,13 +240,12 @@ def run_levels(
             sweep_table.append_block(output / "results.jsonl", [line])
 
 
-def report(lines: Sequence[dict[str, Any]], facts: dict[str, Any], output: Path) -> bool:
+def report(levels: Sequence[turns_table.Level], facts: dict[str, Any], output: Path, note: str = "") -> bool:
     """Write table.md and the plots, print the verdicts; whether every aim was met."""
-    in_order = sorted(lines, key=lambda line: line["concurrency"])
-    levels = [turns_table.judge(line, facts["warm_rotations"]) for line in in_order]
     judged = turns_table.aims(levels)
     verdicts = "\n".join(f"- {verdict}: {text}" for verdict, text in judged)
     head = f"{facts['machine']}; {facts['versions']}; temperature {facts['temperature']:g}"
+    head += f". {note}" if note else ""
     (output / "table.md").write_text(f"{head}\n\n{turns_table.make_table(levels)}\n\n{verdicts}\n")
     for suffix in ("png", "svg"):
         turns_table.write_plot(output / f"turns.{suffix}", levels, facts["temperature"])
@@ -249,39 +253,66 @@ def report(lines: Sequence[dict[str, Any]], facts: dict[str, Any], output: Path)
     return all(verdict == turns_table.MET for verdict, _ in judged)
 
 
-@click.command()
-@serve_sweep.common_options
-@click.option("--temperature", default=0.0, show_default=True)
-@click.option("--rotations", default=40, show_default=True, help="turns of every arm at each concurrency")
-@click.option("--turn-seconds", default=1.5, show_default=True, help="seconds of a turn")
-@click.option(
-    "--warm-rotations",
-    default=8,
-    show_default=True,
-    help="rotations that are not judged: first prefills, and the adaptive window has just met the concurrency",
-)
-@click.option(
-    "--requests",
-    default=4000,
-    show_default=True,
-    help="requests that a client has ready: must outlast the turns",
-)
-@click.option("--max-num-seqs", default=32, show_default=True, help="requests that a server runs at most")
-def main(
-    output: Path, adapter: Path | None, training_steps: int, check: bool, report_only: bool, **given: Any
-) -> None:
-    """Load real servers in turns of a few seconds and compare windows."""
+def turn_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Beyond `common_options`, what both benchmarks in turns can be told (this one and serve_within.py)."""
+    options = (
+        click.option("--temperature", default=0.0, show_default=True),
+        click.option(
+            "--rotations", default=40, show_default=True, help="turns of every arm at each concurrency"
+        ),
+        click.option("--turn-seconds", default=1.5, show_default=True, help="seconds of a turn"),
+        click.option(
+            "--warm-rotations",
+            default=8,
+            show_default=True,
+            help="rotations that are not judged: first prefills, and the adaptive window has just met the concurrency",
+        ),
+        click.option(
+            "--requests",
+            default=4000,
+            show_default=True,
+            help="requests that a client has ready: must outlast the turns",
+        ),
+        click.option(
+            "--max-num-seqs", default=32, show_default=True, help="requests that a server runs at most"
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def check_options(given: Mapping[str, Any]) -> None:
+    """Raise a UsageError for options that cannot be measured or judged."""
     if given["rotations"] < given["warm_rotations"] + turns_table.LEAST_ROTATIONS:
         raise click.UsageError(
             f"--rotations must be at least --warm-rotations and {turns_table.LEAST_ROTATIONS} more."
         )
     if max(given["levels"]) > given["max_num_seqs"]:
         raise click.UsageError(f"--levels above --max-num-seqs {given['max_num_seqs']} would only queue.")
+
+
+def facts_of(
+    given: Mapping[str, Any], adapter: Path | None, training_steps: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what results must have in common to be compared, settings)."""
     settings = {**given, "adapter": str(adapter or f"trained, {training_steps} steps")}
     facts: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
     facts |= serve_sweep.machine_facts()
     facts |= {key: named(facts[key]) for key in ("target", "prompts", "adapter")}
     facts.pop("levels")  # more may follow
+    return facts, settings
+
+
+@click.command()
+@serve_sweep.common_options
+@turn_options
+def main(
+    output: Path, adapter: Path | None, training_steps: int, check: bool, report_only: bool, **given: Any
+) -> None:
+    """Load real servers in turns of a few seconds and compare windows."""
+    check_options(given)
+    facts, settings = facts_of(given, adapter, training_steps)
     lines = sweep_table.read_lines(output / "results.jsonl", facts)
     if not report_only:
         adapter = adapter or train_adapter(output / "adapter", training_steps)
@@ -294,7 +325,9 @@ def main(
         lines = sweep_table.read_lines(output / "results.jsonl", facts)
     if not lines:
         raise click.ClickException(f"{output} holds no complete level yet.")
-    met = report(lines, facts, output)
+    in_order = sorted(lines, key=lambda line: line["concurrency"])
+    levels = [turns_table.judge(line, facts["warm_rotations"]) for line in in_order]
+    met = report(levels, facts, output)
     if check and not met:
         raise SystemExit(1)
 

@@ -187,7 +187,7 @@ def test_loaded_servers_are_paused_and_run_again_afterwards_whatever_happens(tmp
 
 
 def test_a_server_that_does_not_get_its_load_is_told(tmp_path, clients, monkeypatch):
-    monkeypatch.setattr(serve_turns, "_LOADED_S", 0.0)
+    monkeypatch.setattr(serve_turns, "LOADED_S", 0.0)
     server = FakeServer(running=3.0)
     monkeypatch.setattr(FakeServer, "servers", [server], raising=False)
     with (

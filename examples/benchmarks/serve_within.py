@@ -1,0 +1,191 @@
+"""Windows under load within one server: what the adaptive window's choices are worth, and nothing else.
+
+serve_turns.py has a server for every arm and stops all but one, which is itself a disturbance: steps took 1.7 times as
+long as its cost profile said. Here one `vllm serve` is loaded by `vllm bench serve`, and its draft length is given by
+each arm in turn, a few seconds each (within_scheduler.py): the adaptive window, fixed lengths, and 0. What this cannot
+tell: what a drafter costs that is not used, and what another process does to a server. Levels are appended to
+results.jsonl one by one, and the same command goes on where it was stopped.
+
+    taskset -c 1 python examples/benchmarks/serve_within.py --output runs/within
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import serve_sweep
+import serve_turns
+import sweep_table
+import turns_table
+import within_table
+from bench_adapters import train_adapter
+from bench_server import Server, ServerOptions
+from serve_turns import Client, wait_for
+from sweep_table import ADAPTIVE, NONE
+from within_scheduler import VARIABLE, Assignment
+
+from ppow_train.progress import make_progress
+
+_POLL_S = 0.5
+_PLUGIN = "ppow_benchmark_turns"
+
+
+def write_plugin(directory: Path) -> None:
+    """What Python and vLLM need to find the plugin in a directory of their search path."""
+    found = directory / f"{_PLUGIN}-0.dist-info"
+    found.mkdir(parents=True, exist_ok=True)
+    (found / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {_PLUGIN}\nVersion: 0\n")
+    (found / "entry_points.txt").write_text(
+        f"[vllm.general_plugins]\n{_PLUGIN} = within_scheduler:register\n"
+    )
+
+
+def lengths_of(windows: tuple[int, ...]) -> dict[str, int | None]:
+    """Arm -> its draft length, None for the adaptive window."""
+    return {NONE: 0, **{sweep_table.fixed(k): k for k in sorted(set(windows))}, ADAPTIVE: None}
+
+
+def environment(output: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Variables that have a server load the plugin; its turns go to a new file."""
+    turns = output / "turns.jsonl"
+    turns.unlink(missing_ok=True)
+    write_plugin(output / "plugin")
+    given = Assignment(
+        lengths_of(settings["windows"]),
+        settings["turn_seconds"],
+        str(settings["seed"]),
+        str(turns.resolve()),
+    )
+    here = Path(__file__).resolve().parent
+    path = [str((output / "plugin").resolve()), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {VARIABLE: json.dumps(dataclasses.asdict(given)), "PYTHONPATH": ":".join(path)}
+
+
+def whole_rotations(lines: list[dict[str, Any]], since: float, arms: int) -> list[dict[str, Any]]:
+    """Turns of the rotations that began after `since` and are over, numbered from 0."""
+    by_rotation: dict[int, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_rotation.setdefault(line["rotation"], []).append(line)
+    whole = [
+        turns
+        for _, turns in sorted(by_rotation.items())
+        if len(turns) == arms and min(turn["began_at"] for turn in turns) >= since
+    ]
+    return [{**turn, "rotation": number} for number, turns in enumerate(whole) for turn in turns]
+
+
+def read_turns(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of the file that the server appends to."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def measure_level(
+    server: Server,
+    settings: dict[str, Any],
+    concurrency: int,
+    output: Path,
+    on_rotations: Callable[[int], None],
+) -> dict[str, Any]:
+    """One line of results: load the server until every arm has had its turns."""
+    load = {"concurrency": concurrency, "num_prompts": settings["requests"]}
+    load |= {key: settings[key] for key in ("temperature", "output_len", "seed")}
+    arguments = serve_sweep.bench_arguments(server.url, settings["target"], Path(settings["prompts"]), load)
+    client = Client(arguments, output / "logs" / "bench.log")
+    arms = len(lengths_of(settings["windows"]))
+    try:
+        wait_for(
+            server,
+            lambda m: m[serve_turns.RUNNING] >= concurrency,
+            serve_turns.LOADED_S,
+            "had too few requests",
+        )
+        since, turns = time.time(), []
+        while len(turns) < settings["rotations"] * arms:
+            time.sleep(_POLL_S)
+            server.check_alive()
+            client.check_alive()
+            turns = whole_rotations(read_turns(output / "turns.jsonl"), since, arms)
+            on_rotations(len(turns) // arms)
+    finally:
+        client.stop()
+    serve_turns.wait_until_idle(server)
+    return {"concurrency": concurrency, "turns": turns[: settings["rotations"] * arms]}
+
+
+def run_levels(
+    adapter: Path,
+    settings: dict[str, Any],
+    done: set[int],
+    output: Path,
+    on_rotations: Callable[[int], None],
+) -> None:
+    """Every concurrency that is not on disk yet."""
+    left = [level for level in settings["levels"] if level not in done]
+    if not left:
+        return
+    import vllm.benchmarks.serve  # noqa: F401  # before clients are forked
+
+    ours = serve_sweep.make_arms(settings["windows"], adapter)[ADAPTIVE]
+    options = ServerOptions(
+        settings["target"],
+        settings["dtype"],
+        settings["max_model_len"],
+        settings["max_num_seqs"],
+        environment=environment(output, settings),
+    )
+    with serve_sweep.running([ADAPTIVE], {ADAPTIVE: ours}, options, output) as servers:
+        for number, level in enumerate(left):
+            before = (len(settings["levels"]) - len(left) + number) * settings["rotations"]
+            line = measure_level(
+                servers[ADAPTIVE], settings, level, output, lambda n, before=before: on_rotations(before + n)
+            )
+            sweep_table.append_block(output / "results.jsonl", [line])
+
+
+def judge(line: dict[str, Any], facts: dict[str, Any]) -> turns_table.Level:
+    """What one line of results says."""
+    warm = facts["warm_rotations"]
+    return turns_table.judge(within_table.comparable(line, warm), warm)
+
+
+@click.command()
+@serve_sweep.common_options
+@serve_turns.turn_options
+def main(
+    output: Path, adapter: Path | None, training_steps: int, check: bool, report_only: bool, **given: Any
+) -> None:
+    """Load one real server whose draft length is given by every window in turn, and compare windows."""
+    if given.pop("per_request"):
+        raise click.UsageError("--per-request trims fixed windows, too, in one engine: see serve_turns.py.")
+    serve_turns.check_options(given)
+    facts, settings = serve_turns.facts_of(given, adapter, training_steps)
+    lines = sweep_table.read_lines(output / "results.jsonl", facts)
+    if not report_only:
+        adapter = adapter or train_adapter(output / "adapter", training_steps)
+        with make_progress() as progress:
+            task = progress.add_task(
+                "rotations", total=len(settings["levels"]) * settings["rotations"], note=""
+            )
+            done = {line["concurrency"] for line in lines}
+            run_levels(adapter, settings, done, output, lambda n: progress.update(task, completed=n))
+        lines = sweep_table.read_lines(output / "results.jsonl", facts)
+    if not lines:
+        raise click.ClickException(f"{output} holds no complete level yet.")
+    in_order = sorted(lines, key=lambda line: line["concurrency"])
+    met = serve_turns.report([judge(line, facts) for line in in_order], facts, output, within_table.NOTE)
+    if check and not met:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Turns within one engine: whose steps they are, equal shares of prompts, resuming, and the plugin in a real engine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import serve_within
+import turns_table
+import within_table
+from bench_server import REPOSITORY
+from click.testing import CliRunner
+from sweep_table import ADAPTIVE, NONE
+from within_scheduler import LEAST_STEPS, VARIABLE, Turns, WindowInTurns
+
+ARMS = [NONE, "K=2", ADAPTIVE]
+MADE = {"seconds": 0.25, "tokens": 5, "prefilled": 3, "requests": 4}
+
+
+def steps_of(turns, now, number, seconds=0.25):
+    """(arm, is_first) of so many steps, each over before the next one begins."""
+    made = []
+    for _ in range(number):
+        step = turns.begin()
+        now[0] += seconds
+        turns.end(step, **MADE, drafted=2)
+        made.append((step.turn.arm, step.is_first))
+    return made
+
+
+def make_turns(seconds, seed="0"):
+    now, over = [0.0], []
+    return (
+        Turns(ARMS, seconds, seed, over.append, clock=lambda: now[0], wall=lambda: 1000.0 + now[0]),
+        now,
+        over,
+    )
+
+
+def test_each_arm_has_one_turn_of_some_seconds_in_every_rotation_in_an_order_that_can_be_had_again():
+    turns, now, over = make_turns(2.0)
+    made = steps_of(turns, now, 8 * len(ARMS) * 12)
+    arms = [arm for arm, first in made if first]
+    assert len(over) == len(arms) - 1, "the last one is under way"
+    assert all(turn.begun == 8 for turn in over), "2 s of 0.25 s each"
+    assert all(sorted(arms[i : i + 3]) == sorted(ARMS) for i in range(0, 36, 3))
+    assert [(turn.rotation, turn.position) for turn in over[:4]] == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    assert over[1].began_at == 1002.0
+    again, now, _ = make_turns(2.0)
+    assert steps_of(again, now, 40) == made[:40]
+    other, now, _ = make_turns(2.0, seed="1")
+    assert steps_of(other, now, 60) != made[:60]
+
+
+def test_a_turn_has_some_steps_however_long_they_are_and_its_first_one_counts_for_nobody():
+    turns, now, over = make_turns(0.01)
+    steps_of(turns, now, LEAST_STEPS + 1)
+    (turn,) = over
+    counted = LEAST_STEPS - 1
+    assert (turn.begun, turn.ended) == (LEAST_STEPS, LEAST_STEPS)
+    assert (turn.seconds, turn.tokens, turn.prefilled) == (0.25 * counted, 5 * counted, 3 * counted)
+    assert (turn.requests, turn.drafted) == (4 * counted, {2: counted})
+
+
+def test_a_step_that_is_scheduled_ahead_belongs_to_the_turn_that_it_was_scheduled_in():
+    turns, _, over = make_turns(0.0)
+    begun = [turns.begin() for _ in range(LEAST_STEPS + 1)]
+    assert begun[-1].turn is not begun[0].turn
+    for step in begun[:LEAST_STEPS]:
+        assert not over
+        turns.end(step, **MADE, drafted=1)
+    assert [turn.ended for turn in over] == [LEAST_STEPS]
+
+
+def test_the_window_is_asked_and_told_in_its_own_turns_only():
+    class Window:
+        counts = "its own"
+
+        def __init__(self):
+            self.told = []
+
+        def choose(self, *given):
+            self.told.append(given)
+            return 7
+
+        def __getattr__(self, name):
+            return lambda *given: self.told.append((name, *given))
+
+    window = Window()
+    shared = WindowInTurns(window)
+    assert shared.counts == "its own"
+    shared.length = 0
+    assert shared.choose(4, 100, True) == 0
+    for name in ("observe_draft", "observe_step", "observe_change"):
+        getattr(shared, name)(1, 2)
+    assert window.told == []
+    shared.length, shared.listens = None, True
+    assert shared.choose(4, 100, True) == 7
+    for name in ("observe_draft", "observe_step", "observe_change"):
+        getattr(shared, name)(1, 2)
+    assert window.told == [
+        (4, 100, True),
+        ("observe_draft", 1, 2),
+        ("observe_step", 1, 2),
+        ("observe_change", 1, 2),
+    ]
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def line(speeds, prompts, rotations=32, each=0.004, noise=0.0):
+    """A level whose arms make 100 tokens in every turn, at their speed, while reading so many tokens of prompts."""
+    draw = np.random.default_rng(1)
+    turns = [
+        {
+            "rotation": number,
+            "position": 0,
+            "arm": arm,
+            "tokens": 100,
+            "prefilled": (read := int(prompts[arm] * draw.uniform(0.0, 2.0))),
+            "seconds": 100 / speed * np.exp(noise * draw.standard_normal()) + each * read,
+            "drafted": {"2": 3} if arm == ADAPTIVE else {},
+        }
+        for arm, speed in speeds.items()
+        for number in range(rotations)
+    ]
+    return {"concurrency": 4, "turns": turns}
+
+
+def test_an_arm_that_happened_to_read_more_prompts_is_not_slower_for_it():
+    found = line({NONE: 50.0, "K=2": 80.0, ADAPTIVE: 80.0}, {NONE: 150, "K=2": 100, ADAPTIVE: 200})
+    assert within_table.seconds_per_prompt_token(found["turns"]) == pytest.approx(0.004)
+    level = turns_table.judge(within_table.comparable(found, 0), 0)
+    assert level.over_every["K=2"].value == pytest.approx(1.0)
+    raw = turns_table.judge({**found, "drafts_by_length": {ADAPTIVE: {"2": 1}}}, 0)
+    assert raw.over_every["K=2"].value < 0.85, "what it would have come to"
+    assert level.mean_length == 2.0
+
+
+def test_shares_of_prompts_are_brought_to_what_all_turns_had_together():
+    found = line({NONE: 50.0, "K=2": 80.0, ADAPTIVE: 70.0}, {NONE: 100, "K=2": 100, ADAPTIVE: 100}, noise=0.1)
+    before, after = found["turns"], within_table.at_equal_prompts(found["turns"])
+    assert sum(turn["seconds"] for turn in after) == pytest.approx(sum(turn["seconds"] for turn in before))
+    noisy = within_table.seconds_per_prompt_token(before)
+    assert noisy == pytest.approx(0.004, rel=0.15)
+
+
+def test_only_judged_rotations_count_in_what_was_drafted():
+    found = line({NONE: 50.0, "K=2": 80.0, ADAPTIVE: 80.0}, {NONE: 1, "K=2": 1, ADAPTIVE: 1})
+    for turn in found["turns"]:
+        if turn["arm"] == ADAPTIVE and turn["rotation"] < 8:
+            turn["drafted"] = {"5": 1000}
+    assert turns_table.judge(within_table.comparable(found, 8), 8).mean_length == 2.0
+
+
+# ---------------------------------------------------------------- the command
+
+
+def turn(rotation, position, began_at):
+    return {"rotation": rotation, "position": position, "began_at": began_at}
+
+
+def test_rotations_that_began_before_the_load_was_there_or_are_not_over_do_not_count():
+    lines = [turn(0, 0, 5.0), turn(0, 1, 9.0), turn(1, 0, 11.0), turn(1, 1, 13.0), turn(2, 0, 15.0)]
+    assert serve_within.whole_rotations(lines, since=6.0, arms=2) == [turn(0, 0, 11.0), turn(0, 1, 13.0)]
+
+
+def test_a_run_goes_on_after_its_last_whole_level(tmp_path, monkeypatch):
+    measured = []
+
+    def measure_level(server, settings, concurrency, output, on_rotations):
+        measured.append(concurrency)
+        on_rotations(40)
+        speeds, prompts = {NONE: 50.0, "K=1": 60.0, ADAPTIVE: 70.0}, dict.fromkeys([NONE, "K=1", ADAPTIVE], 9)
+        return {**line(speeds, prompts, rotations=40), "concurrency": concurrency}
+
+    monkeypatch.setattr(serve_within, "measure_level", measure_level)
+    server = contextlib.nullcontext({ADAPTIVE: None})
+    monkeypatch.setattr(serve_within.serve_sweep, "running", lambda *_: server)
+    arguments = ["--output", str(tmp_path), "--adapter", "a", "--windows", "1", "--levels"]
+    assert CliRunner().invoke(serve_within.main, [*arguments, "8"]).exit_code == 0
+    with (tmp_path / "results.jsonl").open("a") as stream:
+        stream.write('{"concurrency": 32, "tur')  # killed there
+    done = CliRunner().invoke(serve_within.main, [*arguments, "1,8,32"])
+    assert done.exit_code == 0, done.output
+    assert measured == [8, 1, 32]
+    table = (tmp_path / "table.md").read_text()
+    assert within_table.NOTE in table
+    assert [row.split(" | ")[0] for row in table.splitlines()[4:7]] == ["| 1", "| 8", "| 32"]
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (["--rotations", "20"], "--rotations must be at least"),
+        (["--levels", "8,64"], "above --max-num-seqs 32"),
+        (["--per-request"], "see serve_turns.py"),
+    ],
+)
+def test_what_would_measure_nothing_is_refused_before_a_server_starts(tmp_path, option, says):
+    result = CliRunner().invoke(serve_within.main, ["--output", str(tmp_path), *option])
+    assert result.exit_code == 2
+    assert says in result.output
+
+
+ENGINE = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, str(Path("tests").resolve()))
+from serving_pair import VOCAB, build_pair, random_adapter
+from serving_engine import engine, expected, generate
+
+root = Path(sys.argv[1])
+pair = build_pair(root)
+adapter = random_adapter(root, "causal_lm", pair)
+spec = {"method": "ppow", "model": str(adapter.directory), "num_speculative_tokens": 4,
+        "ppow": {"per_request": False}}
+with engine(pair.target, spec) as llm:
+    right = all(generate(llm) == expected(VOCAB) for _ in range(12))
+    window = llm.llm_engine.engine_core.engine_core.scheduler.ppow_window
+    print(json.dumps({"right": right, "asked": sum(window.counts.chosen)}))
+"""
+
+
+@pytest.mark.engine
+def test_in_an_engine_that_loads_the_plugin_every_turn_drafts_its_arms_length(tmp_path):
+    settings = {"windows": (1, 4), "turn_seconds": 0.01, "seed": 0}
+    variables = serve_within.environment(tmp_path / "out", settings)
+    assert set(variables) == {VARIABLE, "PYTHONPATH"}
+    path = f"{variables['PYTHONPATH']}:{REPOSITORY / 'train'}:{REPOSITORY}"
+    ran = subprocess.run(
+        [sys.executable, "-c", ENGINE, str(tmp_path)],
+        env={**os.environ, **variables, "PYTHONPATH": path},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    told = json.loads(ran.stdout.splitlines()[-1])
+    assert told["right"], "greedy output does not depend on who drafts"
+    turns = serve_within.read_turns(tmp_path / "out" / "turns.jsonl")
+    assert {one["arm"] for one in turns} == {NONE, "K=1", "K=4", ADAPTIVE}
+    for one in turns:
+        forced = {NONE: 0, "K=1": 1, "K=4": 4}.get(one["arm"])
+        assert forced is None or set(one["drafted"]) == {str(forced)}, one
+    own = sum(one["begun"] for one in turns if one["arm"] == ADAPTIVE)
+    assert own <= told["asked"] < sum(one["begun"] for one in turns) / 2, "asked in its own turns"
