@@ -2,8 +2,8 @@
 
 Every point of the grid is measured several times, points and draft lengths taking turns, so that what else the machine
 does falls on all of them; what counts are medians of steps in which every request decodes, at one pace of the machine
-(turns.py). Left out: how passes are timed and draft lengths set (vllm_ppow/compat/profiling.py), starting the engine
-(profile_engine.py).
+(turns.py), with noise taken out as far as it can be told (straight.py). Left out: how passes are timed and draft
+lengths set (vllm_ppow/compat/profiling.py), starting the engine (profile_engine.py).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import itertools
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ppow_train import straight
 from ppow_train.errors import UserError
-from ppow_train.turns import Samples, Turn, at_one_pace
+from ppow_train.turns import Samples, Turn, at_one_pace, logs_at_one_pace
 from vllm_ppow.cost_profile import CostProfile
 from vllm_ppow.metrics import SpecDecodeCounts
 
@@ -115,13 +116,25 @@ def measure_steps(
                     turns[context, batch].append(turn)
                 if time.perf_counter() - began >= _ROUND_SECONDS:
                     break
-    samples: dict[Point, Samples] = {}
-    for (context, batch), taken in turns.items():
-        pooled = at_one_pace(taken)
-        if len(pooled) < len(options.draft_lengths):
+    return _pooled(turns, options)
+
+
+def _pooled(turns: Mapping[tuple[int, int], Sequence[Turn]], options: ProfileOptions) -> dict[Point, Samples]:
+    """The turns of every (context, batch size) at one pace, and straightened as far as they are noise."""
+    pooled = {place: at_one_pace(taken) for place, taken in turns.items()}
+    for (context, batch), by_length in pooled.items():
+        if len(by_length) < len(options.draft_lengths):
             raise _too_small(batch, context)
-        samples |= {(context, batch, length): found for length, found in pooled.items()}
-    return samples
+    sd = straight.noise([one for taken in turns.values() for one in logs_at_one_pace(taken)])
+    factors = straight.corrections(
+        {place: {n: sum(s.medians) for n, s in found.items()} for place, found in pooled.items()},
+        {place: straight.median_variance(sd, len(taken)) for place, taken in turns.items()},
+    )
+    return {
+        (*place, length): samples.times(factors[place][length])
+        for place, by_length in pooled.items()
+        for length, samples in by_length.items()
+    }
 
 
 def _turn(

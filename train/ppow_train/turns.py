@@ -49,6 +49,10 @@ class Samples:
         """What one burst measured."""
         return cls([one.target_seconds for one in passes], [one.draft_seconds for one in passes], list(steps))
 
+    def times(self, factor: float) -> Samples:
+        """The same at another pace."""
+        return Samples(*([factor * one for one in each] for each in (self.target, self.draft, self.step)))
+
     def add(self, other: Samples, factor: float) -> None:
         """Add another's at another pace."""
         for own, more in ((self.target, other.target), (self.draft, other.draft), (self.step, other.step)):
@@ -80,12 +84,26 @@ def at_one_pace(turns: Sequence[Turn]) -> dict[int, Samples]:
         turns: bursts that measured nothing are left out of them.
     """
     turns = [turn for turn in turns if turn]
-    slower = turn_levels([{n: math.log(statistics.median(s.step)) for n, s in t.items()} for t in turns])
+    slower = turn_levels(_logs(turns))
     pooled: dict[int, Samples] = {}
     for turn, level in zip(turns, slower, strict=True):
         for length, samples in turn.items():
             pooled.setdefault(length, Samples([], [], [])).add(samples, math.exp(-level))
     return {length: pooled[length] for length in sorted(pooled)}
+
+
+def logs_at_one_pace(turns: Sequence[Turn]) -> list[list[float]]:
+    """Log seconds of a step in each turn, brought to the pace of the median turn, of every draft length."""
+    logs = _logs([turn for turn in turns if turn])
+    found: dict[int, list[float]] = {}
+    for turn, level in zip(logs, turn_levels(logs), strict=True):
+        for length, log in turn.items():
+            found.setdefault(length, []).append(log - level)
+    return list(found.values())
+
+
+def _logs(turns: Sequence[Turn]) -> list[dict[int, float]]:
+    return [{n: math.log(statistics.median(s.step)) for n, s in turn.items()} for turn in turns]
 
 
 def turn_levels(logs: Sequence[Mapping[int, float]]) -> list[float]:
