@@ -18,13 +18,13 @@ NOTE = (
 
 
 def seconds_per_prompt_token(turns: Sequence[dict[str, Any]]) -> float:
-    """Least squares of seconds/token = a_arm + c · prompt tokens/token over all turns (ours): c, not below 0."""
+    """Least squares of seconds = a_arm · tokens + c · prompt tokens over all turns (ours): c, not below 0."""
     arms = sorted({turn["arm"] for turn in turns})
     rows = np.array(
-        [[*(turn["arm"] == arm for arm in arms), turn["prefilled"] / turn["tokens"]] for turn in turns],
+        [[*(turn["tokens"] * (turn["arm"] == arm) for arm in arms), turn["prefilled"]] for turn in turns],
         dtype=float,
     )
-    seconds = np.array([turn["seconds"] / turn["tokens"] for turn in turns])
+    seconds = np.array([turn["seconds"] for turn in turns])
     return max(0.0, float(np.linalg.lstsq(rows, seconds, rcond=None)[0][-1]))
 
 

@@ -118,7 +118,7 @@ def test_every_step_counted_was_the_one_asked_for(llm, prompts):
     before = type(core.scheduler), core.step_fn
     options = ProfileOptions((2,), (16,), (0, 3), steps=3, rounds=2)
     with StepProfiler(llm, 3) as profiler:
-        samples = measure_steps(llm, profiler, options, prompts)
+        samples = measure_steps(llm, profiler, options, prompts).samples
         as_often = 2 * profiling._MOST_TURNS * 3  # rounds, turns that are short, steps
         assert {point: len(found.step) for point, found in samples.items()} == {
             (16, 2, 0): as_often,

@@ -81,19 +81,20 @@ def test_the_best_draft_length_is_the_one_that_pays_most():
         for k in range(5)
     ]
     assert gains == pytest.approx(by_hand)
-    value = as_json(Measured(PROFILE, 0.1, 0.3))
+    value = as_json(Measured(PROFILE, 0.1, 0.3, 0.07))
     row = value["by_batch_size"][1]
     assert row["batch_size"] == 4
     assert row["best_num_speculative_tokens"] == max(range(5), key=by_hand.__getitem__)
     json.dumps(value)
     stream = io.StringIO()
-    print_table(Measured(PROFILE, 0.1, 0.3), Console(file=stream, width=120))
+    print_table(Measured(PROFILE, 0.1, 0.3, 0.07), Console(file=stream, width=120))
     shown = stream.getvalue()
     assert "measure again" not in shown
-    print_table(Measured(PROFILE, 0.11, 0.3), Console(file=stream, width=120))
+    print_table(Measured(PROFILE, 0.11, 0.3, 0.07), Console(file=stream, width=120))
     assert "Steps varied a lot: measure again" in stream.getvalue()
     assert f"{gains[4]:.2f}" in shown
-    assert "10.0%, at worst 30.0%" in shown
+    assert "10.0%, at worst 30.0%; figures moved by up to 7.0% to take noise out" in " ".join(shown.split())
+    assert value["most_moved"] == 0.07
     assert "0.800 0.600 0.400 0.200 (100 drafts)" in shown
 
 

@@ -71,7 +71,7 @@ def engines(monkeypatch):
             return Run([[3] * max_tokens for _ in prompts], 1.0, counts, gaps)
 
         def profile(self, adapter, options, prompts, say):
-            return Measured(PROFILE, 0.1, 0.2)
+            return Measured(PROFILE, 0.1, 0.2, 0.0)
 
     monkeypatch.setattr("ppow_train.benchmark.Engine", Stand)
     monkeypatch.setattr("ppow_train.profile_engine.ProfileEngine", Stand)

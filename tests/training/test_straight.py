@@ -118,11 +118,15 @@ def test_a_profile_is_made_of_straightened_turns_whose_parts_keep_their_shares()
         for place in PLACES
     }
     options = profiling.ProfileOptions((1, 2, 4, 8, 16, 32), (128, 256), LENGTHS)
-    found = profiling._pooled(turns, options)
+    timed = profiling._pooled(turns, options)
+    found = timed.samples
     assert set(found) == {(*place, n) for place in PLACES for n in LENGTHS}
     points = {place: {n: sum(found[*place, n].medians) for n in LENGTHS} for place in PLACES}
     plain = {place: medians(turns[place]) for place in PLACES}
     assert error(points, straight_costs) < 0.8 * error(plain, straight_costs)
+    moves = [abs(points[place][n] / plain[place][n] - 1.0) for place in PLACES for n in LENGTHS]
+    assert timed.moved == pytest.approx(max(moves))
+    assert timed.moved > 0.02
     for samples in found.values():
         target, draft, overhead = samples.medians
         assert (target / draft, target / overhead) == pytest.approx((2.0, 6.0))

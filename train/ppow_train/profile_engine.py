@@ -27,11 +27,13 @@ class Measured:
         profile: the medians.
         spread: half the range between the quartiles of a step, over its median; the median over the grid.
         worst_spread: the largest of them.
+        moved: by how much of itself a figure was moved at most to take noise out of it (straight.py).
     """
 
     profile: CostProfile
     spread: float
     worst_spread: float
+    moved: float
 
 
 class ProfileEngine(Engine):
@@ -122,12 +124,12 @@ def run(
             "with a fixed window is faster than what is measured"
         )
     with StepProfiler(llm, options.draft_lengths[-1]) as profiler:
-        samples = measure_steps(llm, profiler, options, prompts, say)
+        timed = measure_steps(llm, profiler, options, prompts, say)
         say(f"acceptance: {len(prompts)} prompts")
         counts = measure_acceptance(llm, profiler, options, prompts)
-    profile = make_profile(samples, counts, options, adapter, **machine(llm.llm_engine.vllm_config))
-    spreads = [found.spread for found in samples.values()]
-    return Measured(profile, statistics.median(spreads), max(spreads))
+    profile = make_profile(timed.samples, counts, options, adapter, **machine(llm.llm_engine.vllm_config))
+    spreads = [found.spread for found in timed.samples.values()]
+    return Measured(profile, statistics.median(spreads), max(spreads), timed.moved)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def as_json(measured: Measured) -> dict[str, Any]:
         "profile": dataclasses.asdict(profile),
         "step_spread": measured.spread,
         "worst_step_spread": measured.worst_spread,
+        "most_moved": measured.moved,
         "by_batch_size": rows,
     }
 
@@ -81,7 +82,7 @@ def print_table(measured: Measured, console: Console) -> None:
     )
     console.print(
         f"Spread of a step (half the range between quartiles): {measured.spread:.1%}, "
-        f"at worst {measured.worst_spread:.1%}",
+        f"at worst {measured.worst_spread:.1%}; figures moved by up to {measured.moved:.1%} to take noise out of them",
         highlight=False,
     )
     if measured.spread > _QUIET:

@@ -85,13 +85,26 @@ def start_steps(batch: int, context: int) -> int:
 Point = tuple[int, int, int]  # context length, batch size, draft length
 
 
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """What steps took.
+
+    Attributes:
+        samples: of every point of the grid.
+        moved: by how much of itself a point was moved at most to take noise out of it (straight.py).
+    """
+
+    samples: dict[Point, Samples]
+    moved: float
+
+
 def measure_steps(
     llm: Any,
     profiler: StepProfiler,
     options: ProfileOptions,
     prompts: Sequence[Sequence[int]],
     say: Callable[[str], None] = lambda text: None,
-) -> dict[Point, Samples]:
+) -> Timed:
     """Time steps at every point of the grid.
 
     Args:
@@ -119,7 +132,7 @@ def measure_steps(
     return _pooled(turns, options)
 
 
-def _pooled(turns: Mapping[tuple[int, int], Sequence[Turn]], options: ProfileOptions) -> dict[Point, Samples]:
+def _pooled(turns: Mapping[tuple[int, int], Sequence[Turn]], options: ProfileOptions) -> Timed:
     """The turns of every (context, batch size) at one pace, and straightened as far as they are noise."""
     pooled = {place: at_one_pace(taken) for place, taken in turns.items()}
     for (context, batch), by_length in pooled.items():
@@ -130,11 +143,12 @@ def _pooled(turns: Mapping[tuple[int, int], Sequence[Turn]], options: ProfileOpt
         {place: {n: sum(s.medians) for n, s in found.items()} for place, found in pooled.items()},
         {place: straight.median_variance(sd, len(taken)) for place, taken in turns.items()},
     )
-    return {
-        (*place, length): samples.times(factors[place][length])
+    samples = {
+        (*place, length): found.times(factors[place][length])
         for place, by_length in pooled.items()
-        for length, samples in by_length.items()
+        for length, found in by_length.items()
     }
+    return Timed(samples, max(abs(one - 1.0) for by_length in factors.values() for one in by_length.values()))
 
 
 def _turn(
