@@ -33,12 +33,15 @@ TINY = Path(__file__).parents[2] / "examples" / "tiny"
 K = 8
 
 
-def make_runner(directories: Directories, kind: str, count: int, length: int, rank: int = 8) -> WindowRunner:
-    """A pair with LoRA; `tiny` kinds are larger, with layers and a vocabulary in other proportions."""
+def make_runner(
+    directories: Directories, kind: str, count: int, length: int, rank: int = 8, more: tuple[str, ...] = ()
+) -> WindowRunner:
+    """A pair with LoRA, on `more` modules, too; `tiny` kinds have layers and a vocabulary in other proportions."""
     if kind.startswith("tiny/"):
         directories = Directories(TINY, TINY / "target", {kind: TINY / kind.removeprefix("tiny/")})
     pair = load(directories, kind)
-    inject_adapter_in_model(LoraConfig(r=rank, target_modules=pair.drafter.lora_targets), pair.drafter.model)
+    targets = [*pair.drafter.lora_targets, *more]
+    inject_adapter_in_model(LoraConfig(r=rank, target_modules=targets), pair.drafter.model)
     for name, parameter in pair.drafter.model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     ids = torch.randint(1, VOCAB, (count, length), generator=torch.Generator().manual_seed(0))
@@ -111,6 +114,14 @@ def test_a_rank_above_the_width_is_counted(kind, objective, directories, tmp_pat
     """Without what lies between A and B the estimate is below 0.8 times what is measured."""
     config = make_config(tmp_path, objective, 2, 8, lora_rank=128)
     check_near(make_runner(directories, kind, 2, 64, rank=128), config)
+
+
+@pytest.mark.parametrize("objective", ["cst:jsd", "ppow"])
+@pytest.mark.parametrize("kind", ["tiny/eagle3", "reduced"])
+def test_an_output_layer_that_is_adapted_is_counted(kind, objective, directories, tmp_path):
+    runner = make_runner(directories, kind, 2, 64, rank=128, more=("lm_head",))
+    targets = [*runner.drafter.lora_targets, "lm_head"]
+    check_near(runner, make_config(tmp_path, objective, 2, 16, lora_rank=128, lora_targets=targets))
 
 
 def check_near(runner: WindowRunner, config: PPOWConfig) -> None:
