@@ -240,10 +240,18 @@ def run_levels(
             sweep_table.append_block(output / "results.jsonl", [line])
 
 
-def report(levels: Sequence[turns_table.Level], facts: dict[str, Any], output: Path, note: str = "") -> bool:
+def report(
+    levels: Sequence[turns_table.Level],
+    facts: dict[str, Any],
+    output: Path,
+    note: str = "",
+    remarks: Sequence[str] = (),
+) -> bool:
     """Write table.md and the plots, print the verdicts; whether every aim was met."""
     judged = turns_table.aims(levels)
-    verdicts = "\n".join(f"- {verdict}: {text}" for verdict, text in judged)
+    verdicts = "\n".join(
+        [*(f"- {verdict}: {text}" for verdict, text in judged), *(f"- {r}" for r in remarks)]
+    )
     head = f"{facts['machine']}; {facts['versions']}; temperature {facts['temperature']:g}"
     head += f". {note}" if note else ""
     (output / "table.md").write_text(f"{head}\n\n{turns_table.make_table(levels)}\n\n{verdicts}\n")

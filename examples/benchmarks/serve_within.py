@@ -152,10 +152,11 @@ def run_levels(
             sweep_table.append_block(output / "results.jsonl", [line])
 
 
-def judge(line: dict[str, Any], facts: dict[str, Any]) -> turns_table.Level:
-    """What one line of results says."""
-    warm = facts["warm_rotations"]
-    return turns_table.judge(within_table.comparable(line, warm), warm)
+def judge(line: dict[str, Any], facts: dict[str, Any]) -> tuple[turns_table.Level, str]:
+    """What one line of results says, in figures and in words."""
+    found = within_table.comparable(line, facts["warm_rotations"])
+    level = turns_table.judge(found, facts["warm_rotations"])
+    return level, within_table.remark(found, level)
 
 
 @click.command()
@@ -182,7 +183,8 @@ def main(
     if not lines:
         raise click.ClickException(f"{output} holds no complete level yet.")
     in_order = sorted(lines, key=lambda line: line["concurrency"])
-    met = serve_turns.report([judge(line, facts) for line in in_order], facts, output, within_table.NOTE)
+    levels, remarks = zip(*(judge(line, facts) for line in in_order), strict=True)
+    met = serve_turns.report(levels, facts, output, within_table.NOTE, remarks)
     if check and not met:
         raise SystemExit(1)
 

@@ -18,7 +18,7 @@ from sweep_table import ADAPTIVE, MIN_OF_BEST, MIN_OF_NONE, NONE, Series, draw, 
 BLOCK = 4  # rotations that are drawn together
 LEAST_ROTATIONS = 4 * BLOCK
 _DRAWS = 4000
-_PERCENT = (2.5, 97.5)
+PERCENT = (2.5, 97.5)
 MET, MISSED, UNRESOLVED = "met", "MISSED", "not resolved"
 
 Counts = np.ndarray  # [2, rotations]: tokens and seconds of one arm
@@ -83,14 +83,18 @@ def _speed(counts: Counts) -> np.ndarray:
     return sums[0] / sums[1]
 
 
-def ratio(of: Counts, over: Counts, seed: int = 0) -> Ratio:
-    """Speeds' ratio, and its interval from moving blocks of rotations, drawn for both arms alike."""
-    number = of.shape[1]
+def drawn_rotations(number: int, seed: int = 0) -> np.ndarray:
+    """[draws, number]: rotations drawn in moving blocks."""
     draw = np.random.default_rng(seed)
     starts = draw.integers(0, number - BLOCK + 1, size=(_DRAWS, -(-number // BLOCK)))
-    rows = (starts[..., None] + np.arange(BLOCK)).reshape(_DRAWS, -1)[:, :number]
+    return (starts[..., None] + np.arange(BLOCK)).reshape(_DRAWS, -1)[:, :number]
+
+
+def ratio(of: Counts, over: Counts, seed: int = 0) -> Ratio:
+    """Speeds' ratio, and its interval from moving blocks of rotations, drawn for both arms alike."""
+    rows = drawn_rotations(of.shape[1], seed)
     drawn = _speed(of[:, rows]) / _speed(over[:, rows])
-    low, high = np.percentile(drawn, _PERCENT)
+    low, high = np.percentile(drawn, PERCENT)
     return Ratio(float(_speed(of) / _speed(over)), float(low), float(high))
 
 

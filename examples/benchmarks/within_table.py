@@ -1,7 +1,8 @@
 """Results of turns within one engine: brought to equal shares of prompts, then compared as turns_table.py does.
 
 Requests are shared by all arms, so that some turns have more prompts to read than others, by chance, and the steps that
-read them are the longest. Left out: measuring.
+read them are the longest. What lengths the adaptive window chose is known exactly; what they are worth is told by the
+fixed lengths' turns as well, more surely than by its own turns alone. Left out: measuring.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import turns_table
+from sweep_table import ADAPTIVE, NONE, is_fixed
 
 NOTE = (
     "`none` here is a draft length of 0 in the same engine, whose drafter still reads every token. Seconds are brought "
@@ -47,3 +50,56 @@ def comparable(line: dict[str, Any], warm_rotations: int) -> dict[str, Any]:
         for length, steps in turn["drafted"].items():
             of_arm[length] = of_arm.get(length, 0) + steps
     return {**line, "turns": at_equal_prompts(kept), "drafts_by_length": drafted}
+
+
+def worth_of_choices(turns: Sequence[dict[str, Any]], best: str) -> turns_table.Ratio:
+    """Tokens per second of the lengths that ours drafted, each as it was in the turns of fixed lengths, over `best`.
+
+    Steps and tokens of lengths between measured ones are interpolated. What changing the length costs is left out: that
+    is in the turns of ours alone. Interval as in turns_table.ratio.
+
+    Args:
+        turns: at equal prompts.
+        best: an arm.
+    """
+    rotations = 1 + max(turn["rotation"] for turn in turns)
+    arms = {0: NONE} | {
+        int(arm.removeprefix("K=")): arm for arm in {t["arm"] for t in turns} if is_fixed(arm)
+    }
+    lengths = sorted(arms)
+    sums = np.zeros((len(lengths), 3, rotations))  # tokens, seconds, steps
+    drafted = np.zeros((lengths[-1] + 1, rotations))
+    for turn in turns:
+        if turn["arm"] == ADAPTIVE:
+            for length, steps in turn["drafted"].items():
+                drafted[int(length), turn["rotation"]] += steps
+        else:
+            row = next(i for i, length in enumerate(lengths) if arms[length] == turn["arm"])
+            steps = sum(turn["drafted"].values())
+            sums[row, :, turn["rotation"]] += (turn["tokens"], turn["seconds"], steps)
+    at = lengths.index(next(length for length in lengths if arms[length] == best))
+
+    def worth(rows: np.ndarray) -> float:
+        made = sums[:, :, rows].sum(axis=2)
+        every = np.arange(drafted.shape[0])
+        times = drafted[:, rows].sum(axis=1)
+        tokens, seconds = (times @ np.interp(every, lengths, made[:, i] / made[:, 2]) for i in (0, 1))
+        return float(tokens / seconds / (made[at, 0] / made[at, 1]))
+
+    first = min(turn["rotation"] for turn in turns)
+    drawn = [worth(first + rows) for rows in turns_table.drawn_rotations(rotations - first)]
+    low, high = np.percentile(drawn, turns_table.PERCENT)
+    return turns_table.Ratio(worth(np.arange(first, rotations)), float(low), float(high))
+
+
+def remark(line: dict[str, Any], level: turns_table.Level) -> str:
+    """What the lengths that ours drafted at a level are worth.
+
+    Args:
+        line: as `comparable` gives it.
+    """
+    drafts = {int(length): steps for length, steps in line["drafts_by_length"][ADAPTIVE].items()}
+    every = sum(drafts.values())
+    shares = ", ".join(f"{n}: {drafts[n] / every:.0%}" for n in sorted(drafts) if drafts[n] / every >= 0.01)
+    found = worth_of_choices(line["turns"], level.best)
+    return f"concurrency {level.concurrency}: its choices are worth {found} of {level.best} ({shares} of its steps)"

@@ -125,7 +125,7 @@ def line(speeds, prompts, rotations=32, each=0.004, noise=0.0):
             "tokens": 100,
             "prefilled": (read := int(prompts[arm] * draw.uniform(0.0, 2.0))),
             "seconds": 100 / speed * np.exp(noise * draw.standard_normal()) + each * read,
-            "drafted": {"2": 3} if arm == ADAPTIVE else {},
+            "drafted": {{NONE: "0", ADAPTIVE: "2"}.get(arm) or arm.removeprefix("K="): 3},
         }
         for arm, speed in speeds.items()
         for number in range(rotations)
@@ -159,6 +159,52 @@ def test_only_judged_rotations_count_in_what_was_drafted():
     assert turns_table.judge(within_table.comparable(found, 8), 8).mean_length == 2.0
 
 
+def chosen(lengths, speeds, noise=0.0):
+    """Turns of 10 steps: K tokens more than one a step at `speeds`; ours drafts `lengths`, its clock is its own."""
+    draw = np.random.default_rng(2)
+    turns = []
+    for number in range(40):
+        for arm, (tokens, seconds) in speeds.items():
+            length = 0 if arm == NONE else int(arm.removeprefix("K="))
+            turns.append(
+                {
+                    "rotation": number,
+                    "arm": arm,
+                    "tokens": 10 * tokens,
+                    "seconds": 10 * seconds * np.exp(noise * draw.standard_normal()),
+                    "drafted": {str(length): 10},
+                }
+            )
+        ours = {"rotation": number, "arm": ADAPTIVE, "tokens": 1, "seconds": 99.0, "drafted": lengths}
+        turns.append(ours)
+    return turns
+
+
+SPEEDS = {NONE: (10, 1.0), "K=1": (15, 1.2), "K=3": (18, 2.0)}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "worth"),
+    [
+        ({"1": 10}, 1.0),
+        ({"0": 10}, 10 / 12.5),
+        ({"0": 5, "1": 5}, (12.5 / 1.1) / 12.5),
+        ({"2": 4}, (16.5 / 1.6) / 12.5),  # between K = 1 and K = 3
+    ],
+)
+def test_choices_are_worth_what_their_lengths_make_as_fixed_ones(lengths, worth):
+    found = within_table.worth_of_choices(chosen(lengths, SPEEDS), "K=1")
+    assert (found.low, found.value, found.high) == pytest.approx((worth, worth, worth))
+
+
+def test_choices_of_the_best_length_are_worth_it_however_noisy_the_machine():
+    noisy = within_table.worth_of_choices(chosen({"1": 9, "3": 1}, SPEEDS, noise=0.2), "K=1")
+    assert noisy.high - noisy.low < 0.05
+    assert noisy.low < (15.3 / 1.28) / 12.5 < noisy.high
+    later = [turn for turn in chosen({"1": 9, "3": 1}, SPEEDS) if turn["rotation"] >= 8]
+    assert within_table.worth_of_choices(later, "K=1").value == pytest.approx((15.3 / 1.28) / 12.5)
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -178,7 +224,10 @@ def test_a_run_goes_on_after_its_last_whole_level(tmp_path, monkeypatch):
         measured.append(concurrency)
         on_rotations(40)
         speeds, prompts = {NONE: 50.0, "K=1": 60.0, ADAPTIVE: 70.0}, dict.fromkeys([NONE, "K=1", ADAPTIVE], 9)
-        return {**line(speeds, prompts, rotations=40), "concurrency": concurrency}
+        made = line(speeds, prompts, rotations=40)
+        for one in made["turns"]:
+            one["drafted"] = {"0" if one["arm"] == NONE else "1": 3}
+        return {**made, "concurrency": concurrency}
 
     monkeypatch.setattr(serve_within, "measure_level", measure_level)
     server = contextlib.nullcontext({ADAPTIVE: None})
@@ -192,6 +241,9 @@ def test_a_run_goes_on_after_its_last_whole_level(tmp_path, monkeypatch):
     assert measured == [8, 1, 32]
     table = (tmp_path / "table.md").read_text()
     assert within_table.NOTE in table
+    assert (
+        "- concurrency 8: its choices are worth 1.000 (1.000 … 1.000) of K=1 (1: 100% of its steps)" in table
+    )
     assert [row.split(" | ")[0] for row in table.splitlines()[4:7]] == ["| 1", "| 8", "| 32"]
 
 
