@@ -2,9 +2,10 @@
 
 serve_turns.py has a server for every arm and stops all but one, which is itself a disturbance: steps took 1.7 times as
 long as its cost profile said. Here one `vllm serve` is loaded by `vllm bench serve`, and its draft length is given by
-each arm in turn, a few seconds each (within_scheduler.py): the adaptive window, fixed lengths, and 0. What this cannot
-tell: what a drafter costs that is not used, and what another process does to a server. Levels are appended to
-results.jsonl one by one, and the same command goes on where it was stopped.
+each arm in turn, a few seconds each (within_scheduler.py): the adaptive window, fixed lengths, and 0; --per-request
+adds an adaptive window that trims drafts request by request. What this cannot tell: what a drafter costs that is not
+used, and what another process does to a server. Levels are appended to results.jsonl one by one, and the same command
+goes on where it was stopped.
 
     taskset -c 1 python examples/benchmarks/serve_within.py --output runs/within
 """
@@ -30,6 +31,7 @@ from bench_server import Server, ServerOptions
 from serve_turns import Client, wait_for
 from sweep_table import ADAPTIVE, NONE
 from within_scheduler import VARIABLE, Assignment
+from within_table import TRIMMING
 
 from ppow_train.progress import make_progress
 
@@ -47,9 +49,11 @@ def write_plugin(directory: Path) -> None:
     )
 
 
-def lengths_of(windows: tuple[int, ...]) -> dict[str, int | None]:
-    """Arm -> its draft length, None for the adaptive window."""
-    return {NONE: 0, **{sweep_table.fixed(k): k for k in sorted(set(windows))}, ADAPTIVE: None}
+def lengths_of(settings: dict[str, Any]) -> dict[str, int | None]:
+    """Arm -> its draft length, None for an adaptive window."""
+    lengths: dict[str, int | None] = {NONE: 0}
+    lengths |= {sweep_table.fixed(k): k for k in sorted(set(settings["windows"]))}
+    return lengths | ({TRIMMING: None} if settings["per_request"] else {}) | {ADAPTIVE: None}
 
 
 def environment(output: Path, settings: dict[str, Any]) -> dict[str, str]:
@@ -58,10 +62,11 @@ def environment(output: Path, settings: dict[str, Any]) -> dict[str, str]:
     turns.unlink(missing_ok=True)
     write_plugin(output / "plugin")
     given = Assignment(
-        lengths_of(settings["windows"]),
+        lengths_of(settings),
         settings["turn_seconds"],
         str(settings["seed"]),
         str(turns.resolve()),
+        TRIMMING if settings["per_request"] else None,
     )
     here = Path(__file__).resolve().parent
     path = [str((output / "plugin").resolve()), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -101,7 +106,7 @@ def measure_level(
     load |= {key: settings[key] for key in ("temperature", "output_len", "seed")}
     arguments = serve_sweep.bench_arguments(server.url, settings["target"], Path(settings["prompts"]), load)
     client = Client(arguments, output / "logs" / "bench.log")
-    arms = len(lengths_of(settings["windows"]))
+    arms = len(lengths_of(settings))
     try:
         wait_for(
             server,
@@ -135,12 +140,14 @@ def run_levels(
         return
     import vllm.benchmarks.serve  # noqa: F401  # before clients are forked
 
-    ours = serve_sweep.make_arms(settings["windows"], adapter)[ADAPTIVE]
+    per_request = settings["per_request"]
+    ours = serve_sweep.make_arms(settings["windows"], adapter, per_request)[ADAPTIVE]
     options = ServerOptions(
         settings["target"],
         settings["dtype"],
         settings["max_model_len"],
         settings["max_num_seqs"],
+        arguments=("--no-async-scheduling",) if per_request else (),
         environment=environment(output, settings),
     )
     with serve_sweep.running([ADAPTIVE], {ADAPTIVE: ours}, options, output) as servers:
@@ -166,8 +173,6 @@ def main(
     output: Path, adapter: Path | None, training_steps: int, check: bool, report_only: bool, **given: Any
 ) -> None:
     """Load one real server whose draft length is given by every window in turn, and compare windows."""
-    if given.pop("per_request"):
-        raise click.UsageError("--per-request trims fixed windows, too, in one engine: see serve_turns.py.")
     serve_turns.check_options(given)
     facts, settings = serve_turns.facts_of(given, adapter, training_steps)
     lines = sweep_table.read_lines(output / "results.jsonl", facts)

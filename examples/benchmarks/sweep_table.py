@@ -233,8 +233,14 @@ def aims(verdicts: Sequence[Verdict]) -> list[tuple[bool, str]]:
 
 
 def order_arms(arms: Iterable[str]) -> list[str]:
-    """No speculation (and again), fixed K by length, ours."""
-    return sorted(arms, key=lambda arm: (arm == ADAPTIVE, int(arm[2:]) if is_fixed(arm) else 0, arm))
+    """No speculation (and again), fixed K by length, others, ours."""
+
+    def place(arm: str) -> tuple[int, int, str]:
+        if is_fixed(arm):
+            return 1, int(arm[2:]), arm
+        return {NONE: 0, CONTROL: 0, ADAPTIVE: 3}.get(arm, 2), 0, arm
+
+    return sorted(arms, key=place)
 
 
 def make_table(lines: Sequence[dict[str, Any]], temperature: float) -> str:

@@ -1,9 +1,10 @@
 """Windows that take turns inside one engine, a few seconds each: what serve_within.py has its server load.
 
-A turn is a run of steps that belongs to one arm: a fixed draft length, or the adaptive window, which is asked and told
-in its own turns only. All arms thus share process, requests, caches and whatever else the machine does. A turn's first
-step verifies drafts of the arm before and counts for nobody. Loaded by vLLM as a plugin (`register`), told what to do
-by an environment variable. Left out: starting the server (serve_within.py), comparing (within_table.py).
+A turn is a run of steps that belongs to one arm: a fixed draft length, or an adaptive window, which is asked and told
+in its own turns only; one of these may trim drafts request by request, which is off in all other turns. All arms thus
+share process, requests, caches and whatever else the machine does. A turn's first step verifies drafts of the arm
+before and counts for nobody. Loaded by vLLM as a plugin (`register`), told what to do by an environment variable. Left
+out: starting the server (serve_within.py), comparing (within_table.py).
 """
 
 from __future__ import annotations
@@ -27,16 +28,18 @@ class Assignment:
     """Who takes turns, and how.
 
     Attributes:
-        lengths: arm -> its draft length; None: the adaptive window chooses.
+        lengths: arm -> its draft length; None: an adaptive window chooses.
         seconds: after which a turn ends.
         seed: of the orders.
         output: JSONL file that every turn is appended to when it is over.
+        trimming: the arm that also trims drafts request by request, for which the engine must be made; None: none.
     """
 
     lengths: Mapping[str, int | None]
     seconds: float
     seed: str
     output: str
+    trimming: str | None = None
 
 
 @dataclasses.dataclass
@@ -51,7 +54,8 @@ class Turn:
         tokens: that requests were given.
         prefilled: tokens of prompts.
         requests: request-steps.
-        drafted: draft length -> steps.
+        drafted: draft length, or what drafts were trimmed from -> steps.
+        verified: drafted tokens, of all requests.
     """
 
     rotation: int
@@ -65,6 +69,7 @@ class Turn:
     prefilled: int = 0
     requests: int = 0
     drafted: dict[int, int] = dataclasses.field(default_factory=dict)
+    verified: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,17 +125,18 @@ class Turns:
         self._ends_at = self._clock() + self._seconds
         return Turn(self._rotation, position, self._order.pop(0), self._wall())
 
-    def end(
-        self, step: Step, seconds: float, tokens: int, prefilled: int, requests: int, drafted: int
-    ) -> None:
-        """A step's output is there; steps end in the order in which they began."""
+    def end(self, step: Step, drafted: int, **made: float) -> None:
+        """A step's output is there; steps end in the order in which they began.
+
+        Args:
+            drafted: draft length.
+            made: of the step: seconds, tokens, prefilled, requests, verified.
+        """
         turn = step.turn
         turn.ended += 1
         if not step.is_first:
-            turn.seconds += seconds
-            turn.tokens += tokens
-            turn.prefilled += prefilled
-            turn.requests += requests
+            for name, value in made.items():
+                setattr(turn, name, getattr(turn, name) + value)
             turn.drafted[drafted] = turn.drafted.get(drafted, 0) + 1
         self._write_if_over(turn)
 
@@ -140,37 +146,87 @@ class Turns:
 
 
 class WindowInTurns:
-    """A DraftWindow that is asked and told in its own turns only; all else of it as it is.
+    """DraftWindows that share one engine: each is asked and told in its own turns only, all count together.
 
     Attributes:
-        length: of the turn under way; None: the window's own.
-        listens: whether what happened is the window's doing.
+        length: of the turn under way, where it is given; else `asked` chooses it.
+        asked: the window of the turn under way.
+        told: the window whose doing it is what is observed; None: nobody's.
     """
 
-    def __init__(self, window: Any) -> None:
-        self._window = window
+    def __init__(self, first: Any, others: Sequence[Any] = ()) -> None:
+        self._first = first
+        for other in others:
+            other.counts = first.counts
         self.length: int | None = None
-        self.listens = False
+        self.asked = self.told = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._window, name)
+        return getattr(self._first, name)
 
     def choose(self, batch: int, context: int | None = None, decodes: bool = True) -> int:
         """The turn's draft length."""
-        return self._window.choose(batch, context, decodes) if self.length is None else self.length
+        return self.asked.choose(batch, context, decodes) if self.length is None else self.length
 
     def observe_draft(self, *arguments: Any) -> None:
         """As DraftWindow has it, and the two that follow."""
-        if self.listens:
-            self._window.observe_draft(*arguments)
+        if self.told is not None:
+            self.told.observe_draft(*arguments)
 
     def observe_step(self, *arguments: Any) -> None:
-        if self.listens:
-            self._window.observe_step(*arguments)
+        if self.told is not None:
+            self.told.observe_step(*arguments)
 
     def observe_change(self, *arguments: Any) -> None:
-        if self.listens:
-            self._window.observe_change(*arguments)
+        if self.told is not None:
+            self.told.observe_change(*arguments)
+
+
+class Trimming:
+    """The switch of trimming by request in the one process that schedules and drafts."""
+
+    is_on = True
+
+    @classmethod
+    def install(cls) -> None:
+        """Let the drafter that trims be passed over while the switch is off."""
+        from vllm_ppow.compat.draft_window import RequestDraftWindow
+
+        trimmed = RequestDraftWindow.propose
+
+        def propose(drafter: Any, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Any:
+            if cls.is_on:
+                return trimmed(drafter, num_speculative_tokens, *args, **kwargs)
+            # Nothing of this draft, nor the time until the next, is for the policy to learn from.
+            drafter._ppow_pending, drafter._ppow_ended = {}, 0.0
+            return super(RequestDraftWindow, drafter).propose(num_speculative_tokens, *args, **kwargs)
+
+        RequestDraftWindow.propose = propose  # type: ignore[method-assign]
+
+
+def windows_of(assignment: Assignment, built: Any, vllm_config: Any) -> dict[str, Any]:
+    """The window of every arm that has one.
+
+    Args:
+        built: the engine's own.
+
+    Raises:
+        RuntimeError: the engine does not trim, and an arm should.
+    """
+    adaptive = [arm for arm, length in assignment.lengths.items() if length is None]
+    if assignment.trimming is None:
+        return dict.fromkeys(adaptive, built)
+    if "request" not in built.counts.layers:
+        raise RuntimeError("This engine does not trim drafts by request; its log says why.")
+    from vllm_ppow.compat.window import WINDOW_KEY, build_window
+
+    extra = vllm_config.speculative_config.draft_load_config.model_loader_extra_config
+    options = extra[WINDOW_KEY]
+    extra[WINDOW_KEY] = {**options, "per_request": False}
+    try:
+        return {arm: built if arm == assignment.trimming else build_window(vllm_config) for arm in adaptive}
+    finally:
+        extra[WINDOW_KEY] = options
 
 
 def in_turns(scheduler: type, assignment: Assignment) -> type:
@@ -179,7 +235,9 @@ def in_turns(scheduler: type, assignment: Assignment) -> type:
     class InTurns(scheduler):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.ppow_window = WindowInTurns(self.ppow_window)
+            self._windows = windows_of(assignment, self.ppow_window, self.vllm_config)
+            others = [window for window in self._windows.values() if window is not self.ppow_window]
+            self.ppow_window = WindowInTurns(self.ppow_window, others)
             self.ppow_turns = Turns(
                 list(assignment.lengths), assignment.seconds, assignment.seed, self._append
             )
@@ -194,7 +252,10 @@ def in_turns(scheduler: type, assignment: Assignment) -> type:
             if scheduler_output.num_scheduled_tokens:
                 step = self.ppow_turns.begin()
                 self._under_way.append(step)
-                self.ppow_window.length = assignment.lengths[step.turn.arm]
+                arm = step.turn.arm
+                self.ppow_window.length = assignment.lengths[arm]
+                self.ppow_window.asked = self._windows.get(arm)
+                Trimming.is_on = arm == assignment.trimming
             super()._update_after_schedule(scheduler_output)
 
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -202,18 +263,19 @@ def in_turns(scheduler: type, assignment: Assignment) -> type:
             if not scheduled:
                 return super().update_from_output(scheduler_output, model_runner_output)
             step = self._under_way.popleft()
-            self.ppow_window.listens = not step.is_first and assignment.lengths[step.turn.arm] is None
+            self.ppow_window.told = None if step.is_first else self._windows.get(step.turn.arm)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             now = time.perf_counter()
             seconds, self._ended_at = now - self._ended_at, now
             verified = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
             self.ppow_turns.end(
                 step,
-                seconds,
+                scheduler_output.num_spec_tokens_to_schedule,
+                seconds=seconds,
                 tokens=sum(len(one.new_token_ids) for each in outputs.values() for one in each.outputs),
                 prefilled=scheduler_output.total_num_scheduled_tokens - len(scheduled) - verified,
                 requests=len(scheduled),
-                drafted=scheduler_output.num_spec_tokens_to_schedule,
+                verified=verified,
             )
             return outputs
 
@@ -226,7 +288,11 @@ def register() -> None:
         return
     from vllm_ppow import scheduler
 
-    for name in ("PPOWScheduler", "PPOWAsyncScheduler"):
-        found = getattr(scheduler, name)
-        if found.__name__ == name:
-            setattr(scheduler, name, in_turns(found, Assignment(**json.loads(text))))
+    assignment = Assignment(**json.loads(text))
+    names = ("PPOWScheduler", "PPOWAsyncScheduler")
+    if any(getattr(scheduler, name).__name__ != name for name in names):
+        return  # is there already
+    for name in names:
+        setattr(scheduler, name, in_turns(getattr(scheduler, name), assignment))
+    if assignment.trimming is not None:
+        Trimming.install()

@@ -14,6 +14,7 @@ import numpy as np
 import turns_table
 from sweep_table import ADAPTIVE, NONE, is_fixed
 
+TRIMMING = "by request"  # the arm whose drafts are trimmed request by request
 NOTE = (
     "`none` here is a draft length of 0 in the same engine, whose drafter still reads every token. Seconds are brought "
     "to equal shares of prompts."
@@ -70,6 +71,8 @@ def worth_of_choices(turns: Sequence[dict[str, Any]], best: str) -> turns_table.
     sums = np.zeros((len(lengths), 3, rotations))  # tokens, seconds, steps
     drafted = np.zeros((lengths[-1] + 1, rotations))
     for turn in turns:
+        if turn["arm"] == TRIMMING:
+            continue
         if turn["arm"] == ADAPTIVE:
             for length, steps in turn["drafted"].items():
                 drafted[int(length), turn["rotation"]] += steps
@@ -102,4 +105,11 @@ def remark(line: dict[str, Any], level: turns_table.Level) -> str:
     every = sum(drafts.values())
     shares = ", ".join(f"{n}: {drafts[n] / every:.0%}" for n in sorted(drafts) if drafts[n] / every >= 0.01)
     found = worth_of_choices(line["turns"], level.best)
-    return f"concurrency {level.concurrency}: its choices are worth {found} of {level.best} ({shares} of its steps)"
+    said = f"concurrency {level.concurrency}: its choices are worth {found} of {level.best} ({shares} of its steps)"
+    counts = turns_table.counts_of(line, 0)
+    if TRIMMING not in counts:
+        return said
+    trimmed = [turn for turn in line["turns"] if turn["arm"] == TRIMMING]
+    each = sum(turn["verified"] for turn in trimmed) / sum(turn["requests"] for turn in trimmed)
+    over = turns_table.ratio(counts[TRIMMING], counts[ADAPTIVE])
+    return f"{said}; {TRIMMING} it makes {over} of that, verifying {each:.1f} tokens of a draft"

@@ -16,10 +16,12 @@ import within_table
 from bench_server import REPOSITORY
 from click.testing import CliRunner
 from sweep_table import ADAPTIVE, NONE
-from within_scheduler import LEAST_STEPS, VARIABLE, Turns, WindowInTurns
+from within_scheduler import LEAST_STEPS, Assignment, Turns, WindowInTurns, windows_of
+
+from vllm_ppow.window import WindowCounts
 
 ARMS = [NONE, "K=2", ADAPTIVE]
-MADE = {"seconds": 0.25, "tokens": 5, "prefilled": 3, "requests": 4}
+MADE = {"seconds": 0.25, "tokens": 5, "prefilled": 3, "requests": 4, "verified": 8}
 
 
 def steps_of(turns, now, number, seconds=0.25):
@@ -28,7 +30,7 @@ def steps_of(turns, now, number, seconds=0.25):
     for _ in range(number):
         step = turns.begin()
         now[0] += seconds
-        turns.end(step, **MADE, drafted=2)
+        turns.end(step, 2, **MADE)
         made.append((step.turn.arm, step.is_first))
     return made
 
@@ -64,7 +66,7 @@ def test_a_turn_has_some_steps_however_long_they_are_and_its_first_one_counts_fo
     counted = LEAST_STEPS - 1
     assert (turn.begun, turn.ended) == (LEAST_STEPS, LEAST_STEPS)
     assert (turn.seconds, turn.tokens, turn.prefilled) == (0.25 * counted, 5 * counted, 3 * counted)
-    assert (turn.requests, turn.drafted) == (4 * counted, {2: counted})
+    assert (turn.requests, turn.verified, turn.drafted) == (4 * counted, 8 * counted, {2: counted})
 
 
 def test_a_step_that_is_scheduled_ahead_belongs_to_the_turn_that_it_was_scheduled_in():
@@ -73,42 +75,40 @@ def test_a_step_that_is_scheduled_ahead_belongs_to_the_turn_that_it_was_schedule
     assert begun[-1].turn is not begun[0].turn
     for step in begun[:LEAST_STEPS]:
         assert not over
-        turns.end(step, **MADE, drafted=1)
+        turns.end(step, 1, **MADE)
     assert [turn.ended for turn in over] == [LEAST_STEPS]
 
 
-def test_the_window_is_asked_and_told_in_its_own_turns_only():
-    class Window:
-        counts = "its own"
+class Window:
+    """Remembers what it is asked and told."""
 
-        def __init__(self):
-            self.told = []
+    def __init__(self, counts):
+        self.told, self.counts = [], counts
 
-        def choose(self, *given):
-            self.told.append(given)
-            return 7
+    def choose(self, *given):
+        self.told.append(given)
+        return 7
 
-        def __getattr__(self, name):
-            return lambda *given: self.told.append((name, *given))
+    def __getattr__(self, name):
+        return lambda *given: self.told.append((name, *given))
 
-    window = Window()
-    shared = WindowInTurns(window)
-    assert shared.counts == "its own"
-    shared.length = 0
+
+def test_windows_are_asked_and_told_in_their_own_turns_only_and_count_together():
+    first, other = Window("first"), Window("other")
+    shared = WindowInTurns(first, [other])
+    assert shared.counts == other.counts == "first"
+    names = ("observe_draft", "observe_step", "observe_change")
+    shared.length, shared.asked, shared.told = 0, None, None
     assert shared.choose(4, 100, True) == 0
-    for name in ("observe_draft", "observe_step", "observe_change"):
+    for name in names:
         getattr(shared, name)(1, 2)
-    assert window.told == []
-    shared.length, shared.listens = None, True
+    assert first.told == other.told == []
+    shared.length, shared.asked, shared.told = None, other, other
     assert shared.choose(4, 100, True) == 7
-    for name in ("observe_draft", "observe_step", "observe_change"):
+    for name in names:
         getattr(shared, name)(1, 2)
-    assert window.told == [
-        (4, 100, True),
-        ("observe_draft", 1, 2),
-        ("observe_step", 1, 2),
-        ("observe_change", 1, 2),
-    ]
+    assert first.told == []
+    assert other.told == [(4, 100, True), *((name, 1, 2) for name in names)]
 
 
 # ---------------------------------------------------------------- comparing
@@ -205,6 +205,20 @@ def test_choices_of_the_best_length_are_worth_it_however_noisy_the_machine():
     assert within_table.worth_of_choices(later, "K=1").value == pytest.approx((15.3 / 1.28) / 12.5)
 
 
+def test_what_trimming_by_request_makes_is_said_beside_the_adaptive_window():
+    speeds = {NONE: 50.0, "K=2": 80.0, within_table.TRIMMING: 88.0, ADAPTIVE: 80.0}
+    found = line(speeds, dict.fromkeys(speeds, 50))
+    for turn in found["turns"]:
+        turn |= {"requests": 12, "verified": 18}
+        if turn["arm"] == within_table.TRIMMING:
+            turn["drafted"] = {"8": 3}
+    found = within_table.comparable(found, 8)
+    said = within_table.remark(found, turns_table.judge(found, 8))
+    assert "worth 1.000 (1.000 … 1.000) of K=2" in said
+    # 1/80 and 1/88 s a token, and in each the same time for prompts
+    assert said.endswith("by request it makes 1.086 (1.086 … 1.086) of that, verifying 1.5 tokens of a draft")
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -252,7 +266,6 @@ def test_a_run_goes_on_after_its_last_whole_level(tmp_path, monkeypatch):
     [
         (["--rotations", "20"], "--rotations must be at least"),
         (["--levels", "8,64"], "above --max-num-seqs 32"),
-        (["--per-request"], "see serve_turns.py"),
     ],
 )
 def test_what_would_measure_nothing_is_refused_before_a_server_starts(tmp_path, option, says):
@@ -272,9 +285,9 @@ root = Path(sys.argv[1])
 pair = build_pair(root)
 adapter = random_adapter(root, "causal_lm", pair)
 spec = {"method": "ppow", "model": str(adapter.directory), "num_speculative_tokens": 4,
-        "ppow": {"per_request": False}}
-with engine(pair.target, spec) as llm:
-    right = all(generate(llm) == expected(VOCAB) for _ in range(12))
+        "ppow": {"per_request": True}}
+with engine(pair.target, spec, async_scheduling=False) as llm:
+    right = all(generate(llm) == expected(VOCAB) for _ in range(16))
     window = llm.llm_engine.engine_core.engine_core.scheduler.ppow_window
     print(json.dumps({"right": right, "asked": sum(window.counts.chosen)}))
 """
@@ -282,9 +295,8 @@ with engine(pair.target, spec) as llm:
 
 @pytest.mark.engine
 def test_in_an_engine_that_loads_the_plugin_every_turn_drafts_its_arms_length(tmp_path):
-    settings = {"windows": (1, 4), "turn_seconds": 0.01, "seed": 0}
+    settings = {"windows": (1, 4), "turn_seconds": 0.01, "seed": 0, "per_request": True}
     variables = serve_within.environment(tmp_path / "out", settings)
-    assert set(variables) == {VARIABLE, "PYTHONPATH"}
     path = f"{variables['PYTHONPATH']}:{REPOSITORY / 'train'}:{REPOSITORY}"
     ran = subprocess.run(
         [sys.executable, "-c", ENGINE, str(tmp_path)],
@@ -297,9 +309,22 @@ def test_in_an_engine_that_loads_the_plugin_every_turn_drafts_its_arms_length(tm
     told = json.loads(ran.stdout.splitlines()[-1])
     assert told["right"], "greedy output does not depend on who drafts"
     turns = serve_within.read_turns(tmp_path / "out" / "turns.jsonl")
-    assert {one["arm"] for one in turns} == {NONE, "K=1", "K=4", ADAPTIVE}
+    trimming = within_table.TRIMMING
+    assert {one["arm"] for one in turns} == {NONE, "K=1", "K=4", ADAPTIVE, trimming}
     for one in turns:
         forced = {NONE: 0, "K=1": 1, "K=4": 4}.get(one["arm"])
         assert forced is None or set(one["drafted"]) == {str(forced)}, one
-    own = sum(one["begun"] for one in turns if one["arm"] == ADAPTIVE)
-    assert own <= told["asked"] < sum(one["begun"] for one in turns) / 2, "asked in its own turns"
+        assert one["arm"] != trimming or set(one["drafted"]) <= {"0", "4"}, "what it may draft at most"
+    whole = [one for one in turns if one["arm"] == "K=4" and not one["prefilled"]]
+    assert any(one["verified"] == 4 * one["requests"] > 0 for one in whole), "not trimmed in this one's turns"
+    own = sum(one["begun"] for one in turns if one["arm"] in {ADAPTIVE, trimming})
+    assert own <= told["asked"] < 0.6 * sum(one["begun"] for one in turns), "asked in their own turns"
+
+
+def test_arms_have_windows_of_their_own_and_an_engine_that_cannot_trim_is_refused():
+    built = Window(WindowCounts([0], layers=("step",)))
+    arms = {NONE: 0, "K=1": 1, ADAPTIVE: None}
+    assert windows_of(Assignment(arms, 1.0, "0", "out"), built, None) == {ADAPTIVE: built}
+    trimming = Assignment({**arms, within_table.TRIMMING: None}, 1.0, "0", "out", within_table.TRIMMING)
+    with pytest.raises(RuntimeError, match="does not trim drafts by request"):
+        windows_of(trimming, built, None)
