@@ -31,7 +31,7 @@ from bench_server import Server, ServerOptions
 from serve_turns import Client, wait_for
 from sweep_table import ADAPTIVE, NONE
 from within_scheduler import VARIABLE, Assignment
-from within_table import TRIMMING
+from within_table import TRIMMING, read_turns, whole_rotations
 
 from ppow_train.progress import make_progress
 
@@ -71,27 +71,6 @@ def environment(output: Path, settings: dict[str, Any]) -> dict[str, str]:
     here = Path(__file__).resolve().parent
     path = [str((output / "plugin").resolve()), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {VARIABLE: json.dumps(dataclasses.asdict(given)), "PYTHONPATH": ":".join(path)}
-
-
-def whole_rotations(lines: list[dict[str, Any]], since: float, arms: int) -> list[dict[str, Any]]:
-    """Turns of the rotations that began after `since` and are over, numbered from 0."""
-    by_rotation: dict[int, list[dict[str, Any]]] = {}
-    for line in lines:
-        by_rotation.setdefault(line["rotation"], []).append(line)
-    whole = [
-        turns
-        for _, turns in sorted(by_rotation.items())
-        if len(turns) == arms and min(turn["began_at"] for turn in turns) >= since
-    ]
-    return [{**turn, "rotation": number} for number, turns in enumerate(whole) for turn in turns]
-
-
-def read_turns(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of the file that the server appends to."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def measure_level(

@@ -7,7 +7,9 @@ fixed lengths' turns as well, more surely than by its own turns alone. Left out:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,27 @@ NOTE = (
     "`none` here is a draft length of 0 in the same engine, whose drafter still reads every token. Seconds are brought "
     "to equal shares of prompts."
 )
+
+
+def whole_rotations(lines: list[dict[str, Any]], since: float, arms: int) -> list[dict[str, Any]]:
+    """Turns of the rotations that began after `since` and are over, numbered from 0."""
+    by_rotation: dict[int, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_rotation.setdefault(line["rotation"], []).append(line)
+    whole = [
+        turns
+        for _, turns in sorted(by_rotation.items())
+        if len(turns) == arms and min(turn["began_at"] for turn in turns) >= since
+    ]
+    return [{**turn, "rotation": number} for number, turns in enumerate(whole) for turn in turns]
+
+
+def read_turns(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of the file that the server appends to."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def seconds_per_prompt_token(turns: Sequence[dict[str, Any]]) -> float:

@@ -1,4 +1,4 @@
-"""The GPU benchmark as far as a CPU goes: its arguments, resuming, judge and table; two steps at tiny scale.
+"""The GPU benchmark as far as a CPU goes: its arguments, resuming, judge and table; some steps at tiny scale.
 
 Left out: its models (test_gpu_models.py); what needs CUDA (tests/gpu), so graphs, the V2 runner, synthetic acceptance,
 and all figures.
@@ -27,6 +27,7 @@ import arms as gpu_arms  # noqa: E402
 import serving_tests  # noqa: E402
 import steps as gpu_steps  # noqa: E402
 import summary as gpu_summary  # noqa: E402
+import within as gpu_within  # noqa: E402
 
 TINY = ["--backend", "cpu", "--tiny"]
 
@@ -46,7 +47,7 @@ def test_the_steps_are_what_the_benchmark_promises(tmp_path, monkeypatch):
     tests = list(serving_tests.GROUPS)
     assert names[:-6] == [
         *("loop", "train-eagle3", "train-causal_lm"),
-        *(*identity, *tests, "packed-speed", "profile"),
+        *(*identity, *tests, "packed-speed", "profile", "within"),
     ]
     assert names[-6:] == [
         f"arms-{number}" for number in range(1, 7)
@@ -367,7 +368,38 @@ def test_the_summary_shows_errors_and_says_when_it_means_nothing(tmp_path, capsy
     assert "run gpu.sh first" in capsys.readouterr().err
 
 
+def test_turns_in_which_a_request_had_ended_or_read_its_prompt_do_not_count():
+    whole = {"requests": 12, "prefilled": 0, "drafted": {"1": 2, "3": 1}}
+    others = [whole | {"requests": 11}, whole | {"prefilled": 32}]
+    assert gpu_within.steady([whole, *others], 4) == [whole]
+
+
+def test_too_few_turns_are_no_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_within, "_generate", lambda llm, batch, load: None)
+    load = gpu_within.Load((4,), 8, rotations=16, seconds=0.05, vocab_size=64)
+    with pytest.raises(SystemExit, match="0 rotations of 4 requests in 0 s, at least 16 are needed"):
+        gpu_within.measure(None, tmp_path / "turns.jsonl", ["none", "adaptive"], load, lambda text: None)
+
+
 # ---------------------------------------------------------------- steps at tiny scale
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_profile_and_turns_within_one_engine_run_on_the_cpu(tmp_path, capsys):
+    environ = {**os.environ, "PYTHONPATH": f"{ROOT / 'train'}:{ROOT}"}
+    for step in ("profile", "within"):
+        command = [sys.executable, FOLDER / "gpu" / "steps.py", step, "--output", tmp_path, *TINY]
+        subprocess.run(command, check=True, env=environ)
+    levels = json.loads((tmp_path / "within.json").read_text())["within"]
+    assert [line["concurrency"] for line in levels] == [1, 2]
+    for line in levels:
+        assert {turn["arm"] for turn in line["turns"]} == {"none", "K=1", "K=2", "adaptive"}
+        assert all(turn["requests"] == line["concurrency"] * (turn["ended"] - 1) for turn in line["turns"])
+    assert gpu_summary.main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "K=2 ÷ none" in shown
+    assert "concurrency 2: its choices are worth" in shown
 
 
 @pytest.mark.engine

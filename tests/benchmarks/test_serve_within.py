@@ -228,7 +228,7 @@ def turn(rotation, position, began_at):
 
 def test_rotations_that_began_before_the_load_was_there_or_are_not_over_do_not_count():
     lines = [turn(0, 0, 5.0), turn(0, 1, 9.0), turn(1, 0, 11.0), turn(1, 1, 13.0), turn(2, 0, 15.0)]
-    assert serve_within.whole_rotations(lines, since=6.0, arms=2) == [turn(0, 0, 11.0), turn(0, 1, 13.0)]
+    assert within_table.whole_rotations(lines, since=6.0, arms=2) == [turn(0, 0, 11.0), turn(0, 1, 13.0)]
 
 
 def test_a_run_goes_on_after_its_last_whole_level(tmp_path, monkeypatch):
@@ -308,7 +308,7 @@ def test_in_an_engine_that_loads_the_plugin_every_turn_drafts_its_arms_length(tm
     assert ran.returncode == 0, ran.stderr[-3000:]
     told = json.loads(ran.stdout.splitlines()[-1])
     assert told["right"], "greedy output does not depend on who drafts"
-    turns = serve_within.read_turns(tmp_path / "out" / "turns.jsonl")
+    turns = within_table.read_turns(tmp_path / "out" / "turns.jsonl")
     trimming = within_table.TRIMMING
     assert {one["arm"] for one in turns} == {NONE, "K=1", "K=4", ADAPTIVE, trimming}
     for one in turns:

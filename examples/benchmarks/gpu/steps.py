@@ -23,6 +23,7 @@ import engines
 import random_models
 import random_pair
 import serving_tests
+import within
 from arms import NONE, Arm, Load, groups, measure
 
 from ppow_train.identity import compare
@@ -105,6 +106,7 @@ def steps(plan: Plan) -> dict[str, Callable[[Plan], dict[str, Any]]]:
         found[group] = lambda plan, g=group: serving_tests.run(g, plan.output) | engines.environment()
     found["packed-speed"] = packed_speed
     found["profile"] = profile
+    found["within"] = within_one_engine
     for number, group in enumerate(groups(chosen_arms(plan), _at_once(plan)), 1):
         found[f"arms-{number}"] = lambda plan, g=group, n=number: arms(plan, g, n)
     return found
@@ -257,7 +259,8 @@ def profile(plan: Plan) -> dict[str, Any]:
     engine_options["max_num_seqs"] = max(plan.batches[-1], len(options.draft_lengths))
     with engines.engine(pair.target, spec, load_format="dummy", **engine_options) as llm:
         with StepProfiler(llm, options.draft_lengths[-1]) as profiler:
-            samples = measure_steps(llm, profiler, options, engines.prompts(64, plan.shape.vocab_size), _say)
+            prompts = engines.prompts(64, plan.shape.vocab_size)
+            samples = measure_steps(llm, profiler, options, prompts, _say).samples
         where = machine(llm.llm_engine.vllm_config)
     # No acceptance: it is synthetic here, and the server learns it.
     none = SpecDecodeCounts(0, 0, 0, ())
@@ -265,6 +268,28 @@ def profile(plan: Plan) -> dict[str, Any]:
     write_profile_file(pair.adapter / COST_PROFILE_FILE, found)
     spreads = {" × ".join(map(str, point)): one.spread for point, one in samples.items()}
     return {"profile": dataclasses.asdict(found), "spreads": spreads, **engines.environment()}
+
+
+def within_one_engine(plan: Plan) -> dict[str, Any]:
+    """The adaptive window against every draft length and none in the turns of one engine."""
+    _choose_runner(_steerable_runner())
+    pair = random_pair.build(plan.output / "pair", plan.shape, plan.draft_lengths[-1])
+    options = plan.engine_options
+    load = within.Load(
+        plan.batches,
+        options["max_model_len"] - 2 * engines.PROMPT_TOKENS,
+        rotations=within.LEAST_ROTATIONS if plan.tiny else 2 * within.LEAST_ROTATIONS,
+        seconds=60 * plan.minutes / len(plan.batches),
+        vocab_size=plan.shape.vocab_size,
+    )
+    file = plan.output / "within-turns.jsonl"
+    seconds = 0.01 if plan.tiny else within.TURN_SECONDS
+    with (
+        within.turns_in(file, plan.draft_lengths, seconds) as names,
+        engines.engine(pair.target, adaptive(plan), load_format="dummy", **options) as llm,
+    ):
+        levels = within.measure(llm, file, names, load, _say)
+    return {"within": levels, **engines.environment()}
 
 
 def chosen_arms(plan: Plan) -> list[Arm]:
@@ -377,7 +402,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batches", type=_ascending, help="requests at a time (default: 1,2,4,8,16,32,64)")
     parser.add_argument("--rounds", type=int, default=5, help="of the steps arms-N at most (default: 5)")
     parser.add_argument(
-        "--minutes", type=float, default=4.0, help="in which rounds of a step arms-N begin (default: 4)"
+        "--minutes", type=float, default=4.0, help="in which arms-N begins rounds, and within (default: 4)"
     )
     parser.add_argument("--arms", default="", help="such as none,fixed-03,adaptive (default: all)")
     parser.add_argument(

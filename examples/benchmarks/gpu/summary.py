@@ -11,6 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import turns_table
+import within_table
+
 NONE, ADAPTIVE = "none", "adaptive"
 
 
@@ -49,6 +54,7 @@ def summary(results: dict[str, dict[str, Any]], figures: list[dict[str, Any]]) -
         "",
         *_tests(results),
         *_packed(results),
+        *_within(results),
         *_arms(figures),
     ]
     return "\n".join(lines)
@@ -105,6 +111,25 @@ def _packed(results: dict[str, dict[str, Any]]) -> list[str]:
                 cells += [f"{ratio['median']:.1f} ({ratio['min']:.1f} to {ratio['max']:.1f})"]
                 rows.append(f"| {' | '.join(cells)} |")
     return [*rows, ""] if len(rows) > 2 else []
+
+
+def _within(results: dict[str, dict[str, Any]]) -> list[str]:
+    """The adaptive window against every draft length in the turns of one engine, first rotations left out."""
+    levels = [line for one in results.values() for line in one.get("within", [])]
+    if not levels:
+        return []
+    lines = [within_table.comparable(line, _warm(line)) for line in levels]
+    judged = [turns_table.judge(line, 0) for line in lines]
+    remarks = [f"- {within_table.remark(line, level)}" for line, level in zip(lines, judged, strict=True)]
+    head = (
+        "Turns of a third of a second in one engine, `none` being a draft length of 0, by requests at a time:"
+    )
+    return [head, "", turns_table.make_table(judged), "", *remarks, ""]
+
+
+def _warm(line: dict[str, Any]) -> int:
+    """Rotations that are not judged, where there are more than are needed: the window has just met the batch size."""
+    return min(8, max(turn["rotation"] for turn in line["turns"]) + 1 - turns_table.LEAST_ROTATIONS)
 
 
 def _arms(figures: list[dict[str, Any]]) -> list[str]:
