@@ -1,11 +1,10 @@
 """Windows under load within one server: what the adaptive window's choices are worth, and nothing else.
 
-serve_turns.py has a server for every arm and stops all but one, which is itself a disturbance: steps took 1.7 times as
-long as its cost profile said. Here one `vllm serve` is loaded by `vllm bench serve`, and its draft length is given by
-each arm in turn, a few seconds each (within_scheduler.py): the adaptive window, fixed lengths, and 0; --per-request
-adds an adaptive window that trims drafts request by request. What this cannot tell: what a drafter costs that is not
-used, and what another process does to a server. Levels are appended to results.jsonl one by one, and the same command
-goes on where it was stopped.
+serve_turns.py has a server for every arm and stops all but one, which is itself a disturbance. Here one `vllm serve` is
+loaded by `vllm bench serve`, and its draft length is given by each arm in turn, a few seconds each
+(within_scheduler.py): the adaptive window, fixed lengths, and 0; --per-request adds an adaptive window that trims
+drafts request by request. What this cannot tell: what a drafter costs that is not used, and what another process does
+to a server. Levels are appended to results.jsonl one by one, and the same command goes on where it was stopped.
 
     taskset -c 1 python examples/benchmarks/serve_within.py --output runs/within
 """
