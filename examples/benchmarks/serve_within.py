@@ -137,11 +137,13 @@ def run_levels(
             sweep_table.append_block(output / "results.jsonl", [line])
 
 
-def judge(line: dict[str, Any], facts: dict[str, Any]) -> tuple[turns_table.Level, str]:
-    """What one line of results says, in figures and in words."""
-    found = within_table.comparable(line, facts["warm_rotations"])
-    level = turns_table.judge(found, facts["warm_rotations"])
-    return level, within_table.remark(found, level)
+def judge(lines: list[dict[str, Any]], facts: dict[str, Any]) -> tuple[list[turns_table.Level], list[str]]:
+    """What results say, in figures and in words."""
+    warm = facts["warm_rotations"]
+    found = [within_table.comparable(line, warm) for line in lines]
+    levels = [turns_table.judge(line, warm) for line in found]
+    remarks = [within_table.remark(*both) for both in zip(found, levels, strict=True)]
+    return levels, [*remarks, *([within_table.remark_together(found)] if len(found) > 1 else [])]
 
 
 @click.command()
@@ -166,7 +168,7 @@ def main(
     if not lines:
         raise click.ClickException(f"{output} holds no complete level yet.")
     in_order = sorted(lines, key=lambda line: line["concurrency"])
-    levels, remarks = zip(*(judge(line, facts) for line in in_order), strict=True)
+    levels, remarks = judge(in_order, facts)
     met = serve_turns.report(levels, facts, output, within_table.NOTE, remarks)
     if check and not met:
         raise SystemExit(1)

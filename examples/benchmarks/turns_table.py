@@ -92,10 +92,25 @@ def drawn_rotations(number: int, seed: int = 0) -> np.ndarray:
 
 def ratio(of: Counts, over: Counts, seed: int = 0) -> Ratio:
     """Speeds' ratio, and its interval from moving blocks of rotations, drawn for both arms alike."""
-    rows = drawn_rotations(of.shape[1], seed)
-    drawn = _speed(of[:, rows]) / _speed(over[:, rows])
-    low, high = np.percentile(drawn, PERCENT)
+    low, high = np.percentile(_drawn(of, over, seed), PERCENT)
     return Ratio(float(_speed(of) / _speed(over)), float(low), float(high))
+
+
+def _drawn(of: Counts, over: Counts, seed: int) -> np.ndarray:
+    rows = drawn_rotations(of.shape[1], seed)
+    return _speed(of[:, rows]) / _speed(over[:, rows])
+
+
+def together(levels: Sequence[dict[str, Counts]]) -> dict[str, Ratio]:
+    """Ours over every fixed K that all levels have: geometric mean over the levels, which are drawn independently."""
+    found = {}
+    for arm in order_arms(set.intersection(*map(set, levels))):
+        if is_fixed(arm):
+            logs = [np.log(_speed(level[ADAPTIVE]) / _speed(level[arm])) for level in levels]
+            drawn = [np.log(_drawn(level[ADAPTIVE], level[arm], seed)) for seed, level in enumerate(levels)]
+            low, high = np.exp(np.percentile(np.mean(drawn, axis=0), PERCENT))
+            found[arm] = Ratio(float(np.exp(np.mean(logs))), float(low), float(high))
+    return found
 
 
 def _over_chosen(counts: dict[str, Counts]) -> float:

@@ -136,3 +136,14 @@ def remark(line: dict[str, Any], level: turns_table.Level) -> str:
     each = sum(turn["verified"] for turn in trimmed) / sum(turn["requests"] for turn in trimmed)
     over = turns_table.ratio(counts[TRIMMING], counts[ADAPTIVE])
     return f"{said}; {TRIMMING} it makes {over} of that, verifying {each:.1f} tokens of a draft"
+
+
+def remark_together(lines: Sequence[dict[str, Any]]) -> str:
+    """Ours over any one fixed K for all levels, where there are several.
+
+    Args:
+        lines: as `comparable` gives them.
+    """
+    found = turns_table.together([turns_table.counts_of(line, 0) for line in lines])
+    ratios = ", ".join(f"{over} of {arm}" for arm, over in found.items())
+    return f"all concurrencies together (geometric mean) it makes {ratios}"

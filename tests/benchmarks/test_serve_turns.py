@@ -280,6 +280,17 @@ def test_the_best_of_the_other_half_is_chosen_without_looking_at_this_half():
     assert level.over_chosen == pytest.approx(1.0, abs=0.01)
 
 
+def test_over_all_levels_together_each_length_that_all_have_is_compared_by_the_geometric_mean():
+    speeds = [{NONE: 1.0, "K=1": 1.5, "K=3": 1.0, ADAPTIVE: 1.5}, {NONE: 1.0, "K=1": 1.0, ADAPTIVE: 1.44}]
+    levels = [turns_table.counts_of(line(each, noise=0.02), 0) for each in speeds]
+    (arm, over), *others = turns_table.together(levels).items()
+    assert (arm, others) == ("K=1", [])
+    assert over.value == pytest.approx(1.2, abs=0.02)
+    assert 1.15 < over.low < over.value < over.high < 1.25
+    alone = turns_table.ratio(levels[1][ADAPTIVE], levels[1]["K=1"])
+    assert (over.high - over.low) / over.value < 0.9 * (alone.high - alone.low) / alone.value
+
+
 def test_table_and_plot_hold_every_level(tmp_path):
     levels = [turns_table.judge(line({NONE: 1.0, "K=1": 1.2, ADAPTIVE: 1.3}, n), 0) for n in (1, 8)]
     table = turns_table.make_table(levels).splitlines()

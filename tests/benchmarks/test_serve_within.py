@@ -259,6 +259,7 @@ def test_a_run_goes_on_after_its_last_whole_level(tmp_path, monkeypatch):
         "- concurrency 8: its choices are worth 1.000 (1.000 … 1.000) of K=1 (1: 100% of its steps)" in table
     )
     assert [row.split(" | ")[0] for row in table.splitlines()[4:7]] == ["| 1", "| 8", "| 32"]
+    assert "(geometric mean) it makes 1.1" in table
 
 
 @pytest.mark.parametrize(
