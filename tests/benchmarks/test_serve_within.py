@@ -275,6 +275,21 @@ def test_what_would_measure_nothing_is_refused_before_a_server_starts(tmp_path, 
     assert says in result.output
 
 
+def test_committed_results_give_their_table_again_and_do_not_meet_all_aims(tmp_path, monkeypatch):
+    kept = REPOSITORY / "examples" / "benchmarks" / "within-2026-11-27"
+    results = (kept / "results.jsonl").read_text()
+    (tmp_path / "results.jsonl").write_text(results)
+    facts = json.loads(results.partition("\n")[0])["facts"]
+    machine = {key: facts[key] for key in ("machine", "versions")}
+    monkeypatch.setattr(serve_within.serve_sweep, "machine_facts", lambda: machine)
+    arguments = ["--target", facts["target"], "--adapter", facts["adapter"], "--dtype", facts["dtype"]]
+    arguments += ["--turn-seconds", "2", "--rotations", "36", "--output", str(tmp_path), "--report-only"]
+    shown = CliRunner().invoke(serve_within.main, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert (tmp_path / "table.md").read_text() == (kept / "table.md").read_text()
+    assert CliRunner().invoke(serve_within.main, [*arguments, "--check"]).exit_code == 1
+
+
 ENGINE = """
 import json, sys
 from pathlib import Path
