@@ -212,8 +212,8 @@ def profiled(built, adapter):
     """A function from changes to the policy, built beside a cost profile that holds here but for them."""
     file = adapter.directory / COST_PROFILE_FILE
 
-    def build(**changes):
-        config = built()
+    def build(window_options=None, **changes):
+        config = built(*([] if window_options is None else [window_options]))
         trained = adapter.config
         here = {**profiling.machine(config), "adapter_fingerprint": trained.adapter_fingerprint}
         here["target_fingerprint"] = trained.target.fingerprint
@@ -230,6 +230,17 @@ def test_costs_and_acceptance_start_from_the_profile(profiled, log):
     assert policy.acceptance.survival()[:3] == pytest.approx([0.8, 0.6, 0.4])
     assert "cost profile, corrected while serving" in log.text
     assert not warnings(log)
+
+
+def test_where_drafts_are_trimmed_costs_are_learned_and_only_acceptance_starts_from_the_profile(
+    profiled, log
+):
+    """A profile has timed drafts that are verified whole: by it a trimmed one would hardly ever pay."""
+    policy = profiled({"per_request": True})
+    assert policy.cost.wanted(4, policy.lengths) == [K, 0]
+    assert policy.acceptance.survival()[:3] == pytest.approx([0.8, 0.6, 0.4])
+    assert "(acceptance of the cost profile, step times learned while serving)" in log.text
+    assert profiled({"per_request": False}).cost.wanted(4, (0, K)) == []
 
 
 @pytest.mark.parametrize(

@@ -255,16 +255,27 @@ def build_window(vllm_config: Any) -> DraftWindow:
     prior = profile.acceptance_per_position if profile is not None else ()
     estimate = AcceptanceEstimate(maximum, prior)
     trimmed = TrimmedAcceptance(estimate) if options["per_request"] or verifies else None
-    window = DraftWindow(ladder, estimate, StepCost(profile), trimmed)
+    # A profile has timed drafts that are verified whole: trimmed ones cost less, how much tells the clock alone.
+    cost = StepCost(profile if trimmed is None else None)
+    window = DraftWindow(ladder, estimate, cost, trimmed)
     window.counts.layers = ("step", *(["request"] * options["per_request"]), *(["verification"] * verifies))
     seams.logger.info(
         "Adaptive draft window: %d to %d tokens, per step%s, chosen from acceptance and step times (%s).",
         ladder[0],
         maximum,
         " and request" if options["per_request"] else "",
-        "cost profile, corrected while serving" if profile is not None else "learned while serving",
+        _known_from(profile is not None, trimmed is not None),
     )
     return window
+
+
+def _known_from(has_profile: bool, trims: bool) -> str:
+    """Where acceptance and step times come from, for the log."""
+    if not has_profile:
+        return "learned while serving"
+    if trims:
+        return "acceptance of the cost profile, step times learned while serving"
+    return "cost profile, corrected while serving"
 
 
 def _profile(vllm_config: Any) -> CostProfile | None:
