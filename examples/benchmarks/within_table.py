@@ -91,6 +91,7 @@ def worth_of_choices(turns: Sequence[dict[str, Any]], best: str) -> turns_table.
         int(arm.removeprefix("K=")): arm for arm in {t["arm"] for t in turns} if is_fixed(arm)
     }
     lengths = sorted(arms)
+    rows_of = {arms[length]: row for row, length in enumerate(lengths)}
     sums = np.zeros((len(lengths), 3, rotations))  # tokens, seconds, steps
     drafted = np.zeros((lengths[-1] + 1, rotations))
     for turn in turns:
@@ -100,10 +101,9 @@ def worth_of_choices(turns: Sequence[dict[str, Any]], best: str) -> turns_table.
             for length, steps in turn["drafted"].items():
                 drafted[int(length), turn["rotation"]] += steps
         else:
-            row = next(i for i, length in enumerate(lengths) if arms[length] == turn["arm"])
             steps = sum(turn["drafted"].values())
-            sums[row, :, turn["rotation"]] += (turn["tokens"], turn["seconds"], steps)
-    at = lengths.index(next(length for length in lengths if arms[length] == best))
+            sums[rows_of[turn["arm"]], :, turn["rotation"]] += (turn["tokens"], turn["seconds"], steps)
+    at = rows_of[best]
 
     def worth(rows: np.ndarray) -> float:
         made = sums[:, :, rows].sum(axis=2)

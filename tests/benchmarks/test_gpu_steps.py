@@ -376,7 +376,7 @@ def test_turns_in_which_a_request_had_ended_or_read_its_prompt_do_not_count():
 
 def test_too_few_turns_are_no_result(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_within, "_generate", lambda llm, batch, load: None)
-    load = gpu_within.Load((4,), 8, rotations=16, seconds=0.05, vocab_size=64)
+    load = gpu_arms.Load((4,), 8, rounds=16, seconds=0.05, vocab_size=64)
     with pytest.raises(SystemExit, match="0 rotations of 4 requests in 0 s, at least 16 are needed"):
         gpu_within.measure(None, tmp_path / "turns.jsonl", ["none", "adaptive"], load, lambda text: None)
 

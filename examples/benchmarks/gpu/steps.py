@@ -274,18 +274,12 @@ def within_one_engine(plan: Plan) -> dict[str, Any]:
     """The adaptive window against every draft length and none in the turns of one engine."""
     _choose_runner(_steerable_runner())
     pair = random_pair.build(plan.output / "pair", plan.shape, plan.draft_lengths[-1])
-    options = plan.engine_options
-    load = within.Load(
-        plan.batches,
-        options["max_model_len"] - 2 * engines.PROMPT_TOKENS,
-        rotations=within.LEAST_ROTATIONS if plan.tiny else 2 * within.LEAST_ROTATIONS,
-        seconds=60 * plan.minutes / len(plan.batches),
-        vocab_size=plan.shape.vocab_size,
-    )
-    file = plan.output / "within-turns.jsonl"
-    seconds = 0.01 if plan.tiny else within.TURN_SECONDS
+    options, file = plan.engine_options, plan.output / "within-turns.jsonl"
+    longest = options["max_model_len"] - 2 * engines.PROMPT_TOKENS
+    rotations = within.LEAST_ROTATIONS * (1 if plan.tiny else 2)
+    load = Load(plan.batches, longest, rotations, 60 * plan.minutes, plan.shape.vocab_size)
     with (
-        within.turns_in(file, plan.draft_lengths, seconds) as names,
+        within.turns_in(file, plan.draft_lengths, 0.01 if plan.tiny else within.TURN_SECONDS) as names,
         engines.engine(pair.target, adaptive(plan), load_format="dummy", **options) as llm,
     ):
         levels = within.measure(llm, file, names, load, _say)

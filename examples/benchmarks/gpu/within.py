@@ -21,31 +21,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import within_scheduler
+from arms import Load
 from engines import prompts
 from sweep_table import ADAPTIVE, NONE, fixed
 from turns_table import LEAST_ROTATIONS
 from within_table import read_turns, whole_rotations
 
 TURN_SECONDS = 0.3
-
-
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """What the engine is given.
-
-    Attributes:
-        batches: requests that decode together, one after the other.
-        max_tokens: output tokens of a request; when all have ended, as many others begin.
-        rotations: that are measured at each batch size.
-        seconds: in which each batch size must have them.
-        vocab_size: that prompts are drawn from.
-    """
-
-    batches: tuple[int, ...]
-    max_tokens: int
-    rotations: int
-    seconds: float
-    vocab_size: int
 
 
 @contextlib.contextmanager
@@ -76,22 +58,26 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One line of results for each batch size, as serve_within.py has them.
 
+    Args:
+        load: its rounds are rotations at each batch size, which shares its seconds with the others.
+
     Raises:
         SystemExit: a batch size did not get enough rotations in its time.
     """
     levels = []
+    seconds = load.seconds / len(load.batches)
     for batch in load.batches:
         say(f"{batch} requests")
         since, turns = time.time(), []
-        while len(turns) < load.rotations * len(arms) and time.time() - since < load.seconds:
+        while len(turns) < load.rounds * len(arms) and time.time() - since < seconds:
             _generate(llm, batch, load)
             turns = whole_rotations(steady(read_turns(file), batch), since, len(arms))
         if len(turns) < LEAST_ROTATIONS * len(arms):
             raise SystemExit(
-                f"{len(turns) // len(arms)} rotations of {batch} requests in {load.seconds:.0f} s, at least "
+                f"{len(turns) // len(arms)} rotations of {batch} requests in {seconds:.0f} s, at least "
                 f"{LEAST_ROTATIONS} are needed: give more --minutes, or fewer --draft-lengths."
             )
-        levels.append({"concurrency": batch, "turns": turns[: load.rotations * len(arms)]})
+        levels.append({"concurrency": batch, "turns": turns[: load.rounds * len(arms)]})
     return levels
 
 
