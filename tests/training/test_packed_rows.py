@@ -127,7 +127,7 @@ def test_a_layer_that_returns_more_is_left_as_it_is():
 
 def test_what_criticality_had_read_is_not_read_again(runner, trajectories, monkeypatch):
     trajectory, start = torch.tensor([0, 2]), torch.tensor([6, 4])
-    runner.criticality(trajectories.select(trajectory))
+    runner.criticality(trajectory)
     monkeypatch.setattr("ppow_train.causal.encode", lambda *_, **__: pytest.fail("read again"))
     assert runner.target.remembers([runner._reading(part) for part in runner._parts(trajectory, start)])
     assert isinstance(runner.target, Target)

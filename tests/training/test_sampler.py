@@ -29,10 +29,10 @@ class Counted:
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
 
-    def __call__(self, chosen: Trajectories) -> torch.Tensor:
-        self.asked.append(chosen.input_ids[:, 0].tolist())
-        longest = int(chosen.num_starts(K).max())
-        return CRITICALITY[chosen.input_ids[:, 0], :longest] * len(self.asked)
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        self.asked.append(rows.tolist())
+        longest = int(TRAJECTORIES.num_starts(K)[rows].max())
+        return CRITICALITY[rows, :longest] * len(self.asked)
 
 
 def make(criticality: Any = None, **options: Any) -> WindowSampler:
@@ -127,8 +127,8 @@ def test_a_restored_sampler_goes_on_as_the_unbroken_one(refresh):
     """Criticality changes with every update, as in training, so that what was kept matters."""
     update = [0]
 
-    def criticality(chosen: Trajectories) -> torch.Tensor:
-        return CRITICALITY[chosen.input_ids[:, 0]] + update[0] * torch.arange(5)
+    def criticality(rows: torch.Tensor) -> torch.Tensor:
+        return CRITICALITY[rows] + update[0] * torch.arange(5)
 
     unbroken = make(criticality, refresh=refresh)
     restored = make(criticality, refresh=refresh)

@@ -32,6 +32,7 @@ from ppow_train.target_cache import (
 )
 from ppow_train.types import Trajectories
 
+KINDS = ("divergence", "lost_tokens")
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}  # batches of other sizes round differently
 Usage = namedtuple("Usage", "total used free")
 
@@ -84,8 +85,11 @@ def test_windows_read_them_without_asking_the_target(runner, trajectories, monke
         runner.target, runner.drafter, trajectories, K, 0.7, cache=MemoryCache(runner.target, trajectories)
     )
     rows = torch.tensor([19, 0, 7, 0]), torch.tensor([5, 8, 6, 4])
+    criticality = [fresh.criticality(torch.arange(20), kind) for kind in KINDS]
     wanted = fresh.path_windows(*rows)
-    monkeypatch.setattr(Target, "encode", no_target)
+    monkeypatch.setattr(Target, "encode_parts", no_target)
+    for of_kind, kind in zip(criticality, KINDS, strict=True):
+        torch.testing.assert_close(kept.criticality(torch.arange(20), kind), of_kind, atol=1e-4, rtol=1e-3)
     seen = kept.path_windows(*rows)
     torch.testing.assert_close(seen.target_logits, wanted.target_logits, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(seen.draft_logits, wanted.draft_logits, atol=1e-3, rtol=1e-4)

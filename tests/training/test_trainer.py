@@ -267,7 +267,7 @@ def test_draws_follow_from_seed_and_step_alone(step, directories, trajectories, 
     ids = torch.tensor([2, 0, 1])
     starts = trainer._draw(ids.repeat_interleave(2)).view(3, 2)
     chosen = trajectories.select(ids)
-    criticality = trainer.runner.criticality(chosen) if step else None
+    criticality = trainer.runner.criticality(ids) if step else None
     share = trainer.args.uniform_share
     offsets = draw_starts(chosen.num_starts(K), 2, trainer._generator(), criticality, share)
     assert starts.equal(chosen.first_starts()[:, None] + offsets)

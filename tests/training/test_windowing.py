@@ -62,7 +62,7 @@ def test_window_criticality_is_the_mean():
 
 def test_runner_criticality_is_that_of_whole_windows(runner, trajectories):
     """Offset o of `criticality` is the mean over the window that starts o after the first start."""
-    ours = runner.criticality(trajectories)
+    ours = runner.criticality(torch.arange(len(trajectories)))
     target = runner.target.encode(trajectories)
     draft = runner.drafter.encode(trajectories, target)
     starts = trajectories.first_starts()
@@ -106,7 +106,7 @@ def test_runner_lost_tokens_are_those_of_the_windows_trained_on(directories, tra
     """Of a causal LM, whose windows need no chain: K − expected accepted tokens of every window."""
     pair = load(directories, "causal_lm")
     runner = WindowRunner(pair.target, pair.drafter, trajectories, K, temperature=0.7)
-    ours = runner.criticality(trajectories, "lost_tokens")
+    ours = runner.criticality(torch.arange(len(trajectories)), "lost_tokens")
     for row, count in enumerate(trajectories.num_starts(K).tolist()):
         starts = trajectories.first_starts()[row] + torch.arange(count)
         windows = runner.path_windows(torch.full_like(starts, row), starts)
@@ -120,9 +120,10 @@ def test_runner_lost_tokens_are_those_of_the_windows_trained_on(directories, tra
 
 @pytest.mark.parametrize("kind", ["divergence", "lost_tokens"])
 def test_criticality_in_pieces_is_the_same(runner, trajectories, kind, monkeypatch):
-    whole = runner.criticality(trajectories, kind)
+    rows = torch.arange(len(trajectories))
+    whole = runner.criticality(rows, kind)
     monkeypatch.setattr("ppow_train.rollout.LOGITS_AT_ONCE", 3 * VOCAB * 2)  # two positions at a time
-    torch.testing.assert_close(runner.criticality(trajectories, kind), whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(runner.criticality(rows, kind), whole, atol=1e-5, rtol=1e-4)
 
 
 NUM_STARTS = torch.tensor([5, 3, 1])

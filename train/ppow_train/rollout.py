@@ -95,28 +95,30 @@ class WindowRunner:
     # ------------------------------------------------------------ station 2: windows
 
     @torch.no_grad()
-    def criticality(self, chosen: Trajectories, kind: str = "divergence") -> torch.Tensor:
+    def criticality(self, rows: torch.Tensor, kind: str = "divergence") -> torch.Tensor:
         """Criticality of the window at each offset from the first start, [B, S].
 
         q is the drafter's first-token prediction after every prefix of the trajectory: one pass, no chains. For a
         causal LM these are its windows; an EAGLE head, which feeds later tokens its own states, drafts them less well.
 
         Args:
-            chosen: B trajectories; no more of them are read at once than `shapes.tokens_at_once` allows.
+            rows: int64 [B], trajectories; no more of them are read at once than `shapes.tokens_at_once` allows.
             kind: `divergence` or `lost_tokens` (windowing.py).
         """
+        lengths = self.trajectories.lengths[rows].tolist()
         parts = [
-            self._criticality(
-                chosen.select(torch.arange(len(chosen), device=chosen.lengths.device)[part]), kind
-            )
-            for part in batches(chosen.lengths.tolist(), tokens_at_once(self.target))
+            self._criticality(rows[part], kind) for part in batches(lengths, tokens_at_once(self.target))
         ]
         span = max(part.shape[1] for part in parts)
         return torch.cat([torch.nn.functional.pad(part, (0, span - part.shape[1])) for part in parts])
 
-    def _criticality(self, chosen: Trajectories, kind: str) -> torch.Tensor:
+    def _criticality(self, rows: torch.Tensor, kind: str) -> torch.Tensor:
         """Of trajectories that are read at once."""
-        target = self.target.encode(chosen)
+        chosen = self.trajectories.select(rows)
+        if self.cache is None:
+            target = self.target.encode(chosen)
+        else:
+            target = self.cache.encoded(rows, chosen.input_ids.shape[1])
         draft = self.drafter.encode(chosen, target)
         span = int((chosen.lengths - chosen.first_starts()).max())
         last = chosen.lengths[:, None] - 1

@@ -43,7 +43,8 @@ class WindowSampler:
     """Draws window starts.
 
     Args:
-        criticality: trajectories -> [B, S], criticality of the window at each offset from the first start.
+        criticality: int64 [B], rows of `trajectories` -> [B, S], criticality of the window at each offset from the
+            first start.
         trajectories: all training trajectories, each with room for a window.
         num_speculative_tokens: K.
         adaptive_from: first update with adaptive windows (inf = never).
@@ -54,7 +55,7 @@ class WindowSampler:
 
     def __init__(
         self,
-        criticality: Callable[[Trajectories], torch.Tensor],
+        criticality: Callable[[torch.Tensor], torch.Tensor],
         trajectories: Trajectories,
         num_speculative_tokens: int,
         *,
@@ -98,7 +99,7 @@ class WindowSampler:
         if not wanted:
             return
         rows = torch.tensor(wanted, device=self.trajectories.lengths.device)
-        computed = self._compute(self.trajectories.select(rows)).float().cpu()
+        computed = self._compute(rows).float().cpu()
         for i, values in zip(wanted, computed, strict=True):
             self._kept[i] = step, values[: self._num_starts[i]].clone()
 
