@@ -19,6 +19,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_ppow.compat import draft_room
+from vllm_ppow.compat.draft_window import TrimmedLength
 from vllm_ppow.compat.window import build_window
 from vllm_ppow.window import DraftWindow, WindowCounts
 from vllm_ppow.window_report import ReportWriter
@@ -55,9 +56,10 @@ class AdaptiveWindow:
         scheduled = scheduler_output.num_scheduled_tokens
         if scheduled:
             chosen = self._guarded(self._choose, scheduler_output)
-            maximum = self.num_spec_tokens  # type: ignore[attr-defined]
-            scheduler_output.num_spec_tokens_to_schedule = maximum if chosen is None else chosen
-            self._last_scheduled = scheduler_output.num_spec_tokens_to_schedule
+            length = self.num_spec_tokens if chosen is None else chosen  # type: ignore[attr-defined]
+            self._last_scheduled = length
+            trims = chosen is not None and self.ppow_window.by_request
+            scheduler_output.num_spec_tokens_to_schedule = TrimmedLength(length) if trims else length
         super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
 
     def _guarded(self, act: Callable[..., Any], *arguments: Any) -> Any:

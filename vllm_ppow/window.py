@@ -122,6 +122,7 @@ class DraftWindow:
         acceptance: estimate to use and feed.
         cost: costs to use and feed.
         trimmed: what maxima bring, where drafts are trimmed by request and `lengths` are their maxima.
+        by_request: whether it is our drafter that trims them.
     """
 
     def __init__(
@@ -130,11 +131,12 @@ class DraftWindow:
         acceptance: AcceptanceEstimate,
         cost: StepCost,
         trimmed: TrimmedAcceptance | None = None,
+        by_request: bool = False,
     ) -> None:
         if not lengths or list(lengths) != sorted(set(lengths)) or lengths[0] < 0:
             raise ValueError(f"Draft lengths must ascend from 0 or more, got {list(lengths)}.")
         self.lengths = tuple(lengths)
-        self.acceptance, self.cost, self.trimmed = acceptance, cost, trimmed
+        self.acceptance, self.cost, self.trimmed, self.by_request = acceptance, cost, trimmed, by_request
         self.counts = WindowCounts([0] * (self.lengths[-1] + 1))
         self.changing = ChangeCost()
         self._current = self.lengths[-1]

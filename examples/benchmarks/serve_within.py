@@ -30,7 +30,7 @@ from bench_server import Server, ServerOptions
 from serve_turns import Client, wait_for
 from sweep_table import ADAPTIVE, NONE
 from within_scheduler import VARIABLE, Assignment
-from within_table import TRIMMING, read_turns, whole_rotations
+from within_table import TRIMMING, check_whole, read_turns, whole_rotations
 
 from ppow_train.progress import make_progress
 
@@ -102,7 +102,12 @@ def measure_level(
     finally:
         client.stop()
     serve_turns.wait_until_idle(server)
-    return {"concurrency": concurrency, "turns": turns[: settings["rotations"] * arms]}
+    turns = turns[: settings["rotations"] * arms]
+    try:
+        check_whole(turns)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    return {"concurrency": concurrency, "turns": turns}
 
 
 def run_levels(

@@ -56,6 +56,7 @@ class Turn:
         requests: request-steps.
         drafted: draft length, or what drafts were trimmed from -> steps.
         verified: drafted tokens, of all requests.
+        drafts: that they were in.
     """
 
     rotation: int
@@ -70,6 +71,7 @@ class Turn:
     requests: int = 0
     drafted: dict[int, int] = dataclasses.field(default_factory=dict)
     verified: int = 0
+    drafts: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Turns:
 
         Args:
             drafted: draft length.
-            made: of the step: seconds, tokens, prefilled, requests, verified.
+            made: of the step: seconds, tokens, prefilled, requests, verified, drafts.
         """
         turn = step.turn
         turn.ended += 1
@@ -164,6 +166,11 @@ class WindowInTurns:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._first, name)
 
+    @property
+    def by_request(self) -> bool:
+        """Whether drafts of the turn under way are trimmed by request."""
+        return self.length is None and self.asked.by_request
+
     def choose(self, batch: int, context: int | None = None, decodes: bool = True) -> int:
         """The turn's draft length."""
         return self.asked.choose(batch, context, decodes) if self.length is None else self.length
@@ -180,28 +187,6 @@ class WindowInTurns:
     def observe_change(self, *arguments: Any) -> None:
         if self.told is not None:
             self.told.observe_change(*arguments)
-
-
-class Trimming:
-    """The switch of trimming by request in the one process that schedules and drafts."""
-
-    is_on = True
-
-    @classmethod
-    def install(cls) -> None:
-        """Let the drafter that trims be passed over while the switch is off."""
-        from vllm_ppow.compat.draft_window import RequestDraftWindow
-
-        trimmed = RequestDraftWindow.propose
-
-        def propose(drafter: Any, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Any:
-            if cls.is_on:
-                return trimmed(drafter, num_speculative_tokens, *args, **kwargs)
-            # Nothing of this draft, nor the time until the next, is for the policy to learn from.
-            drafter._ppow_pending, drafter._ppow_ended = {}, 0.0
-            return super(RequestDraftWindow, drafter).propose(num_speculative_tokens, *args, **kwargs)
-
-        RequestDraftWindow.propose = propose  # type: ignore[method-assign]
 
 
 def windows_of(assignment: Assignment, built: Any, vllm_config: Any) -> dict[str, Any]:
@@ -255,7 +240,6 @@ def in_turns(scheduler: type, assignment: Assignment) -> type:
                 arm = step.turn.arm
                 self.ppow_window.length = assignment.lengths[arm]
                 self.ppow_window.asked = self._windows.get(arm)
-                Trimming.is_on = arm == assignment.trimming
             super()._update_after_schedule(scheduler_output)
 
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -276,6 +260,7 @@ def in_turns(scheduler: type, assignment: Assignment) -> type:
                 prefilled=scheduler_output.total_num_scheduled_tokens - len(scheduled) - verified,
                 requests=len(scheduled),
                 verified=verified,
+                drafts=len(scheduler_output.scheduled_spec_decode_tokens),
             )
             return outputs
 
@@ -294,5 +279,3 @@ def register() -> None:
         return  # is there already
     for name in names:
         setattr(scheduler, name, in_turns(getattr(scheduler, name), assignment))
-    if assignment.trimming is not None:
-        Trimming.install()

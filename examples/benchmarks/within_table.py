@@ -17,6 +17,7 @@ import turns_table
 from sweep_table import ADAPTIVE, NONE, is_fixed
 
 TRIMMING = "by request"  # the arm whose drafts are trimmed request by request
+_WHOLE = 0.95  # of a draft's tokens: vLLM cuts the last one of a request where it has no more room
 NOTE = (
     "`none` here is a draft length of 0 in the same engine, whose drafter still reads every token. Seconds are brought "
     "to equal shares of prompts."
@@ -42,6 +43,22 @@ def read_turns(path: Path) -> list[dict[str, Any]]:
         return []
     text = path.read_text()
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def check_whole(turns: Sequence[dict[str, Any]]) -> None:
+    """That drafts were of their arm's length where it is given, and no others: else nothing here compares anything.
+
+    Raises:
+        ValueError: names an arm whose drafts are shorter or longer.
+    """
+    for arm in sorted({turn["arm"] for turn in turns} - {ADAPTIVE, TRIMMING}):
+        of_arm = [turn for turn in turns if turn["arm"] == arm]
+        verified, drafts = (sum(turn[name] for turn in of_arm) for name in ("verified", "drafts"))
+        length = int(arm.removeprefix("K=")) if is_fixed(arm) else 0
+        if not _WHOLE * length * drafts <= verified <= length * drafts or (length > 0) != (drafts > 0):
+            raise ValueError(
+                f"In turns of {arm} {drafts} drafts had {verified} tokens: the server's log may say why."
+            )
 
 
 def seconds_per_prompt_token(turns: Sequence[dict[str, Any]]) -> float:

@@ -32,6 +32,14 @@ SEAMS: tuple[tuple[str, tuple[str, ...]], ...] = (
 _GREEDY_BELOW = 1e-5  # vLLM's _SAMPLING_EPS
 
 
+class TrimmedLength(int):
+    """The length of a step whose drafts are trimmed request by request: the most that each may have.
+
+    vLLM hands the scheduler's number through to the drafter as it is, to another process as well: this kind of number
+    is how a step says that its drafts are to be trimmed. Any other is drafted whole, and nothing is learned of it.
+    """
+
+
 class _EnoughError(Exception):
     """Leaves the draft loop."""
 
@@ -92,6 +100,10 @@ class RequestDraftWindow:
     # ---- drafting
 
     def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(num_speculative_tokens, TrimmedLength):
+            self._ppow_pending, self._ppow_ended = {}, 0.0
+            return super().propose(num_speculative_tokens, *args, **kwargs)  # type: ignore[misc]
+        num_speculative_tokens = int(num_speculative_tokens)
         sampling_metadata = kwargs["sampling_metadata"]
         batch = len(self._ppow_ids)
         now = time.perf_counter()

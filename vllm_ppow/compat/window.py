@@ -257,7 +257,7 @@ def build_window(vllm_config: Any) -> DraftWindow:
     trimmed = TrimmedAcceptance(estimate) if options["per_request"] or verifies else None
     # A profile has timed drafts that are verified whole: trimmed ones cost less, how much tells the clock alone.
     cost = StepCost(profile if trimmed is None else None)
-    window = DraftWindow(ladder, estimate, cost, trimmed)
+    window = DraftWindow(ladder, estimate, cost, trimmed, options["per_request"])
     window.counts.layers = ("step", *(["request"] * options["per_request"]), *(["verification"] * verifies))
     seams.logger.info(
         "Adaptive draft window: %d to %d tokens, per step%s, chosen from acceptance and step times (%s).",
