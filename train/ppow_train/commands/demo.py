@@ -75,7 +75,7 @@ def demo(
     engine_arguments: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """The whole loop once, on a small real pair: train, serve, compare (3 to 6 minutes on 2 cores).
+    """The whole loop once, on a small real pair: train, serve, compare (4 to 9 minutes on 2 cores).
 
     Exits with 1 when greedy output differs from no speculation or the adapter was not applied.
     """
