@@ -145,6 +145,11 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
             "as a whole."
         )
     peft_config = read_json(path / PEFT_CONFIG)
+    if not isinstance(peft_config, dict):
+        raise ArtifactError(
+            f"{path / PEFT_CONFIG} must hold a JSON object, got {type(peft_config).__name__}: copy the directory again "
+            "as a whole."
+        )
     if config.scale_fingerprint and config.scale_fingerprint != fingerprint_scale(peft_config):
         raise ArtifactError(
             f"Adapter {path}: {PEFT_CONFIG} gives another rank or alpha than {PPOW_CONFIG} was written for; copy the "

@@ -168,8 +168,10 @@ def rewrite(
 
     native["method"] = NATIVE_METHOD[adapter.config.drafter_type]
     native["model"] = str(base)
-    native.setdefault("num_speculative_tokens", adapter.config.num_speculative_tokens)
-    window = _window_options(options, native["num_speculative_tokens"])
+    length = native.setdefault("num_speculative_tokens", adapter.config.num_speculative_tokens)
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise PPOWServingError(f"num_speculative_tokens must be an integer >= 1, got {length!r}.")
+    window = _window_options(options, length)
     native["draft_load_config"] = _load_config(adapter, native.get("draft_load_config"), window)
     extra = native["draft_load_config"]["model_loader_extra_config"]
     extra[TARGET_KEY] = fingerprint
@@ -197,11 +199,11 @@ def _refuse_unknown(spec: dict[str, Any], known_fields: Collection[str] | None) 
         )
 
 
-def _window_options(options: PPOWOptions, num_speculative_tokens: Any) -> dict[str, Any] | None:
+def _window_options(options: PPOWOptions, num_speculative_tokens: int) -> dict[str, Any] | None:
     """What travels to the scheduler of an adaptive window; None for a fixed one."""
     if options.window == "fixed":
         return None
-    if isinstance(num_speculative_tokens, int) and options.min_tokens > num_speculative_tokens:
+    if options.min_tokens > num_speculative_tokens:
         raise PPOWServingError(
             f'"ppow": min_tokens must be at most num_speculative_tokens ({num_speculative_tokens}), got '
             f"{options.min_tokens}."

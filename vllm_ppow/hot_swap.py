@@ -217,16 +217,17 @@ def undo_swap(llm: Any, why: str = "asked to") -> Reply:
 
 
 def _in_process(llm: Any) -> HotSwap:
+    from vllm_ppow.compat.hot_swap import allowed
+
     async def rpc(method: str, args: tuple[Any, ...]) -> list[Reply]:
-        try:
-            return llm.collective_rpc(method, args=args)
-        except (NotImplementedError, AttributeError) as error:
-            raise SwapError(NOT_ON) from error
+        return llm.collective_rpc(method, args=args)
 
     async def asleep() -> bool:
         return llm_engine.is_sleeping()
 
     llm_engine = getattr(llm, "llm_engine", llm)
+    if allowed(llm_engine.vllm_config) is None:
+        raise SwapError(NOT_ON)
     return HotSwap(rpc, asleep if llm_engine.vllm_config.model_config.enable_sleep_mode else None)
 
 
@@ -288,7 +289,12 @@ class AcceptanceWatch:
             self._seen.popleft()
 
     def start(self, counts: SpecDecodeCounts) -> None:
-        """A swap has just happened."""
+        """A swap has just happened.
+
+        Another that awaits its verdict gets none: what follows is compared with that adapter's own drafts.
+        """
+        if self._at_swap is not None:
+            self._seen, self._known = deque([self._at_swap]), None
         self.observe(counts)
         latest = counts - self._seen[0]
         enough = self._known is None or latest.num_drafts >= self.drafts

@@ -82,9 +82,19 @@ class Delta:
         return self.b.shape[0], self.a.shape[1]
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """A new tensor of `weight`'s dtype: weight + scale·B·A, the sum rounded once, as PEFT rounds it."""
+        """A new tensor of `weight`'s dtype: weight + scale·B·A, the sum rounded once, as PEFT rounds it.
+
+        Raises:
+            MergeError: a sum is no number, or too large for the dtype. Such a drafter would have no distribution, from
+                which verification of sampled drafts would conclude wrongly.
+        """
         merged = weight.clone()
         merged += (self.b.to(weight.device) @ self.a.to(weight.device)) * self.scale
+        if not merged.isfinite().all():
+            raise MergeError(
+                f"The drafter's {self.module} with the adapter is not finite in {weight.dtype}: copy adapter and "
+                "drafter again, or train the adapter again."
+            )
         return merged
 
 
@@ -225,8 +235,8 @@ class Merger:
 
 def _refuse_options(adapter: Adapter) -> None:
     config = adapter.peft_config
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if config.get("peft_type") != "LORA":
+        kind = config.get("peft_type")
         raise MergeError(
             f"Adapter {adapter.directory} has peft_type {kind!r}, only LORA can be merged: train a LoRA."
         )
@@ -254,6 +264,10 @@ def _read_deltas(adapter: Adapter) -> dict[str, Delta]:
             raise MergeError(
                 f"Adapter tensor {name} is {tensor.dtype} {list(tensor.shape)}, a floating-point matrix is needed: "
                 "train the adapter on linear layers only."
+            )
+        if not tensor.isfinite().all():
+            raise MergeError(
+                f"Adapter tensor {name} holds values that are no numbers: train the adapter again."
             )
         if match["side"] in sides.setdefault(module, {}):
             raise MergeError(f"Adapter {adapter.directory} holds {name} twice: save it again.")
@@ -283,7 +297,8 @@ def _scale(adapter: Adapter, module: str, found_rank: int) -> float:
     config = adapter.peft_config
     rank = _pattern_value(config.get("rank_pattern"), module, config.get("r"))
     alpha = _pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if rank != found_rank or not isinstance(alpha, (int, float)):
+    is_number = isinstance(alpha, (int, float)) and math.isfinite(alpha)
+    if found_rank < 1 or rank != found_rank or not is_number:
         raise MergeError(
             f"Adapter {adapter.directory} has rank {found_rank} and alpha {alpha!r} for {module}, its "
             f"adapter_config.json says rank {rank!r}: copy the directory again as a whole."
@@ -293,9 +308,15 @@ def _scale(adapter: Adapter, module: str, found_rank: int) -> float:
 
 def _pattern_value(patterns: Any, module: str, default: Any) -> Any:
     """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the name's end wins."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
+    try:
+        for key, value in dict(patterns or {}).items():
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+    except (re.error, TypeError, ValueError) as error:
+        raise MergeError(
+            f"rank_pattern or alpha_pattern of the adapter's adapter_config.json is not readable ({error}): copy the "
+            "directory again as a whole."
+        ) from error
     return default
 
 

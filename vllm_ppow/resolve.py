@@ -102,11 +102,16 @@ def _recorded_drafter(adapter: Adapter, from_hub: bool) -> Path:
         and inside.is_dir()
     ):
         return inside
-    escapes = Path(name).expanduser().is_absolute() or ".." in Path(name).parts or name.startswith("~")
+    escapes = (
+        Path(name).expanduser().is_absolute()
+        or ".." in Path(name).parts
+        or name.startswith("~")
+        or Path(name).exists()
+    )
     if from_hub and escapes:
         raise ArtifactError(
             f"Adapter {adapter.directory} came from the Hub and names the drafter {name!r}, a path of the machine it "
-            'was trained on: name the drafter yourself ("ppow": {"base_drafter": …}).'
+            'was trained on, or of this one: name the drafter yourself ("ppow": {"base_drafter": …}).'
         )
     try:
         return resolve_directory(name, adapter.config.base_drafter.revision)[0]

@@ -44,17 +44,6 @@ def speedup_increments(
     return [after - before for before, after in itertools.pairwise(worth)]
 
 
-def acceptance_length(num_accepted_tokens: int, num_drafts: int) -> float:
-    """Mean tokens per target step as vLLM reports it: accepted / drafts + 1, the bonus token included.
-
-    Raises:
-        ValueError: with no drafts there is nothing to report.
-    """
-    if num_drafts <= 0:
-        raise ValueError(f"acceptance_length needs at least one draft, got {num_drafts}: was speculation on?")
-    return num_accepted_tokens / num_drafts + 1.0
-
-
 def expected_speedup(
     acceptance_per_position: Sequence[float], num_speculative_tokens: int, draft_cost_ratio: float
 ) -> float:

@@ -96,6 +96,20 @@ def test_sampled_requests(trimmed):
     assert any(len(set(step)) > 1 for step in lengths)
 
 
+@pytest.mark.parametrize("method", ["begin", "add", "_learn_next"])
+def test_an_error_in_the_policy_costs_no_request(trimmed, without_speculation, monkeypatch, method):
+    def planted(*arguments):
+        raise ZeroDivisionError("planted")
+
+    llm, lengths = trimmed
+    drafter = drafter_of(llm)
+    monkeypatch.setattr(drafter.ppow_window, method, planted)
+    monkeypatch.setattr(drafter, "_ppow_failed", False)
+    assert generate(llm) == without_speculation
+    assert drafter._ppow_failed
+    assert all(set(step) == {K} for step in lengths[2:]), "drafts are whole from then on"
+
+
 def test_what_is_drawn_at_a_position_does_not_sway_whether_it_is_kept(served):
     """The probability read is the distribution's own, and read before anything is drawn from it."""
     drafter = drafter_of(served)

@@ -87,6 +87,14 @@ def test_the_scale_belongs_to_the_tensors(tmp_path):
     read_adapter(adapter.directory)
 
 
+@pytest.mark.parametrize("content", ["[]", "3", "null"])
+def test_a_peft_config_that_is_no_object(tmp_path, content):
+    adapter = write_adapter(tmp_path / "a", CONFIG, write_peft)
+    (adapter.directory / "adapter_config.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"adapter_config.json must hold a JSON object, got"):
+        read_adapter(adapter.directory)
+
+
 def test_an_adapter_is_replaced_through_a_symbolic_link(tmp_path):
     write_adapter(tmp_path / "a", CONFIG, write_peft)
     (tmp_path / "current").symlink_to("a")

@@ -119,6 +119,13 @@ def test_the_users_values_win(pair, adapter):
     assert "quantization" not in native
 
 
+@pytest.mark.parametrize("length", ["8", 8.0, True, 0, -1])
+def test_a_draft_length_that_is_none(pair, adapter, length):
+    """vLLM would take the first two for 8, and the adaptive window would be off without a word."""
+    with pytest.raises(PPOWServingError, match=r"num_speculative_tokens must be an integer >= 1, got"):
+        rewrite(spec_of(adapter, num_speculative_tokens=length), str(pair.target))
+
+
 def test_the_users_load_options_are_kept(pair, adapter):
     given = {
         "load_format": "safetensors",

@@ -139,6 +139,22 @@ def test_going_back_is_tried_until_it_works(root, counts):
         assert (engine.undo_failures, engine.adapters[-1]) == (0, str(root / "b"))
 
 
+def test_what_the_server_left_by_itself_is_not_brought_back_by_an_undo(root, counts):
+    engine = Engine({"directory": str(root), "repo": None})
+    with client(engine) as http:
+        http.post(PATH, json={"adapter": "b", "watch": False})
+        counts.now = SpecDecodeCounts(100, 300, 100, (100,))
+        assert http.post(PATH, json={"adapter": "c", "drafts": 100}).json()["comparing"]
+        counts.now = SpecDecodeCounts(200, 600, 101, (101,))
+        while http.get(PATH).json()["last"]["event"] == "swapped":
+            time.sleep(0.01)
+        refused = http.post(PATH, json={"undo": True})
+        assert (refused.status_code, engine.adapters[-1]) == (409, str(root / "b"))
+        assert "has gone back by itself (accepted tokens per draft 1.000" in refused.json()["error"]
+        assert http.post(PATH, json={"adapter": "c", "watch": False}).status_code == 200
+        assert http.post(PATH, json={"undo": True}).json()["adapter"] == str(root / "b")
+
+
 def test_nobody_goes_back_over_a_later_swap(root, counts):
     engine = Engine({"directory": str(root), "repo": None})
     engine.undo_failures = 10**9

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from serving_hub import add_to_cache
-from serving_pair import load_drafter, random_lora, save_adapter
+from serving_pair import load_drafter, random_adapter, random_lora, save_adapter
 
 from vllm_ppow.artifact import ArtifactError
 from vllm_ppow.config import ADAPTER_KEY, rewrite
-from vllm_ppow.resolve import resolve_directory
+from vllm_ppow.resolve import resolve_base_drafter, resolve_directory
 
 
 @pytest.fixture
@@ -81,3 +84,17 @@ def test_offline_and_not_in_the_cache(pair, cache, revision, at):
         f"{name} is not a directory here, and the Hub cache does not hold it{at} while HF_HUB_OFFLINE is set: "
         "download it first (hf download), or unset HF_HUB_OFFLINE."
     )
+
+
+@pytest.mark.parametrize("name", ["org/head", "head"])
+def test_an_adapter_of_the_hub_does_not_name_what_happens_to_lie_here(pair, tmp_path, monkeypatch, name):
+    """A relative name is a repo's, whatever the working directory holds, and a revision is never passed over."""
+    adapter = random_adapter(tmp_path, "causal_lm", pair)
+    reference = dataclasses.replace(adapter.config.base_drafter, name_or_path=name, revision="0" * 40)
+    adapter = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, base_drafter=reference))
+    here = tmp_path / "here"
+    shutil.copytree(pair.causal_lm, here / name)
+    monkeypatch.chdir(here)
+    assert resolve_base_drafter(adapter, from_hub=False) == Path(name)
+    with pytest.raises(ArtifactError, match=r"or of this one: name the drafter yourself"):
+        resolve_base_drafter(adapter, from_hub=True)

@@ -209,6 +209,42 @@ def test_refuses_tensors_that_are_no_float_matrices(adapter, tmp_path):
         Merger(variant(adapter, tmp_path / "a", tensors))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_refuses_tensors_that_hold_no_numbers(adapter, tmp_path, value):
+    tensors = load_file(adapter.weights)
+    tensors[f"base_model.model.model.{Q}.lora_A.weight"][1, 2] = value
+    with pytest.raises(MergeError, match=r"q_proj.lora_A.weight holds values that are no numbers"):
+        Merger(variant(adapter, tmp_path / "a", tensors))
+
+
+def test_refuses_a_sum_that_its_dtype_cannot_hold(pair, adapter, tmp_path):
+    """Verification would take the draft probabilities of such a drafter for what they are not."""
+    huge = variant(adapter, tmp_path / "a", lora_alpha=1e9)
+    merged_drafter(huge, pair.causal_lm, torch.bfloat16)
+    with pytest.raises(MergeError, match=r"with the adapter is not finite in torch.float16"):
+        merged_drafter(huge, pair.causal_lm, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("rank_pattern", {"(": 4}), ("rank_pattern", ["q_proj"]), ("alpha_pattern", 3)],
+)
+def test_refuses_patterns_that_cannot_be_read(adapter, tmp_path, option, value):
+    with pytest.raises(MergeError, match=r"rank_pattern or alpha_pattern .* is not readable"):
+        Merger(variant(adapter, tmp_path / "a", **{option: value}))
+
+
+def test_refuses_scales_that_are_none(adapter, tmp_path):
+    empty = {
+        name: tensor[:0] if "lora_A" in name else tensor[:, :0]
+        for name, tensor in load_file(adapter.weights).items()
+    }
+    with pytest.raises(MergeError, match=r"has rank 0 and alpha"):
+        Merger(variant(adapter, tmp_path / "a", {n: t.contiguous() for n, t in empty.items()}, r=0))
+    with pytest.raises(MergeError, match=r"alpha inf"):
+        Merger(variant(adapter, tmp_path / "b", lora_alpha=float("inf")))
+
+
 def test_refuses_two_names_of_one_module(adapter, tmp_path):
     tensors = load_file(adapter.weights)
     for side in "AB":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from serving_hub import add_to_cache
@@ -13,7 +14,7 @@ from serving_pair import random_adapter
 from vllm_ppow.artifact import ArtifactError
 from vllm_ppow.compat.endpoints import parse
 from vllm_ppow.config import HOT_SWAP_KEY, PPOWServingError, rewrite
-from vllm_ppow.hot_swap import AcceptanceWatch, Allowed, HotSwap, SwapError
+from vllm_ppow.hot_swap import AcceptanceWatch, Allowed, HotSwap, SwapError, undo_swap
 from vllm_ppow.metrics import SpecDecodeCounts
 
 
@@ -68,6 +69,14 @@ def test_a_failure_of_one_rank_takes_all_back(adapter, rank):
 def test_going_back_that_fails_says_so(adapter):
     with pytest.raises(SwapError, match=r"so did going back \(planted\): restart the server"):
         Ranks(load=0, restore=1).swap(adapter.directory)
+
+
+def test_an_engine_that_was_not_started_for_it_says_how():
+    load_config = SimpleNamespace(model_loader_extra_config={})
+    config = SimpleNamespace(speculative_config=SimpleNamespace(draft_load_config=load_config))
+    for vllm_config in (config, SimpleNamespace(speculative_config=None)):
+        with pytest.raises(SwapError, match="hot_swap"):
+            undo_swap(SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=vllm_config)))
 
 
 def test_undo_stages_what_was_before():
@@ -227,6 +236,18 @@ def test_swaps_one_right_after_the_other_are_compared_with_what_is_known():
     watch.start(counts(30, 31))
     verdict = watch.verdict(counts(40, 32))
     assert (verdict.before, verdict.undo) == (2.0, True)
+
+
+@pytest.mark.parametrize(("accepted", "undo"), [(70, False), (20, True)])
+def test_a_swap_before_the_verdict_on_another_is_compared_with_that_others_drafts(accepted, undo):
+    """Not with those of the adapter two swaps ago, which is not what the server would go back to."""
+    watch = AcceptanceWatch(drafts=50)
+    watch.observe(counts(0, 0))
+    watch.start(counts(1000, 2000))
+    assert watch.verdict(counts(1040, 2040)) is None
+    watch.start(counts(1040, 2040))
+    verdict = watch.verdict(counts(1090, 2040 + accepted))
+    assert (verdict.before, verdict.undo) == (1.0, undo)
 
 
 def test_wrong_thresholds():

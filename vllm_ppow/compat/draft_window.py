@@ -10,6 +10,7 @@ asynchronous scheduling are of one length, and ranks would have to agree. Left o
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class RequestDraftWindow:
         self._ppow_probs: list[torch.Tensor | None] = []
         self._ppow_confidence: list[float] = []
         self._ppow_began = self._ppow_ended = self._ppow_passed = 0.0
-        self._ppow_drafting = False
+        self._ppow_drafting = self._ppow_failed = False
 
     # ---- what vLLM tells a drafter of the step before
 
@@ -100,14 +101,14 @@ class RequestDraftWindow:
     # ---- drafting
 
     def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(num_speculative_tokens, TrimmedLength):
+        if self._ppow_failed or not isinstance(num_speculative_tokens, TrimmedLength):
             self._ppow_pending, self._ppow_ended = {}, 0.0
             return super().propose(num_speculative_tokens, *args, **kwargs)  # type: ignore[misc]
         num_speculative_tokens = int(num_speculative_tokens)
         sampling_metadata = kwargs["sampling_metadata"]
         batch = len(self._ppow_ids)
         now = time.perf_counter()
-        self._observe_verification(kwargs["target_token_ids"].shape[0], now)
+        self._guarded(self._observe_verification, kwargs["target_token_ids"].shape[0], now)
         self._ppow_began = self._ppow_passed = now
         self._ppow_pending = {}
         if num_speculative_tokens == 0:
@@ -116,7 +117,7 @@ class RequestDraftWindow:
             self._ppow_ended = time.perf_counter()
             return draft
         sampled = _sampled(sampling_metadata, batch)
-        self.ppow_window.begin(num_speculative_tokens, sampled, self._ppow_active)
+        self._guarded(self.ppow_window.begin, num_speculative_tokens, sampled, self._ppow_active)
         self._ppow_tokens, self._ppow_probs, self._ppow_drafting = [], [], True
         try:
             super().propose(num_speculative_tokens, *args, **kwargs)  # type: ignore[misc]
@@ -126,6 +127,8 @@ class RequestDraftWindow:
         finally:
             self._ppow_drafting = False
         draft = torch.stack(self._ppow_tokens, dim=1).tolist()
+        if self._ppow_failed:
+            return draft
         lengths = self.ppow_window.lengths()
         confidences = self.ppow_window.confidences
         for row, length in enumerate(lengths):
@@ -134,19 +137,36 @@ class RequestDraftWindow:
         self._ppow_ended = time.perf_counter()
         return [tokens[:length] for tokens, length in zip(draft, lengths, strict=True)]
 
+    def _guarded(self, act: Callable[..., Any], *arguments: Any) -> Any:
+        """What the policy answers; None after an error in it, of which no engine should die: output needs no policy."""
+        if self._ppow_failed:
+            return None
+        try:
+            return act(*arguments)
+        except Exception:
+            self._ppow_failed = True
+            seams.logger.exception(
+                "Trimming drafts by request failed: they are drafted whole from now on, serving goes on."
+            )
+            return None
+
     def _sample_draft_tokens(self, hidden_states: torch.Tensor, sampling_metadata: Any) -> Any:
         if not self._ppow_drafting:
             return super()._sample_draft_tokens(hidden_states, sampling_metadata)  # type: ignore[misc]
         tokens, probs = super()._sample_draft_tokens(hidden_states, sampling_metadata)  # type: ignore[misc]
         self._ppow_tokens.append(tokens)
         self._ppow_probs.append(probs)
+        if self._guarded(self._goes_on) is False:
+            raise _EnoughError
+        return tokens, probs
+
+    def _goes_on(self) -> bool:
+        """Whether another position is worth a pass."""
         now = time.perf_counter()
         if len(self._ppow_tokens) > 1:  # the first pass is over all tokens just verified
             self.ppow_window.pass_cost.observe(now - self._ppow_passed, len(self._ppow_confidence), 0)
         self._ppow_passed = now
-        if not self.ppow_window.add(self._ppow_confidence):
-            raise _EnoughError
-        return tokens, probs
+        return self.ppow_window.add(self._ppow_confidence)
 
     def _greedy_sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not self._ppow_drafting:

@@ -57,6 +57,7 @@ class Service:
         self._turn = asyncio.Lock()
         self._watch = AcceptanceWatch()
         self._going_back: str | None = None  # why, from the verdict until it has been done
+        self._went_back: str | None = None  # why, from then on until somebody swaps
         self._last: dict[str, str] | None = None
         self._watching = asyncio.create_task(self._watch_on())
 
@@ -73,6 +74,11 @@ class Service:
         """
         if asked.get("undo"):
             async with self._turn:
+                if self._went_back is not None:
+                    raise SwapError(
+                        f"The server has gone back by itself ({self._went_back}), and undoing that would bring back "
+                        "the adapter that it left: swap to an adapter by its name."
+                    )
                 await self._swap.undo("asked to")
                 self._watch, self._going_back = AcceptanceWatch(), None
                 self._note("swapped back", "asked to")
@@ -82,7 +88,7 @@ class Service:
         directory = await asyncio.to_thread(self._allowed.resolve, asked["adapter"], asked.get("revision"))
         async with self._turn:
             await self._swap.swap(directory)
-            self._going_back = None
+            self._going_back = self._went_back = None
             self._note("swapped", f"to {directory}")
             self._start_comparing(watch if asked.get("watch", True) else None)
             return await self._describe()
@@ -136,7 +142,7 @@ class Service:
             if not again:
                 logger.exception("Swapping back failed, and is tried again every %g s", _LOOK_EVERY_S)
             return
-        self._going_back = None
+        self._going_back, self._went_back = None, why
         self._note("swapped back", why)
 
     def _note(self, event: str, why: str) -> None:

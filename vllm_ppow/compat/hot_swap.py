@@ -96,11 +96,18 @@ class _State:
         running: what its drafter was merged with.
         previous: what it was merged with before the last swap.
         staged: the next one, and the drafter's tensors with it merged.
+        before: `running` and `previous` as they were before the last load, if it succeeded here; None since staging.
     """
 
     running: Merger
     previous: Merger | None = None
     staged: tuple[Merger, list[tuple[str, torch.Tensor]]] | None = None
+    before: tuple[Merger, Merger | None] | None = None
+
+    def stage(self, merged: Callable[[], tuple[Merger, list[tuple[str, torch.Tensor]]]]) -> None:
+        """Make the next one ready."""
+        self.staged = self.before = None  # free the memory of an earlier attempt first
+        self.staged = merged()
 
 
 _states: weakref.WeakKeyDictionary[Any, _State] = weakref.WeakKeyDictionary()
@@ -125,8 +132,7 @@ class WorkerExtension:
                 )
             method = _speculative_config(self).draft_sample_method
             check_successor(state.running.adapter, candidate, method)
-            state.staged = None  # free the memory of an earlier attempt first
-            state.staged = _merged(self, Merger(candidate))
+            state.stage(lambda: _merged(self, Merger(candidate)))
             return {}
 
         return _answer(stage)(self)
@@ -136,11 +142,12 @@ class WorkerExtension:
 
         def stage() -> dict[str, Any]:
             state = _state(self)
-            if state.previous is None:
+            previous = state.previous
+            if previous is None:
                 raise SwapError(
                     "No adapter was swapped in yet, so there is none to go back to: swap to one first."
                 )
-            state.staged = _merged(self, state.previous.fresh())
+            state.stage(lambda: _merged(self, previous.fresh()))
             return {}
 
         return _answer(stage)(self)
@@ -156,6 +163,7 @@ class WorkerExtension:
             merger, tensors = state.staged
             _write(self, tensors)
             # Only now: after a failure above, `running` is what restoring goes back to.
+            state.before = state.running, state.previous
             state.previous, state.running, state.staged = state.running, merger, None
             return {"seconds": time.perf_counter() - begin}
 
@@ -166,12 +174,11 @@ class WorkerExtension:
 
         def restore() -> dict[str, Any]:
             state = _state(self)
-            failed_here = state.staged is not None
-            merger = state.running if failed_here else state.previous
-            assert merger is not None  # a load that succeeded left one
-            fresh, tensors = _merged(self, merger.fresh())
+            running, previous = state.before or (state.running, state.previous)
+            fresh, tensors = _merged(self, running.fresh())
             _write(self, tensors)
-            state.running, state.previous, state.staged = fresh, None, None
+            # With the one before: going back to it may be tried again.
+            state.running, state.previous, state.staged, state.before = fresh, previous, None, None
             return {}
 
         return _answer(restore)(self)
@@ -254,6 +261,7 @@ def _merged(worker: Any, merger: Merger) -> tuple[Merger, list[tuple[str, torch.
         raise SwapError(
             f"The drafter {base} was replaced on disk since the server started: put it back, or restart."
         )
+    merger.check_base(base)
     draft = worker.get_draft_model()
     shared = {name.rpartition(".")[2] for name in _shared_modules(worker)}
     changed = merger.modules | _state(worker).running.modules

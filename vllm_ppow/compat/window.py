@@ -119,10 +119,7 @@ def prepare(native: dict[str, Any], engine_args: Any, known_fields: list[str]) -
         seams.logger.warning("The draft window stays fixed at its maximum: %s", reason)
         del extra[WINDOW_KEY]
         return
-    maximum = native["num_speculative_tokens"]
-    if not isinstance(maximum, int) or maximum < 1:
-        return  # vLLM refuses it with its own words
-    ladder = lengths(options["min_tokens"], maximum)
+    ladder = lengths(options["min_tokens"], native["num_speculative_tokens"])
     native[TABLE] = table(ladder, engine_args.max_num_seqs or _BATCH_SIZES)
 
 
