@@ -151,8 +151,11 @@ def remark(line: dict[str, Any], level: turns_table.Level) -> str:
         return said
     trimmed = [turn for turn in line["turns"] if turn["arm"] == TRIMMING]
     each = sum(turn["verified"] for turn in trimmed) / sum(turn["requests"] for turn in trimmed)
-    over = turns_table.ratio(counts[TRIMMING], counts[ADAPTIVE])
-    return f"{said}; {TRIMMING} it makes {over} of that, verifying {each:.1f} tokens of a draft"
+    over, of_best = (turns_table.ratio(counts[TRIMMING], counts[arm]) for arm in (ADAPTIVE, level.best))
+    return (
+        f"{said}; {TRIMMING} it makes {over} of what it makes without, {of_best} of {level.best}, verifying {each:.1f} "
+        "tokens a request and step"
+    )
 
 
 def remark_together(lines: Sequence[dict[str, Any]]) -> str:

@@ -205,6 +205,32 @@ def test_choices_of_the_best_length_are_worth_it_however_noisy_the_machine():
     assert within_table.worth_of_choices(later, "K=1").value == pytest.approx((15.3 / 1.28) / 12.5)
 
 
+@pytest.mark.parametrize(
+    ("arm", "verified", "drafts", "is_whole"),
+    [
+        ("K=5", 99, 20, True),
+        ("K=5", 63, 20, False),
+        ("K=5", 101, 20, False),
+        ("K=5", 0, 0, False),
+        (NONE, 0, 0, True),
+        (NONE, 3, 3, False),
+        (within_table.TRIMMING, 7, 3, True),
+        (ADAPTIVE, 7, 3, True),
+    ],
+)
+def test_drafts_that_are_not_of_their_arms_length_compare_nothing(arm, verified, drafts, is_whole):
+    turns = [
+        {"arm": arm, "verified": verified, "drafts": drafts},
+        {"arm": ADAPTIVE, "verified": 1, "drafts": 1},
+    ]
+    with (
+        contextlib.nullcontext()
+        if is_whole
+        else pytest.raises(ValueError, match=f"In turns of {arm} {drafts}")
+    ):
+        within_table.check_whole(turns)
+
+
 def test_what_trimming_by_request_makes_is_said_beside_the_adaptive_window():
     speeds = {NONE: 50.0, "K=2": 80.0, within_table.TRIMMING: 88.0, ADAPTIVE: 80.0}
     found = line(speeds, dict.fromkeys(speeds, 50))
@@ -216,7 +242,8 @@ def test_what_trimming_by_request_makes_is_said_beside_the_adaptive_window():
     said = within_table.remark(found, turns_table.judge(found, 8))
     assert "worth 1.000 (1.000 … 1.000) of K=2" in said
     # 1/80 and 1/88 s a token, and in each the same time for prompts
-    assert said.endswith("by request it makes 1.086 (1.086 … 1.086) of that, verifying 1.5 tokens of a draft")
+    assert "by request it makes 1.086 (1.086 … 1.086) of what it makes without, " in said
+    assert said.endswith(" of K=2, verifying 1.5 tokens a request and step")
 
 
 # ---------------------------------------------------------------- the command
