@@ -172,10 +172,12 @@ def test_reports_of_killed_engines_are_removed_at_the_end(ours, monkeypatch):
 
 
 def test_other_api_servers_leave_the_report_to_the_first(ours, monkeypatch):
-    report_path(config(), 0).write_text(json.dumps(report()))
+    written = report_path(config(), 0)
+    written.write_text(json.dumps(report()))
     second = config()
     second.parallel_config._api_process_rank = 1
     stat_logger = PPOWStatLogger(second, [0])
+    assert json.loads(written.read_text()) == report(), "and do not begin it anew"
     stat_logger.record(SchedulerStats(spec_decoding_stats=verified((3, 2))), None)
     found = samples(REGISTRY)
     assert found["ppow:spec_decode_drafts_total", "0", "3"] == 1

@@ -126,6 +126,7 @@ def test_wrong_usage(capsys, argv, message):
 
 def test_a_bad_adapter_is_refused_before_vllm_is_imported(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("vLLM was started"))
+    monkeypatch.setitem(sys.modules, "vllm", None)  # an import of it fails
     code, _, err = run(capsys, "T", "--adapter", str(tmp_path))
     assert code == 1
     assert "lacks ppow_config.json" in err

@@ -54,6 +54,9 @@ def test_what_is_written_is_read(base, read):
     assert read_report(report_path(config(), 0)) == {"format": FORMAT, "chosen": [1, 2], "speedup": 3.5}
     assert [entry.name for entry in base.iterdir()] == [writer.path.name], "no temporary file stays"
     assert writer.path.stat().st_mode & 0o077 == 0, "of this user alone"
+    with writer.path.open() as reader:
+        writer.write(Counts([3, 4]), at_once=True)
+        assert json.load(reader)["chosen"] == [1, 2], "who reads meanwhile sees the old one whole"
     writer.close()
     writer.close()
     assert read_report(writer.path) is None

@@ -102,7 +102,13 @@ def test_json_has_what_people_read():
 
 def test_files_are_written_whole(tmp_path):
     write_json(tmp_path / "a" / "b.json", {"x": 1})
-    write_plot(tmp_path / "a" / "b.png", table(), "title")
+    with (tmp_path / "a" / "b.json").open() as reader:
+        write_json(tmp_path / "a" / "b.json", {"x": 2})
+        assert json.load(reader) == {"x": 1}, "who reads meanwhile sees the old one whole"
+    (tmp_path / "a" / "b.png").write_bytes(b"old")
+    with (tmp_path / "a" / "b.png").open("rb") as reader:
+        write_plot(tmp_path / "a" / "b.png", table(), "title")
+        assert reader.read() == b"old"
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["b.json", "b.png"]
 
 

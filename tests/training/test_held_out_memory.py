@@ -79,8 +79,10 @@ def test_what_is_beyond_the_limit_is_computed_anew(batches, read_again, runner, 
 
 
 def test_no_keys_and_values_outlive_a_walk(runner):
-    Judge(runner, greedy_drafts=False)()
+    judge = Judge(runner, greedy_drafts=False, keep_bytes=float("inf"))
+    judge()
     assert runner.target._last == []
+    assert [path.encoded.cache for path in judge._kept] == [None] * 3
 
 
 def test_the_size_is_what_is_kept(runner):
@@ -117,7 +119,7 @@ def test_a_run_is_divided_by_an_estimate_that_counts_it(
     if whole:
         train_adapter(pair, held_out, config, tmp_path / "adapter", held_out=held_out, progress=progress)
     else:
-        estimate_run(pair, held_out, config, tmp_path / "state", held_out)
+        estimate_run(pair, held_out, config, tmp_path / "state", held_out, progress=progress)
     alone = estimate_memory(training.make_runner(pair, held_out, config), config)
     assert seen[0].fixed_bytes > alone.fixed_bytes
     assert seen[0].pass_bytes > alone.pass_bytes == 0

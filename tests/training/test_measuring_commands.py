@@ -219,6 +219,12 @@ def test_a_file_is_no_directory_for_results(place, capsys):
     assert "name another place with --output" in capsys.readouterr().err
 
 
+def test_what_a_plot_needs_is_asked_for_before_an_engine_starts(place, capsys, monkeypatch):
+    monkeypatch.setattr("ppow_train.report.importlib.util.find_spec", lambda name: None)
+    assert call(place, "bench", "--allow-target-mismatch", "--output", str(place / "out")) == 1
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_results_that_cannot_be_written_are_shown_all_the_same(place, command, engines, capsys, monkeypatch):
     (place / "out").mkdir()

@@ -15,6 +15,7 @@ from training_pair import VOCAB, Directories, load
 from ppow_train.cli import run
 from ppow_train.config import PPOWConfig
 from ppow_train.errors import UserError
+from ppow_train.estimate import estimate_run
 from ppow_train.machine import available_bytes, peak_bytes
 from ppow_train.memory import (
     SHARE,
@@ -26,6 +27,7 @@ from ppow_train.microbatches import choose_windows_per_forward
 from ppow_train.objectives import make_objective
 from ppow_train.pair import load_pair
 from ppow_train.rollout import WindowRunner
+from ppow_train.target import Target
 from ppow_train.training import train_adapter
 from ppow_train.types import Trajectories
 
@@ -276,6 +278,24 @@ def test_this_machine_answers():
     held = torch.ones(before // 4 + 2**26)
     assert peak_bytes(device) >= before
     assert peak_bytes(device) >= held.nbytes
+
+
+@pytest.mark.parametrize("kept", ["memory", "disk", "none"])
+def test_estimated_updates_are_as_the_run_makes_them(kept, directories, tmp_path, monkeypatch, progress):
+    """Where the target's states are kept it reads nothing in them, once it has read all trajectories."""
+    trajectories = make_runner(directories, "eagle3", 8, 32).trajectories
+    pair = load_pair(str(directories.target), str(directories.drafter["eagle3"]))
+    config = make_config(tmp_path / "state", "cst:tv", 4, 8, target_cache=kept, max_steps=9)
+    read: list[int] = []
+    own = Target.encode_parts
+
+    def encode_parts(self, parts):
+        read.append(sum(len(part.trajectories) for part in parts))
+        return own(self, parts)
+
+    monkeypatch.setattr(Target, "encode_parts", encode_parts)
+    estimate_run(pair, trajectories, config, tmp_path / "state", cache=tmp_path / "cache", progress=progress)
+    assert (sum(read) == 8) == (kept != "none"), "four updates read four trajectories each"
 
 
 def test_estimate_trains_nothing(directories, tmp_path, capsys):

@@ -35,11 +35,13 @@ class FakeHub:
         self.user, self.upload_error = user, upload_error
         self.repos: dict[str, bool] = {}
         self.files: dict[str, bytes] = {}
+        self.asked = 0
 
     def __call__(self) -> FakeHub:
         return self
 
     def whoami(self) -> dict:
+        self.asked += 1
         if isinstance(self.user, Exception):
             raise self.user
         return self.user
@@ -83,6 +85,7 @@ def test_the_options_are_taken_out_and_complete_each_other(hub, tmp_path):
     assert take_push({"hub_model_id": "not / a name"}, tmp_path) is None, (
         "nothing is asked where nothing is wanted"
     )
+    assert hub.asked == 2
 
 
 @pytest.mark.parametrize(

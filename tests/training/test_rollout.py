@@ -119,11 +119,16 @@ def test_divergence_token_by_token(runner, rollout):
 
 
 def test_accepted_length_at_temperature_zero_is_the_match_with_the_trajectory(loaded, trajectories):
-    runner = WindowRunner(loaded.target, loaded.drafter, trajectories, K, 0.7, greedy=True)
     many = torch.zeros(100, dtype=torch.long)
+    runner = WindowRunner(loaded.target, loaded.drafter, trajectories, K, 0.7, greedy=True)
+    drafted = roll_out(runner, many, many + 6, seed=0).tokens[0]
+    ids = trajectories.input_ids.clone()
+    ids[0, 6 : 6 + K] = drafted  # else chance would have to bring a match
+    changed = Trajectories(ids, trajectories.prompt_lengths, trajectories.lengths)
+    runner = WindowRunner(loaded.target, loaded.drafter, changed, K, 0.7, greedy=True)
     rollout = roll_out(runner, many, many + 6, seed=0)
-    own = trajectories.input_ids[0, 6 : 6 + K].expand(100, -1)
-    assert rollout.num_accepted_tokens.equal(greedy_accepted_length(rollout.tokens, own))
+    assert rollout.num_accepted_tokens.equal(greedy_accepted_length(rollout.tokens, drafted.expand(100, -1)))
+    assert rollout.num_accepted_tokens[0] == K
 
 
 def test_accepted_length_by_sampling_follows_the_ratios(loaded, trajectories):

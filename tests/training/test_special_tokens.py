@@ -64,17 +64,21 @@ def test_training_continues_the_same_ids_and_no_older_set(tokenizer, directories
     assert len({path.name for path in tmp_path.iterdir()} - names) == 1
 
 
+ENCODING = ("__call__", "encode", "encode_plus", "batch_encode_plus", "tokenize", "apply_chat_template")
+
+
 def tokenizing(file: Path) -> Iterator[int]:
     """Lines that call a tokenizer on text."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
             continue
         function = node.func
+        if isinstance(function, ast.Attribute) and function.attr in ENCODING:  # tokenizer.encode(…)
+            function = function.value
         if isinstance(function, ast.Call):  # load_tokenizer(…)(…)
-            function = function.func
-            named = isinstance(function, ast.Name) and function.id == "load_tokenizer"
+            named = ast.unparse(function.func).rpartition(".")[2] == "load_tokenizer"
         else:
-            named = isinstance(function, ast.Name) and function.id == "tokenizer"
+            named = ast.unparse(function).rpartition(".")[2] == "tokenizer"
         if named:
             yield node.lineno
 
@@ -83,8 +87,10 @@ def test_there_is_one_place_that_tokenizes(tmp_path):
     """But for the tiny models, which are made from text; vLLM is given the ids."""
     planted = tmp_path / "planted.py"
     planted.write_text(
-        "load_tokenizer(target)(texts)\nids = tokenizer(text)\nload_tokenizer(target)\n", "utf-8"
+        "load_tokenizer(target)(texts)\nids = tokenizer(text)\nload_tokenizer(target)\n"
+        "tokenizer.encode(text)\nself.tokenizer(text)\ntokenizer.decode(ids)\nload_tokenizer(target).encode(text)\n",
+        "utf-8",
     )
-    assert list(tokenizing(planted)) == [1, 2]
+    assert sorted(tokenizing(planted)) == [1, 2, 4, 5, 7]
     files = [file for file in SOURCES.rglob("*.py") if "tiny" not in file.relative_to(SOURCES).parts]
     assert {file.name for file in files if list(tokenizing(file))} == {"prompts.py"}

@@ -30,6 +30,7 @@ from ppow_train.target_cache import (
     open_cache,
     resolve_kind,
 )
+from ppow_train.trainer import PPOWTrainer
 from ppow_train.types import Trajectories
 
 KINDS = ("divergence", "lost_tokens")
@@ -96,14 +97,32 @@ def test_windows_read_them_without_asking_the_target(runner, trajectories, monke
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "causal_lm"])
-def test_training_with_a_cache_is_training_without(kind, directories, trajectories, tmp_path):
-    adapters, losses = [], []
+def test_training_with_a_cache_is_training_without(kind, directories, trajectories, tmp_path, monkeypatch):
+    """And with it no update asks the target for its states."""
+    adapters, losses, asked, updating = [], [], [], []
+    encode_parts, step = Target.encode_parts, PPOWTrainer.training_step
+
+    def watched(self: Target, parts):
+        asked.extend(updating)
+        return encode_parts(self, parts)
+
+    def marked(self: PPOWTrainer, *args, **options):
+        updating.append("update")
+        try:
+            return step(self, *args, **options)
+        finally:
+            updating.clear()
+
+    monkeypatch.setattr(Target, "encode_parts", watched)
+    monkeypatch.setattr(PPOWTrainer, "training_step", marked)
     for where in ("none", "memory", "disk"):
         (tmp_path / where).mkdir()
         train_into(
             tmp_path / where, directories, trajectories, kind=kind, target_cache=where,
             save_strategy="no", max_steps=4, cache=tmp_path / "cache",
         )  # fmt: skip
+        assert bool(asked) == (where == "none"), where
+        asked.clear()
         adapters.append(load_file(tmp_path / where / "adapter" / "adapter_model.safetensors"))
         losses.append(torch.tensor(curve(tmp_path / where)))
     assert [path.name[:7] for path in (tmp_path / "cache").iterdir()] == ["target-"]
@@ -138,8 +157,9 @@ def test_of_two_that_want_it_one_asks_the_target(target, trajectories, tmp_path,
         return encode(self, chosen)
 
     monkeypatch.setattr(Target, "encode", slow)
+    opened = []
     threads = [
-        threading.Thread(target=DiskCache, args=(target, trajectories, tmp_path, "sha256:0"))
+        threading.Thread(target=lambda: opened.append(DiskCache(target, trajectories, tmp_path, "sha256:0")))
         for _ in range(2)
     ]
     for thread in threads:
@@ -147,6 +167,7 @@ def test_of_two_that_want_it_one_asks_the_target(target, trajectories, tmp_path,
     for thread in threads:
         thread.join()
     assert len(asking) == 1
+    assert len(opened) == 2, "the other waited and found it"
     assert [path.name[:7] for path in tmp_path.iterdir()] == ["target-"]
 
 

@@ -56,6 +56,42 @@ def continued(monkeypatch) -> list[tuple[str, list[str], tuple[Round, ...], int]
     return asked
 
 
+# ---------------------------------------------------------------- what is refused before anything is continued
+
+
+def test_an_occupied_output(command, continued, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "thesis.txt").write_text("precious")
+    assert cli.run(command) == 1
+    assert "exists and is not a PPOW adapter" in capsys.readouterr().err
+    assert not continued
+
+
+@pytest.fixture
+def unfinished(tmp_path) -> Path:
+    """Training state of a run that was killed, and the log of its windows."""
+    state = tmp_path / "adapter.checkpoints"
+    state.mkdir()
+    (state / "run.json").write_text("{}")
+    (state / "windows.jsonl").write_text("lines")
+    return state
+
+
+@pytest.mark.parametrize("keeps", ["no", "steps"])
+def test_an_unfinished_run(command, continued, unfinished, capsys, keeps):
+    assert cli.run([*command, "--save-strategy", keeps]) == 1
+    assert "holds an unfinished run: add --resume" in capsys.readouterr().err
+    assert not continued
+    assert (unfinished / "windows.jsonl").read_text() == "lines"
+
+
+def test_resuming_what_keeps_no_state(command, continued, unfinished, capsys):
+    assert cli.run([*command, "--save-strategy", "no", "--resume"]) == 1
+    assert "--resume needs training state, and --save-strategy no keeps none" in capsys.readouterr().err
+    assert not continued
+    assert (unfinished / "windows.jsonl").read_text() == "lines"
+
+
 # ---------------------------------------------------------------- what is held out is not trained on
 
 

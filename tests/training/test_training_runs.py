@@ -18,6 +18,7 @@ from training_pair import VOCAB, Directories, K, load
 from ppow_train.config import PPOWConfig
 from ppow_train.data import collate
 from ppow_train.drafters import load_drafter
+from ppow_train.errors import UserError
 from ppow_train.generation import generate, load_tokenizer
 from ppow_train.objectives import make_objective
 from ppow_train.options import PPOWOptions
@@ -45,6 +46,34 @@ def config_for(tmp_path: Path, **options: Any) -> PPOWConfig:
         "output_dir": str(tmp_path / "out"),
     }
     return PPOWConfig(**{**defaults, **options})
+
+
+@pytest.mark.parametrize("objective", ["cst:jsd", "ppow"])
+def test_a_run_that_diverges_ends_at_that_update_and_writes_nothing(
+    objective, directories, continuations, tmp_path, monkeypatch
+):
+    from ppow_train.trainer import PPOWTrainer
+
+    own, updates = PPOWTrainer._compute_loss, []
+
+    def spoilt(self, model, inputs):
+        updates.append(self.state.global_step)
+        return own(self, model, inputs) * (float("nan") if self.state.global_step == 2 else 1.0)
+
+    monkeypatch.setattr(PPOWTrainer, "_compute_loss", spoilt)
+    config = config_for(tmp_path, objective=objective, save_steps=1)
+    pair = load_pair(str(directories.target), str(directories.drafter["causal_lm"]))
+    with (
+        make_progress(is_shown=False) as progress,
+        pytest.raises(UserError, match=r"diverged at update 3: .*Lower --learning-rate"),
+    ):
+        train_adapter(pair, continuations, config, tmp_path / "adapter", progress=progress)
+    assert max(updates) == 2
+    assert not (tmp_path / "adapter").exists()
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +326,15 @@ def test_generation_is_the_targets_own_distribution(directories):
             ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
     _, sampled = generate(model, tokenizer, ["windows"] * 20, max_new_tokens=3, temperature=1.0, seed=0)
     assert len({tuple(row) for row in sampled}) > 1
+    for temperature in (0.5, 2.0):  # first tokens against the whole softmax: mean log-probability, 4 errors
+        _, first = generate(
+            model, tokenizer, ["windows"] * 500, max_new_tokens=1, temperature=temperature, seed=0
+        )
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompts[0]])).logits[0, -1]
+        logp = (logits / temperature).log_softmax(-1)
+        seen, wanted = logp[torch.tensor(first)[:, 0]], (logp.exp() * logp).sum()
+        assert (seen.mean() - wanted).abs() < 4 * seen.std() / 500**0.5
     assert model.generation_config.repetition_penalty == 5.0, "the target is left as it was"
 
 

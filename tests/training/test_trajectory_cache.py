@@ -115,23 +115,24 @@ def test_of_several_that_want_a_set_one_generates_it(model, tokenizer, tmp_path,
 
 def test_who_has_the_lock_has_it_alone(tmp_path):
     """Many times over: the lock's file is removed each time, while others wait for it."""
-    inside, most = 0, 0
+    inside, most, done = 0, 0, 0
 
     def work() -> None:
-        nonlocal inside, most
+        nonlocal inside, most, done
         for _ in range(20):
             with locked(tmp_path / "made" / "set"):
                 inside += 1
                 most = max(most, inside)
                 time.sleep(0.001)
                 inside -= 1
+                done += 1
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == 1
+    assert (most, done) == (1, 4 * 20)
     assert names(tmp_path / "made") == set()
 
 

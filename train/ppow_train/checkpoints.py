@@ -83,6 +83,25 @@ def open_run(directory: Path, facts: dict[str, Any], resume: bool) -> Iterator[P
         yield next(reversed(_checkpoints(directory)), None)
 
 
+def check_unfinished(directory: Path, resume: bool, keeps: bool) -> None:
+    """What can be said of an unfinished run before anything is generated; the rest says `open_run`.
+
+    Args:
+        keeps: whether this run keeps training state (`save_strategy`). One that keeps none cannot go on with any, and
+            would replace the log of a run that does.
+
+    Raises:
+        UserError: an unfinished run is there, and is not to be gone on with.
+    """
+    if resume and not keeps:
+        raise UserError("--resume needs training state, and --save-strategy no keeps none: drop one of them.")
+    if (directory / RUN).exists() and not resume:
+        raise UserError(
+            f"{directory} holds an unfinished run: add --resume and its options to go on with it, name other "
+            "--checkpoints, or delete it."
+        )
+
+
 def finish_run(directory: Path) -> None:
     """The adapter stands: drop the training state. Whatever else was put there, logs for instance, stays."""
     for checkpoint in _checkpoints(directory):

@@ -1,7 +1,6 @@
 """What a run will take, before it is started: memory by the model of memory.py, time by a few updates of its own.
 
-Left out: generating trajectories, the parity gate; keeping the target's states (`target_cache`), which makes the run
-faster than the updates timed here.
+Left out: generating trajectories, reading them once for the target's states that are kept, the parity gate.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress
+
 from ppow_train.config import PPOWConfig
 from ppow_train.data import keep_long_enough
 from ppow_train.generation import load_tokenizer
@@ -19,7 +20,7 @@ from ppow_train.machine import available_bytes
 from ppow_train.memory import estimate_memory
 from ppow_train.microbatches import choose_windows_per_forward, divide_step
 from ppow_train.pair import Pair
-from ppow_train.training import make_judges, make_runner, quiet_trainer, restored
+from ppow_train.training import make_judges, make_runner, open_run_cache, quiet_trainer, restored
 from ppow_train.types import Trajectories
 from ppow_train.update_clock import UpdateClock
 
@@ -68,10 +69,16 @@ def estimate_run(
     config: PPOWConfig,
     scratch: Path,
     held_out: Trajectories | None = None,
+    *,
+    cache: Path | None = None,
+    progress: Progress,
 ) -> RunEstimate:
-    """Estimate a run; nothing is written but a log in `scratch`, and the drafter is given back as it was.
+    """Estimate a run, from updates as it makes them; the drafter is given back as it was.
+
+    Nothing is written but a log in `scratch`, and with `target_cache` "disk" what the run will find under `cache`.
 
     Args:
+        cache: as in `training.train_adapter`, and
         held_out: as in `training.train_adapter`.
 
     Raises:
@@ -89,6 +96,7 @@ def estimate_run(
     watch = UpdateClock(stop_after=1 + _TIMED_UPDATES)
     config.adaptive_after, config.save_strategy, config.output_dir = 0.0, "no", str(scratch)
     with restored(pair.drafter.model):
+        runner.cache = open_run_cache(pair, runner.trajectories, config, cache, progress)
         trainer = PPOWTrainer(runner, config, load_tokenizer(pair.target.directory), callbacks=[watch])
         quiet_trainer(trainer)
         trainer.train()

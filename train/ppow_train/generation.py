@@ -16,6 +16,7 @@ import torch
 
 from ppow_train.data import load_trajectories, save_trajectories, trajectory_key
 from ppow_train.errors import UserError
+from ppow_train.loading import load_causal_lm, read_config, read_tokenizer
 from ppow_train.locks import locked
 from ppow_train.prompts import Text, text_ids
 from ppow_train.target_config import config_digest
@@ -68,9 +69,7 @@ class Backend(Protocol):
 
 def load_tokenizer(target: Path) -> PreTrainedTokenizerBase:
     """The target's tokenizer, padding on the left as generation needs it."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer = read_tokenizer(target)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -179,9 +178,7 @@ def open_hugging_face(
     target: Path, sampling: Sampling, *, device: str, dtype: str, batch_size: int
 ) -> Iterator[HuggingFaceBackend]:
     """Load the target for `HuggingFaceBackend`; `dtype` as in transformers, "auto" is the checkpoint's own."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, use_safetensors=True).to(device).eval()
+    model = load_causal_lm(target, dtype, device).eval()
     yield HuggingFaceBackend(model, load_tokenizer(target), sampling, batch_size)
 
 
@@ -201,12 +198,12 @@ def open_vllm(options: EngineOptions, sampling: Sampling) -> Iterator[VllmBacken
 
 def end_tokens(target: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """End-of-text of a target that is not loaded (see `Sampling`), in ascending order."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     try:
         shipped = GenerationConfig.from_pretrained(target)
     except OSError:  # the file is optional; a loaded model falls back to its config too
-        shipped = GenerationConfig.from_model_config(AutoConfig.from_pretrained(target))
+        shipped = GenerationConfig.from_model_config(read_config(target))
     return tuple(_named_ends(shipped.eos_token_id, tokenizer))
 
 

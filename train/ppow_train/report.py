@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppow_train.benchmark import ArmResult
+from ppow_train.errors import UserError
 from ppow_train.identity import Comparison
 from ppow_train.serving_eval import ADAPTER, ADAPTIVE, BASE
 
@@ -101,6 +103,24 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(path)
+
+
+def check_plots() -> None:
+    """Ask for what `write_plot` needs before a measurement is made that it would draw.
+
+    Raises:
+        UserError: it is not installed; serving alone does not bring it.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "--output draws with matplotlib, which is not installed here: pip install matplotlib."
+        )
+
+
 def write_plot(path: Path, results: Sequence[ArmResult], title: str) -> None:
     """Acceptance by position (left) and speed against no speculation (right), a PNG."""
     import matplotlib
@@ -135,7 +155,7 @@ def write_plot(path: Path, results: Sequence[ArmResult], title: str) -> None:
     figure.suptitle(title)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
     plt.close(figure)
 
 
@@ -165,7 +185,7 @@ def write_curve(path: Path, selection: dict[str, Any]) -> None:
     )
     axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
     plt.close(figure)
 
 

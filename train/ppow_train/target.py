@@ -12,6 +12,7 @@ import torch
 
 from ppow_train import causal
 from ppow_train.errors import UserError
+from ppow_train.loading import load_causal_lm
 from ppow_train.types import Encoded, Reading, Trajectories
 
 
@@ -34,16 +35,10 @@ class Target:
         device: str = "cpu",
         dtype: str = "float32",
     ) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.directory = directory
         self.tap_layers = tap_layers
         self._last: list[tuple[Reading, Encoded]] = []
-        self.model = (
-            AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True)
-            .to(device)
-            .eval()
-        )
+        self.model = load_causal_lm(directory, dtype, device).eval()
         self.model.requires_grad_(False)
         causal.check_head(self.model)
         layers = self.model.config.get_text_config().num_hidden_layers

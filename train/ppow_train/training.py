@@ -26,6 +26,7 @@ from ppow_train.checkpoints import (
 )
 from ppow_train.config import PPOWConfig
 from ppow_train.data import keep_long_enough, read_prompts
+from ppow_train.divergence import Divergence
 from ppow_train.errors import UserError
 from ppow_train.generation import Round, load_or_generate, load_tokenizer
 from ppow_train.lora_targets import check_lora_targets
@@ -159,7 +160,7 @@ def train_adapter(
     selecting, reporting = make_judges(pair, held_out, config)
     _divide(runner, config, [judge for judge in (selecting, reporting) if judge])
     with _state_of_run(pair, trajectories, config, resume) as checkpoint, restored(pair.drafter.model):
-        runner.cache = _open_cache(pair, runner.trajectories, config, cache, progress)
+        runner.cache = open_run_cache(pair, runner.trajectories, config, cache, progress)
         before = reporting() if reporting else None
         trainer, best = _train(runner, config, selecting, checkpoint, progress)
         peft_model = trainer.accelerator.unwrap_model(trainer.model)
@@ -197,9 +198,10 @@ def _divide(runner: WindowRunner, config: PPOWConfig, judges: Sequence[Judge]) -
     divide_step(config, config.windows_per_forward)
 
 
-def _open_cache(
+def open_run_cache(
     pair: Pair, trajectories: Trajectories, config: PPOWConfig, directory: Path | None, progress: Progress
 ) -> TargetCache | None:
+    """The target's states that a run reads, filled; every process of the run calls this."""
     # On disk one process writes what the others find; in memory each has its own.
     on_disk = config.target_cache == "disk"
     with config.main_process_first(local=False) if on_disk else contextlib.nullcontext():
@@ -217,7 +219,8 @@ def _train(
     from ppow_train.trainer import PPOWTrainer
 
     bar = ProgressBar(f"training ({config.objective})", progress)
-    trainer = PPOWTrainer(runner, config, load_tokenizer(runner.target.directory), callbacks=[bar])
+    callbacks = [bar, Divergence()]
+    trainer = PPOWTrainer(runner, config, load_tokenizer(runner.target.directory), callbacks=callbacks)
     best = BestOnHeldOut(selecting, config, trainer.log_next) if selecting else None
     if best:
         trainer.add_callback(best)

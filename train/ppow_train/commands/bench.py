@@ -108,8 +108,10 @@ def bench(output: Path | None, as_json: bool, **arguments: Any) -> None:
     from rich.console import Console
 
     from ppow_train.report import as_json as to_json
-    from ppow_train.report import print_table, write_json, write_plot
+    from ppow_train.report import check_plots, print_table, write_json, write_plot
 
+    if output:
+        check_plots()
     console = Console(stderr=as_json)
     directory, num_prompts, results = _measure(
         arguments, output, lambda text: console.print(f"  {text}", style="dim")
@@ -190,14 +192,13 @@ def _max_model_len(
     Raises:
         UserError: too little for them.
     """
-    from transformers import AutoConfig
-
     from ppow_train.errors import UserError
+    from ppow_train.loading import read_config
     from ppow_train.serving_eval import model_length
 
     needed = max(map(len, prompts)) + arguments["max_tokens"]
     room = arguments["max_model_len"] or model_length(
-        prompts, arguments["max_tokens"], num_speculative_tokens, AutoConfig.from_pretrained(target)
+        prompts, arguments["max_tokens"], num_speculative_tokens, read_config(target)
     )
     if room < needed:
         limit = "--max-model-len is" if arguments["max_model_len"] else "the target takes"

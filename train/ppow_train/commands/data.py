@@ -248,12 +248,11 @@ def _run(request: _Request, prompts: Iterator[Prompt]) -> Manifest:
 
 def _check_fit(directory: Path, tokenized: TokenizedPrompts, sampling: Sampling) -> int:
     """Tokens of the longest trajectory, which must fit the target: asked for before hours of generation."""
-    from transformers import AutoConfig
-
     from ppow_train.generation import check_length
+    from ppow_train.loading import read_config
 
     longest = max(map(len, tokenized.ids)) + sampling.max_new_tokens
-    check_length(longest, AutoConfig.from_pretrained(directory))
+    check_length(longest, read_config(directory))
     return longest
 
 
@@ -330,9 +329,8 @@ def _backend(request: _Request, directory: Path, sampling: Sampling, longest: in
 
 
 def _endpoint(request: _Request, directory: Path, sampling: Sampling) -> EndpointBackend:
-    from transformers import AutoConfig
-
     from ppow_train.endpoint import EndpointBackend
+    from ppow_train.loading import read_config
 
     assert request.endpoint is not None
     assert request.model is not None
@@ -342,7 +340,7 @@ def _endpoint(request: _Request, directory: Path, sampling: Sampling) -> Endpoin
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         end_token_ids=sampling.end_token_ids,
-        vocab_size=AutoConfig.from_pretrained(directory).get_text_config().vocab_size,
+        vocab_size=read_config(directory).get_text_config().vocab_size,
         api_key=request.api_key(),
         concurrency=request.concurrency,
     )

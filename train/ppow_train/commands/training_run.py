@@ -74,19 +74,23 @@ def run(request: Request) -> Outcome | None:
     """Train and check; None in all but the main one of several processes."""
     import torch
 
+    from ppow_train.checkpoints import check_unfinished
     from ppow_train.distributed import leave_group
     from ppow_train.errors import UserError
     from ppow_train.pair import load_pair
     from ppow_train.progress import make_progress
     from ppow_train.selection import require_held_out
     from ppow_train.training import check_trainable, train_adapter
+    from vllm_ppow.artifact import check_output
 
     config = _config(request, request.checkpoints)
     require_held_out(config, request.data is not None or request.held_out is not None)
     is_main = config.process_index == 0
     with make_progress(is_shown=is_main) as progress:
         pair = load_pair(request.target, request.drafter, str(config.device), config.target_dtype)
-        check_trainable(pair, config)  # before hours of generation
+        check_trainable(pair, config)  # before hours of generation, as the next two are
+        check_output(request.output)
+        check_unfinished(request.checkpoints, request.resume, keeps=config.save_strategy != "no")
         # One process generates, the others find what it put into the cache.
         with config.main_process_first(local=False):
             trajectories, held_out = _splits(request, pair, config, progress)
@@ -132,7 +136,9 @@ def estimate(request: Request) -> RunEstimate | None:
                 trajectories, held_out = _splits(request, pair, config, progress)
             if is_main:
                 _tell_passes(config, trajectories)
-            estimated = estimate_run(pair, trajectories, config, Path(scratch), held_out)
+            estimated = estimate_run(
+                pair, trajectories, config, Path(scratch), held_out, cache=request.cache, progress=progress
+            )
     return estimated if is_main else None
 
 

@@ -13,6 +13,7 @@ import torch
 from ppow_train import causal
 from ppow_train.drafters.base import ChainDrafter
 from ppow_train.last_layer import read_slots
+from ppow_train.loading import load_causal_lm
 from ppow_train.lora_targets import default_targets
 from ppow_train.types import Encoded, Trajectories
 
@@ -38,9 +39,7 @@ class CausalLMDrafter(ChainDrafter):
         Raises:
             UserError: how its logits come to be is not known.
         """
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True).to(device)
+        model = load_causal_lm(directory, dtype, device)
         causal.check_head(model)
         return cls(model)
 

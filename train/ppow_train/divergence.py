@@ -1,0 +1,27 @@
+"""Ends a run whose weights are no numbers any more, at the update that made them so.
+
+One loss that is not finite turns every trained tensor into NaN, by clipping and AdamW, and transformers logs it as 0.
+All processes hold the same weights, so all of them end. Left out: why a loss is not finite.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ppow_train.errors import UserError
+
+
+class Divergence(TrainerCallback):
+    """Looks at the trained weights after every update, before anything of it is saved."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raise UserError if one of them is not finite."""
+        trained = (weight for weight in kwargs["model"].parameters() if weight.requires_grad)
+        if all(bool(weight.isfinite().all()) for weight in trained):
+            return
+        raise UserError(
+            f"Training diverged at update {state.global_step}: weights are no numbers any more, and no adapter was "
+            "written. Lower --learning-rate, or give --target-dtype float32."
+        )
