@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from safetensors import SafetensorError
 from torch import OutOfMemoryError
 
 from ppow_train import cli
@@ -124,6 +125,46 @@ def raising(monkeypatch):
             1,
             "device (out/x): free some room",
         ),
+        (
+            RuntimeError(
+                "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598\nframe #0: x"
+            ),
+            1,
+            "unexpected pos 704 vs 598): free some room or name another output",
+        ),
+        (RuntimeError("basic_ios::clear: iostream error"), 1, "as on a full disk (basic_ios"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            1,
+            "Error: No space left on device: free some room",
+        ),
+        (
+            SafetensorError(
+                'IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })'
+            ),
+            1,
+            "Error: No space left on device: free some room",
+        ),
+        (
+            SafetensorError("Error while serializing: I/O error: Is a directory (os error 21)"),
+            1,
+            "Error: Is a directory: a directory is where a file is needed, name another path.",
+        ),
+        (
+            FileExistsError(errno.EEXIST, "File exists", "out"),
+            1,
+            "Error: File exists (out): name another output, or remove what is there.",
+        ),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "out/x"),
+            1,
+            "Error: Not a directory (out/x): a file is where a directory is needed, name another path.",
+        ),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", ".out.part", None, "out"),
+            1,
+            "Error: Is a directory (out): a directory is where a file is needed, name another path.",
+        ),
         (ModuleNotFoundError("No module named 'vllm'", name="vllm"), 1, "pip install '.[cpu]'"),
         (
             OutOfMemoryError("CUDA out of memory."),
@@ -139,7 +180,26 @@ def test_errors_are_one_sentence_and_a_code(raising, capsys, outcome, code, mess
     shown = capsys.readouterr()
     assert message in shown.err
     assert "Traceback" not in shown.err
+    assert "frame #0" not in shown.err, "torch's own stack"
     assert shown.out == ""
+
+
+@pytest.mark.parametrize("output", [".", "..", "/"])
+def test_a_directory_is_no_picture(output, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "windows.jsonl").write_text('{"step": 1}\n')
+    assert cli.run(["windows", str(tmp_path), "--output", output]) == 1
+    assert f"Error: {output} is a directory: name the PNG to write, such as " in capsys.readouterr().err
+
+
+def test_an_output_in_the_wrong_place_is_one_sentence(tmp_path, capsys):
+    """As the system itself refuses it, at the end of a command."""
+    (tmp_path / "windows.jsonl").write_text('{"step": 1}\n')
+    for output in ("windows.jsonl/x.png", "windows.jsonl/x/y.png"):
+        assert cli.run(["windows", str(tmp_path), "--output", str(tmp_path / output)]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith(("Error: File exists (", "Error: Not a directory ("))
+        assert "name another" in told
 
 
 def test_a_code_that_a_command_chooses_is_kept(raising):
@@ -157,7 +217,12 @@ def test_success_is_zero(raising):
     [
         ValueError("a bug"),
         RuntimeError("a bug"),
+        RuntimeError(
+            "[enforce fail at inline_container.cc:145] . PytorchStreamReader failed reading zip archive"
+        ),
+        SafetensorError("Error while deserializing header: header too large"),
         OSError(errno.EIO, "strange"),
+        OSError("no number"),
         ModuleNotFoundError("No module", name="ppow_train.nope"),
     ],
 )

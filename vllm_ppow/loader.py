@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.config.utils import replace
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from vllm_ppow import finite_logits
 from vllm_ppow.artifact import read_adapter
 from vllm_ppow.config import (
     ADAPTER_KEY,
@@ -30,7 +31,7 @@ from vllm_ppow.merge import MergeError, Merger, MergeReport
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.config.load import LoadConfig
 
 logger = logging.getLogger("vllm.ppow.loader")
@@ -65,6 +66,13 @@ class PPOWModelLoader(DefaultModelLoader):
                 f"Adapter {directory} was replaced while the server was starting: start it again."
             )
         super().__init__(_without_ours(load_config))
+
+    def load_model(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> nn.Module:
+        """The drafter, its distributions usable where drafts are drawn from them."""
+        model = super().load_model(vllm_config, *args, **kwargs)
+        if vllm_config.speculative_config.draft_sample_method == "probabilistic":
+            finite_logits.guard(model)
+        return model
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module

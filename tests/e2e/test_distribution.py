@@ -10,6 +10,7 @@ other samples are drawn and one of a hundred right ones fails. Left out: penalti
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from feature_cases import TINY
 from feature_engines import tiny_adapter
 from serving_engine import engine
 
+from vllm_ppow import finite_logits
 from vllm_ppow.compat.capabilities import V2_RUNNER
 from vllm_ppow.metrics import SpecDecodeCounts
 
@@ -147,6 +149,28 @@ def test_keeping_a_token_by_its_own_probability_is_noticed(sampler, first, exact
 
     monkeypatch.setattr(drafter, "propose", cut)
     assert max(p_values(sampler, first, exact).values()) < 1e-6
+
+
+@pytest.fixture
+def overflowing(sampler) -> Iterator[Sampler]:
+    """The drafter's hidden states are NaN, as where its sums overflow."""
+    weights = dict(sampler.runner.drafter.model.named_parameters())
+    weight = weights["model.norm.weight"]
+    kept = weight.data.clone()
+    weight.data.fill_(float("nan"))
+    yield sampler
+    weight.data.copy_(kept)
+
+
+@pytest.mark.parametrize("sampler", [PLANTED], indirect=True)
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_a_drafter_whose_sums_overflow_changes_nothing(overflowing, first, exact, monkeypatch, is_guarded):
+    """For which its logits are guarded: as they are, verification would conclude wrongly from them."""
+    if not is_guarded:
+        monkeypatch.setattr(finite_logits, "usable", lambda logits: logits)
+    drawn = overflowing.continuations(first, 4_000)
+    found = {length: chi_square_p([tokens[:length] for tokens in drawn], exact[length]) for length in exact}
+    assert (min(found.values()) > P_VALUE) if is_guarded else (max(found.values()) < 1e-6)
 
 
 @pytest.mark.parametrize("sampler", [PLANTED], indirect=True)

@@ -65,6 +65,24 @@ def test_what_it_asks(server, capsys, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_key_is_sent_without_the_line_end_of_its_file(server, capsys, monkeypatch, end):
+    monkeypatch.setenv("VLLM_API_KEY", f"secret{end}")
+    server.answers = [(200, RUNNING)]
+    assert swap(server) == 0
+    assert server.asked == [("GET", "/v1/ppow/adapter", "Bearer secret", None)]
+    assert "secret" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("key", ["s3cret\ns3cret", "s3cret\rs3cret", "s3cret\0s3cret", "s3crét…"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_told(server, capsys, key):
+    assert swap(server, "--api-key", key) == 1
+    told = "".join(capsys.readouterr())
+    assert "Error: The API key holds a line break or another sign" in told
+    assert "s3cr" not in told
+    assert not server.asked
+
+
 @pytest.mark.parametrize(("event", "code"), [("kept", 0), ("swapped back", 1)])
 def test_waiting_for_the_comparison(server, capsys, event, code):
     comparing = {**RUNNING, "comparing": True, "last": {"event": "swapped", "why": "to b", "at": ""}}

@@ -53,13 +53,49 @@ def refused(*parts: str) -> Any:
         ('"prompt"\n', ["line 1", "JSON object"]),
         ('{"prompt": 3}\n', ["line 1", "non-empty text", "got 3"]),
         ('{"messages": []}\n', ["line 1", "non-empty text", "messages"]),
-        ('{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}\n', ["line 1", "got both"]),
+        ('{"prompt": "a", "messages": [CHAT]}\n', ["line 1", "got both"]),
         ('{"prompt": ""}\n', ["line 1", "non-empty text"]),
+        ('{"prompt": "a", "chat_template_kwargs": "abc"}\n', ["line 1", "must be an object", "got 'abc'"]),
+        (
+            '{"messages": [CHAT], "chat_template_kwargs": [1]}\n',
+            ["line 1", "must be an object", r"got \[1\]"],
+        ),
+        (
+            '{"messages": [CHAT], "chat_template_kwargs": {"tokenize": true}}\n',
+            ["line 1", "without .*tokenize"],
+        ),
+        ('{"messages": [CHAT], "chat_template_kwargs": {"chat_template": ""}}\n', ["without chat_template"]),
+        (
+            '{"messages": [CHAT], "chat_template_kwargs": {"tools": 5}}\n',
+            ["line 1", "tools must be a list", "got 5"],
+        ),
+        (
+            '{"messages": [CHAT]}\n{"messages": [CHAT], "tools": [1]}\n',
+            ["line 2", "list of objects", r"got \[1\]"],
+        ),
+        (
+            '{"messages": [CHAT], "tools": "abc"}\n',
+            ["line 1", "tools must be a list of objects", "got 'abc'"],
+        ),
+        ('{"prompt": "a", "tools": 5}\n', ["line 1", "tools must be a list of objects", "got 5"]),
+        (
+            '{"messages": [{"role": "user", "content": "a", "tool_calls": 5}]}\n',
+            ["line 1", "tool_calls", "got 5"],
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a", "tool_calls": ["b"]}]}\n',
+            ["tool_calls must be a list"],
+        ),
+        (
+            '{"messages": [CHAT, {"role": "user"}]}\n',
+            ["line 1", "role and, unless it has tool_calls, a content"],
+        ),
+        ('{"messages": [{"role": "user", "content": null, "tool_calls": []}]}\n', ["line 1", "a content"]),
     ],
 )
 def test_prompts(content, parts, tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text(content, encoding="utf-8")
+    path.write_text(content.replace("CHAT", '{"role": "user", "content": "b"}'), encoding="utf-8")
     with refused("prompts.jsonl", *parts):
         read_prompts(path, None)
 

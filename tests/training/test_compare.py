@@ -163,6 +163,30 @@ def test_a_line_cut_off_by_a_kill_is_served_again(run, served, tmp_path):
     assert [json.loads(line)["arm"] for line in content.splitlines()] == list(NAMES)
 
 
+@pytest.mark.parametrize(
+    ("base", "exact", "rows"),
+    [
+        ((30, 10), (45, 10), ["3.000 (3.000–3.000) | –", "4.500 (4.500–4.500) | +50.0 % (+50.0 … +50.0)"]),
+        ((0, 10), (45, 10), ["0.000 (0.000–0.000) | –", "4.500 (4.500–4.500) | –"]),
+        ((30, 10), (0, 0), ["3.000 (3.000–3.000) | –", "– | –"]),
+        ((0, 0), (0, 0), ["– | –", "– | –"]),
+    ],
+)
+def test_where_there_is_nothing_to_divide_by(base, exact, rows, run, tmp_path, monkeypatch):
+    def serve(adapter: Any, name: str, *_: Any) -> dict[str, Any]:
+        accepted, drafts = base if name == compare.BASE else exact
+        return {"1": {"num_accepted_tokens": accepted, "num_drafts": drafts}}
+
+    monkeypatch.setattr(compare, "_serve", serve)
+    assert run("--temperature", "1") == 0
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8").splitlines()
+    assert table == [
+        "| arm | T = 1: accepted per draft | gain over base |",
+        "|---|---|---|",
+        *(f"| {name} | {row} |" for name, row in zip(NAMES, rows, strict=True)),
+    ]
+
+
 # ---------------------------------------------------------------- models as they are
 
 

@@ -175,6 +175,27 @@ def test_urls_that_are_none(url, server):
         backend(server)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", " "])
+def test_a_key_is_sent_without_the_line_end_of_its_file(end, server):
+    run(backend(server, api_key=f"secret{end}"))
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"}
+
+
+@pytest.mark.parametrize("key", ["s3cret\ns3cret", "s3cret\rs3cret", "s3cret\0s3cret", "s3crét", "s3cret…"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_told(key, server):
+    with pytest.raises(UserError) as caught:
+        run(backend(server, api_key=key))
+    assert "API key holds a line break or another sign" in str(caught.value)
+    assert "s3cr" not in str(caught.value)
+    assert not server.requests
+    assert "s3cr" not in repr(backend(server, api_key="s3cret"))
+
+
+def test_a_key_of_blanks_is_none(server):
+    with refused("API key is empty", "--api-key-env"):
+        backend(server, api_key=" \n")
+
+
 # ---------------------------------------------------------------- what the server takes
 
 

@@ -108,6 +108,10 @@ def test_the_assistants_closing_answer_is_left_out_and_counted(answers, tmp_path
     """Another turn of the assistant after its own is no prompt that anybody serves."""
     answer = {"role": "assistant", "content": "windows"}
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": '{"x": 7}'}}]}
+    refused_answer = {"role": "assistant", "refusal": "no"}
+    assert texts(chat_tokenizer, write(tmp_path, {"messages": [*CHAT, refused_answer]})) == [
+        "<user>draft<assistant>"
+    ]
     turns = [*CHAT, answer, {"role": "user", "content": "of"}]
     path = write(
         tmp_path,
@@ -203,6 +207,24 @@ def test_messages_that_the_template_refuses(tmp_path, tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with refused("line 1", "roles must alternate"):
         tokenize(read_requests(write(tmp_path, {"messages": CHAT})), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "more", "part"),
+    [
+        # What a template says of content that is null, as beside tool calls it may be.
+        ("{% for m in messages %}{{ '<' + m.content }}{% endfor %}", {}, "NoneType"),
+        ("{{ messages }}", {"chat_template_kwargs": {"documents": 5}}, "not iterable"),
+        ("{{ messages }}", {"chat_template_kwargs": {"messages": []}}, "multiple values"),
+        ("{{ messages }}", {"chat_template_kwargs": {"return_assistant_tokens_mask": True}}, "requires"),
+    ],
+)
+def test_requests_that_the_template_breaks_off_at(template, more, part, tmp_path, tokenizer):
+    tokenizer.chat_template = template
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": "{}"}}]}
+    request = {"messages": [*CHAT, call, {"role": "tool", "content": "of"}], **more}
+    with refused("prompts.jsonl, line 2", "template refuses this request", part, "leave it out"):
+        tokenize(read_requests(write(tmp_path, {"prompt": "of"}, request)), tokenizer)
 
 
 # As Llama 3.2 asks for the date, and, within a macro, gpt-oss.

@@ -289,13 +289,15 @@ def test_a_study_goes_on_where_it_stopped_and_ends_in_a_table(small_study, tmp_p
     stopped = Results(tmp_path / "stopped")
     write_costs(tmp_path / "stopped", costs)
     for key in list(whole)[:5]:
-        stopped.add(key, whole[key])
+        stopped.add(key, dataclasses.replace(whole[key], seconds=1e6))  # a mark
     assert run(["study", str(small_study), "--output", str(tmp_path / "stopped"), "--cell", "causal_lm"]) == 0
     assert len(stopped.read()) < len(whole)
     assert run(["study", str(small_study), "--output", str(tmp_path / "stopped")]) == 0
     output = capsys.readouterr().out
     again = stopped.read()
     assert again.keys() == whole.keys()
+    assert [key for key, one in again.items() if one.seconds == 1e6] == list(whole)[:5], "none was done again"
+    assert len(stopped.file.read_text(encoding="utf-8").splitlines()) == len(whole)
     for key, value in whole.items():
         assert again[key].accepted == pytest.approx(value.accepted, abs=1e-3), key
     for name in ("eagle3, 2 updates", "causal_lm, 2 updates", "| `ppow` |"):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -55,9 +57,19 @@ _REMEDIES = dict.fromkeys(_TRAIN_NAMES.split(), "pip install '.[train]' in vllm-
     "vllm": "pip install '.[cpu]', or '.[gpu]' for an NVIDIA GPU, in vllm-ppow's checkout"
 }
 
-
-# What a user can mend: no room, no permission, read-only, over quota.
-_DISK_TROUBLE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT)
+# What a user can mend, and how.
+_MAKE_ROOM = "free some room or name another output; what was there is untouched"
+_DISK_TROUBLE = dict.fromkeys(
+    (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT), _MAKE_ROOM
+) | {
+    errno.EEXIST: "name another output, or remove what is there",
+    errno.ENOTDIR: "a file is where a directory is needed, name another path",
+    errno.EISDIR: "a directory is where a file is needed, name another path",
+}
+# An errno as safetensors tells it, newer ones and older ones.
+_RUST_ERROR = re.compile(r"os error (\d+)|Os \{ code: (\d+)")
+# All that torch.save says where the disk is full: of a large file, of one that broke off, of a small one.
+_TORCH_WRITES = ("unexpected pos", "PytorchStreamWriter failed", "basic_ios::clear: iostream error")
 
 
 class LazyGroup(click.Group):
@@ -118,28 +130,40 @@ def run(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         click.echo("Interrupted", err=True)
         return 130
-    except (ArtifactError, UserError) as error:
-        return _fail(str(error))
-    except OSError as error:
-        if error.errno not in _DISK_TROUBLE:
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        return _fail(
-            f"{error.strerror}{where}: free some room or name another output; what was there is untouched."
-        )
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; nothing here imports torch
-            raise
-        return _fail(
+        return _fail(sentence)
+    return result if isinstance(result, int) else 0  # click hands back the code of `ctx.exit(code)`
+
+
+def _sentence(error: Exception) -> str | None:
+    """What the user is told of an error that they can act on; None for any other."""
+    told, kind = str(error), type(error).__name__  # by its name: nothing here imports torch
+    if isinstance(error, (ArtifactError, UserError)):
+        return told
+    if isinstance(error, ModuleNotFoundError):
+        remedy = _REMEDIES.get((error.name or "").partition(".")[0])
+        return remedy and f"{error.name} is not installed: {remedy}."
+    if isinstance(error, OSError):
+        return _disk_sentence(error.errno, error.strerror, error.filename2 or error.filename)
+    if kind == "SafetensorError" and (found := _RUST_ERROR.search(told)):
+        code = int(found[1] or found[2])
+        return _disk_sentence(code, os.strerror(code))
+    if kind == "OutOfMemoryError":
+        return (
             "the GPU ran out of memory: stop what else uses it, lower --windows-per-forward (train), --batch-size "
             "(data) or --max-new-tokens, or give --target-dtype bfloat16."
         )
-    except ModuleNotFoundError as error:
-        remedy = _REMEDIES.get((error.name or "").partition(".")[0])
-        if remedy is None:
-            raise
-        return _fail(f"{error.name} is not installed: {remedy}.")
-    return result if isinstance(result, int) else 0  # click hands back the code of `ctx.exit(code)`
+    if isinstance(error, RuntimeError) and any(sign in told for sign in _TORCH_WRITES):
+        return f"a file could not be written whole, as on a full disk ({told.splitlines()[0]}): {_MAKE_ROOM}."
+    return None
+
+
+def _disk_sentence(code: int | None, reason: str | None, path: object = None) -> str | None:
+    remedy = None if code is None else _DISK_TROUBLE.get(code)
+    return remedy and f"{reason}{f' ({path})' if path else ''}: {remedy}."
 
 
 def _fail(message: str) -> int:

@@ -230,10 +230,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UserError(f"Config {path} must be a mapping of names to values, got {type(values).__name__}.")
     check_keys(values, str(path))
     fields = {field.name: field for field in dataclasses.fields(PPOWConfig)}
-    return {name: _typed(value, fields[name], str(path)) for name, value in values.items()}
+    return {name: typed_value(value, fields[name], str(path)) for name, value in values.items()}
 
 
-def _typed(value: Any, field: dataclasses.Field[Any], source: str) -> Any:
+def typed_value(value: Any, field: dataclasses.Field[Any], source: str) -> Any:
     """A number where a number belongs: YAML reads `3e-3` as text, and TRL would fail on it late."""
     # Our own annotations are text, most of TRL's are types: "<class 'int'>", "float | None".
     written = str(field.type).removeprefix("<class '").removesuffix("'>")

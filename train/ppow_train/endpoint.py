@@ -18,9 +18,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ppow_train.errors import UserError
-from ppow_train.trajectory_store import derive_seed
 
 _PASSING = (408, 429, 500, 502, 503, 504)  # a busy or restarting server; anything else repeats itself
+
+
+def clean_key(key: str) -> str:
+    """An API key as a header can carry it: without the line end that a file or a secret store leaves behind it.
+
+    A key with another such sign is refused here, since `http.client` would print it in refusing it.
+
+    Raises:
+        UserError: without the key.
+    """
+    key = key.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(
+            "The API key holds a line break or another sign that no HTTP header can carry: give the key alone."
+        )
+    return key
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -43,7 +58,7 @@ class EndpointBackend:
         model: name under which the server serves the target.
         max_new_tokens, temperature, end_token_ids: as in `generation.Sampling`.
         vocab_size: ids at or above it are refused: another model answered.
-        api_key: sent as bearer token; None sends none.
+        api_key: sent as bearer token, as `clean_key` leaves it; None sends none.
         concurrency: requests under way at the same time.
         timeout_s: of one request, seconds.
         attempts: per request, when the server is busy or away.
@@ -56,7 +71,7 @@ class EndpointBackend:
     temperature: float
     end_token_ids: tuple[int, ...]
     vocab_size: int
-    api_key: str | None = None
+    api_key: str | None = dataclasses.field(default=None, repr=False)
     concurrency: int = 64
     timeout_s: float = 600.0
     attempts: int = 6
@@ -68,6 +83,10 @@ class EndpointBackend:
             raise UserError(
                 f"--endpoint must be an http(s) URL such as http://localhost:8000/v1, got {self.url!r}."
             )
+        if self.api_key is not None:
+            object.__setattr__(self, "api_key", clean_key(self.api_key))
+            if not self.api_key:
+                raise UserError("The API key is empty: set the variable of --api-key-env, or leave that out.")
 
     def continue_prompts(
         self, prompt_ids: Sequence[Sequence[int]], *, seed: int, report: Callable[[int], None]
@@ -77,6 +96,8 @@ class EndpointBackend:
         Raises:
             UserError: the server cannot be reached, refuses, or does not answer with the ids asked for.
         """
+        from ppow_train.trajectory_store import derive_seed  # needs numpy, which `ppow swap` does without
+
         pool, stop = concurrent.futures.ThreadPoolExecutor(self.concurrency), threading.Event()
         try:
             futures = [

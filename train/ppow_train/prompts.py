@@ -155,12 +155,21 @@ def _request(line: str, where: str) -> Iterator[Prompt]:
     if len(found) != 1:
         what = "both" if found else f"neither in {line[:60]!r}"
         raise UserError(f"{where}: expected `prompt` or `messages`, got {what}: give {_EXAMPLE}.")
-    options = dict(value.get("chat_template_kwargs") or {})
-    if value.get("tools"):
-        options["tools"] = value["tools"]
-    if value.get(_CONTINUE) is True:
-        options[_CONTINUE] = True
-    yield from prompts_of(value[found[0]], where, options)
+    yield from prompts_of(value[found[0]], where, _template_options(value, where))
+
+
+def _template_options(value: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a request gives to the chat template; as vLLM has it, not the template itself, nor what comes out of it."""
+    options = value.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict) or {"chat_template", "tokenize"} & options.keys():
+        raise UserError(
+            f"{where}: chat_template_kwargs must be an object without chat_template and tokenize, got {options!r:.60}."
+        )
+    tools = value.get("tools") or options.get("tools")
+    if tools and not _all(tools, dict):
+        raise UserError(f"{where}: tools must be a list of objects, got {tools!r:.60}.")
+    own = {"tools": tools, _CONTINUE: value.get(_CONTINUE) is True}
+    return {**options, **{name: given for name, given in own.items() if given}}
 
 
 def _innermost(value: dict[str, Any]) -> dict[str, Any]:
@@ -191,9 +200,8 @@ def prompts_of(value: Any, where: str, template_options: dict[str, Any] | None =
                 raise UserError(f"{where}: expected one list of messages, got a list of lists.")
             yield from prompts_of(item, where)
     else:
-        shown = repr(value)[:60]
         raise UserError(
-            f"{where}: a prompt must be a non-empty text, token ids or a list of messages, got {shown}."
+            f"{where}: a prompt must be a non-empty text, token ids or a list of messages, got {value!r:.60}."
         )
 
 
@@ -202,38 +210,38 @@ def _all(value: Any, kind: Any) -> bool:
     return whole and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
 
 
-def _chat(messages: list[dict[str, Any]], where: str, template_options: dict[str, Any]) -> Prompt:
+def _chat(messages: list[dict[str, Any]], where: str, options: dict[str, Any]) -> Prompt:
     """A chat without the assistant's closing answer: that is what the target is to say itself.
 
     A request that has the beginning of the answer continued keeps it.
     """
     asked = list(messages)
-    while asked and not template_options.get(_CONTINUE) and asked[-1]["role"] == "assistant":
+    while asked and not options.get(_CONTINUE) and asked[-1]["role"] == "assistant":
         asked.pop()
     if not asked:
         raise UserError(
             f"{where}: all messages are the assistant's: give what it answers to, or leave it out."
         )
-    return Prompt(
-        where, messages=asked, template_options=template_options, answered=len(asked) < len(messages)
-    )
+    return Prompt(where, messages=asked, template_options=options, answered=len(asked) < len(messages))
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     """A message as chat templates expect it: parts of text joined, arguments of tool calls as objects."""
-    content = message.get("content")
-    if not isinstance(message.get("role"), str) or not isinstance(content, (str, list, type(None))):
+    content, calls = message.get("content"), message.get("tool_calls")
+    if calls and not _all(calls, dict):
+        raise UserError(f"{where}: tool_calls must be a list of objects, got {calls!r:.60}.")
+    may_lack = calls or message.get("role") == "assistant"  # whose refused answers have none
+    whole = isinstance(content, (str, list)) or (content is None and may_lack)
+    if not whole or not isinstance(message.get("role"), str):
         raise UserError(
-            f"{where}: a message needs a role and a content, both texts, got {repr(message)[:60]}."
+            f"{where}: a message needs a role and, unless it has tool_calls, a content: texts, got {message!r:.60}."
         )
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise UserError(f"{where}: only parts of text can be drafted for, got {repr(content)[:60]}.")
         content = "\n".join(part["text"] for part in content)  # as vLLM joins them for text-only templates
-    changed = {**message, "content": content}
-    if message.get("tool_calls"):
-        changed["tool_calls"] = [_tool_call(call, where) for call in message["tool_calls"]]
-    return changed
+    done = {"tool_calls": [_tool_call(call, where) for call in calls]} if calls else {}
+    return {**message, "content": content, **done}
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
@@ -385,14 +393,8 @@ def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
     options = {"add_generation_prompt": begins, **prompt.template_options, "strftime_now": _strftime_now}
     try:
         return tokenizer.apply_chat_template(prompt.messages, tokenize=False, **options)
-    except TemplateError as error:
-        raise UserError(
-            f"{prompt.where}: the target's chat template refuses the messages ({error})."
-        ) from error
-    except ValueError as error:
-        if begins:
-            raise
-        raise UserError(
-            f"{prompt.where}: the target's chat template does not print the message that is to be continued: leave "
-            f"{_CONTINUE} out."
-        ) from error
+    except (TemplateError, TypeError, ValueError) as error:
+        why = f"refuses this request ({' '.join(str(error).split())[:200]}): correct it, or leave it out"
+        if isinstance(error, ValueError) and not begins:
+            why = f"does not print the message that is to be continued: leave {_CONTINUE} out"
+        raise UserError(f"{prompt.where}: the target's chat template {why}.") from error

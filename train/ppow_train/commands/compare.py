@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -366,29 +367,31 @@ class _Results:
 
     def table(self, arms: Sequence[str], seeds: Sequence[int], temperatures: Sequence[float]) -> str:
         """Markdown: mean accepted tokens per draft over seeds, and the gain over the base drafter, seed by seed."""
-        head = (
-            "| arm | "
-            + " | ".join(f"T = {t:g}: accepted per draft | gain over base" for t in temperatures)
-            + " |"
-        )
-        lines = [head, "|---" * (1 + 2 * len(temperatures)) + "|"]
+        head = "".join(f" | T = {t:g}: accepted per draft | gain over base" for t in temperatures)
+        lines = [f"| arm{head} |", "|---" * (1 + 2 * len(temperatures)) + "|"]
         for arm in arms:
             cells = [arm]
             for temperature in temperatures:
                 values = [self._accepted(arm, seed, temperature) for seed in seeds]
-                gains = [
-                    100 * (value / self._accepted(BASE, seed, temperature) - 1)
-                    for value, seed in zip(values, seeds, strict=True)
-                ]
-                cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})")
-                cells.append(
-                    "–"
-                    if arm == BASE
-                    else f"{statistics.mean(gains):+.1f} % ({min(gains):+.1f} … {max(gains):+.1f})"
-                )
+                bases = [self._accepted(BASE, seed, temperature) for seed in seeds]
+                gains = [100 * (_over(value, base) - 1) for value, base in zip(values, bases, strict=True)]
+                cells.append(_cell(values, "{:.3f} ({:.3f}–{:.3f})"))
+                cells.append("–" if arm == BASE else _cell(gains, "{:+.1f} % ({:+.1f} … {:+.1f})"))
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
     def _accepted(self, arm: str, seed: int, temperature: float) -> float:
         counts = self.rows[arm, seed][f"{temperature:g}"]
-        return counts["num_accepted_tokens"] / counts["num_drafts"]
+        return _over(counts["num_accepted_tokens"], counts["num_drafts"])
+
+
+def _over(value: float, base: float) -> float:
+    """A ratio; nan where there is nothing to divide by."""
+    return value / base if base else math.nan
+
+
+def _cell(values: Sequence[float], form: str) -> str:
+    """Mean, least and most; "–" where a seed has no value: a mean over fewer seeds would not compare with others."""
+    if any(map(math.isnan, values)):
+        return "–"
+    return form.format(statistics.mean(values), min(values), max(values))

@@ -46,16 +46,23 @@ COSTLIER_PROMPTS = 4  # served one at a time, where speculation matters most
     help="what is minimised, as in `ppow train`",
 )
 @click.option("--steps", default=100, show_default=True, help="updates of 128 windows")
-@click.option("--prompts", "num_prompts", default=32, show_default=True, help="held-out prompts to serve")
-@click.option("--max-tokens", default=64, show_default=True, help="output tokens per prompt")
+@click.option(
+    "--prompts", "num_prompts", type=click.IntRange(1), default=32, show_default=True,
+    help="held-out prompts to serve",
+)  # fmt: skip
+@click.option(
+    "--max-tokens", type=click.IntRange(2), default=64, show_default=True,
+    help="output tokens per prompt; the first of them is never drafted",
+)  # fmt: skip
 @click.option(
     "--rounds",
+    type=click.IntRange(1),
     default=3,
     show_default=True,
     help="passes of the second table, which is about speed, arms taking turns",
 )
 @click.option(
-    "--costlier-layers", default=32, show_default=True,
+    "--costlier-layers", type=click.IntRange(0), default=32, show_default=True,
     help="layers of the second table's target, as much deeper than the drafter as real targets are; 0: no such table",
 )  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="of trajectories, initialisation and windows")
@@ -81,15 +88,11 @@ def demo(
     """
     from rich.console import Console
 
-    from ppow_train.errors import UserError
     from ppow_train.report import as_json as to_json
     from ppow_train.report import write_json
     from ppow_train.serving_eval import ADAPTER, BASE, NONE, EngineOptions
 
-    if not (tiny / drafter).is_dir():
-        raise UserError(
-            f"{tiny} does not hold the tiny pair: run from a checkout, give --tiny, or `ppow tiny build`."
-        )
+    _check(tiny, drafter, costlier_layers)
     started = time.monotonic()
     console = Console(stderr=as_json)
     console.print(
@@ -101,13 +104,14 @@ def demo(
     work = _work(tiny, num_prompts, max_tokens)
     engine = EngineOptions(str(tiny / "target"), max_num_seqs=8, more=engine_arguments)
     accepted = _run(adapter, tiny / drafter, engine, work, (NONE, BASE, ADAPTER), console)
-    earned = _serve_costlier(adapter, tiny, drafter, costlier_layers, engine, _few(work, rounds), console)
     value = to_json(
         accepted, {"demo": drafter, "training": adapter.config.training, "versions": adapter.config.versions}
     )
+    write_json(output / "demo.json", value)  # now: it is not lost where the second table fails
+    earned = _serve_costlier(adapter, tiny, drafter, costlier_layers, engine, _few(work, rounds), console)
     if earned:
         value["costlier_target"] = {"layers": costlier_layers, "arms": [arm.as_json() for arm in earned]}
-    write_json(output / "demo.json", value)
+        write_json(output / "demo.json", value)
     title = f"{drafter} drafter on a domain new to it: {num_prompts} held-out prompts, in vLLM"
     _show(accepted, title, output / "demo.png", console, with_caption=not earned)
     if earned:
@@ -122,6 +126,29 @@ def demo(
         click.echo(json.dumps(value))
     for arms in filter(None, (accepted, earned)):
         _judge(arms)
+
+
+def _check(tiny: Path, drafter: str, costlier_layers: int) -> None:
+    """Refuse before the training what would be refused after it.
+
+    Raises:
+        UserError: no tiny pair, or a second table's target that would be smaller than the pair's.
+    """
+    from ppow_train.errors import UserError
+
+    if not ((tiny / drafter).is_dir() and (tiny / "target" / "config.json").is_file()):
+        raise UserError(
+            f"{tiny} does not hold the tiny pair: run from a checkout, give --tiny, or `ppow tiny build`."
+        )
+    layers = _target_config(tiny)["num_hidden_layers"]
+    if 0 < costlier_layers < layers:
+        raise UserError(
+            f"--costlier-layers must be 0 or at least the tiny target's {layers}, got {costlier_layers}."
+        )
+
+
+def _target_config(tiny: Path) -> dict[str, Any]:
+    return json.loads((tiny / "target" / "config.json").read_text("utf-8"))
 
 
 def _show(
@@ -208,7 +235,7 @@ def _serve_costlier(
 
     if not layers:
         return []
-    neurons = json.loads((tiny / "target" / "config.json").read_text("utf-8"))["intermediate_size"]
+    neurons = _target_config(tiny)["intermediate_size"]
     with tempfile.TemporaryDirectory() as scratch:
         pair = Path(scratch) / "pair"
         make_costlier(tiny, pair, layers, neurons)
@@ -241,11 +268,9 @@ def _meaning(value: dict[str, Any], objective: str) -> str:
     rows = {(row["arm"], row["temperature"]): row for row in value["arms"]}
     accepted, speed = [], []
     for temperature in (1.0, 0.0):
-        base = rows["base drafter", temperature]["accepted_per_draft"]
-        ours = rows["adapter", temperature]
-        gain = 100 * (ours["accepted_per_draft"] / base - 1)
+        base, ours = rows["base drafter", temperature], rows["adapter", temperature]
         at = f"at temperature {temperature:g}"
-        accepted.append(f"{base:.2f} -> {ours['accepted_per_draft']:.2f} ({gain:+.1f} %) {at}")
+        accepted.append(f"{_gain(base.get('accepted_per_draft'), ours.get('accepted_per_draft'))} {at}")
         speed.append(f"{ours['speed_over_base']['median']:.2f}× {at}")
     sentences = [
         f"Accepted tokens per draft with the adapter ({objective}): {', '.join(accepted)}.",
@@ -260,6 +285,13 @@ def _meaning(value: dict[str, Any], objective: str) -> str:
             f"{worth['adapter, adaptive']:.2f}×."
         )
     return "\n".join(sentences)
+
+
+def _gain(base: float | None, ours: float | None) -> str:
+    """Accepted per draft without and with the adapter; "–" where nothing was drafted, or there is none to divide by."""
+    before, after = ("–" if value is None else f"{value:.2f}" for value in (base, ours))
+    gain = f"{100 * (ours / base - 1):+.1f} %" if base and ours is not None else "–"
+    return f"{before} -> {after} ({gain})"
 
 
 def _judge(results: Sequence[ArmResult]) -> None:

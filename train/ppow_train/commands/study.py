@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ppow_train.commands.options import DEVICES
+from ppow_train.errors import UserError
 
 
 @click.command()
@@ -39,6 +40,10 @@ def study(
     wanted = read_plan(plan)
     _check_names("cell", cells, [cell.name for cell in wanted.cells])
     _check_names("arm", arms, list(wanted.arms))
+    if table_only and not output.is_dir():
+        raise UserError(
+            f"There is no directory {output} to print a table of: give that of a study, or drop --table-only."
+        )
     results = Results(output)
     if table_only:
         from ppow_train.study.facts import check_facts, plan_facts

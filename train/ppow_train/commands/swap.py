@@ -57,6 +57,10 @@ def swap(
         asked["undo"] = True
     if asked and not (adapter or undo):
         raise click.UsageError("these options go with --adapter: give it.")
+    if api_key:
+        from ppow_train.endpoint import clean_key
+
+        api_key = clean_key(api_key)
     answer = _call(url, asked or None, api_key)
     while wait and answer["comparing"]:
         time.sleep(1)

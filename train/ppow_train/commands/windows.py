@@ -17,9 +17,12 @@ def windows(path: Path, output: Path | None) -> None:
 
     PATH is an adapter directory, or a windows.jsonl, of a finished or a running `ppow train`.
     """
+    from ppow_train.errors import UserError
     from ppow_train.window_log import read_window_log
     from ppow_train.window_plot import write_window_plot
 
+    if output is not None and output.is_dir():
+        raise UserError(f"{output} is a directory: name the PNG to write, such as {output / 'windows.png'}.")
     lines = read_window_log(path)
     output = output or (path if path.is_dir() else path.parent) / "windows.png"
     write_window_plot(output, lines)

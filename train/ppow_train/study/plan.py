@@ -6,11 +6,14 @@ runs in every cell with every seed, from the same supervised start.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 from ppow_train.errors import UserError
+from ppow_train.ranges import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +38,14 @@ class Cell:
     tuned_like: str | None = None
     learning_rates: tuple[float, ...] | None = None
 
+    def __post_init__(self) -> None:
+        place = f"Cell {self.name}: "
+        require(0 <= self.temperature < math.inf, f"{place}temperature", ">= 0", self.temperature)
+        _check_rates(self.learning_rates or (), place)
+
 
 # Training options that the cell, the seed, the schedule or the study itself decides: an arm that set one would run as
-# something else than the table says.
+# something else than the table says. No facts of an arm (facts.py), unlike the options below.
 DECIDED_ELSEWHERE = (
     "serving_temperature",
     "seed",
@@ -47,6 +55,17 @@ DECIDED_ELSEWHERE = (
     "use_cpu",
     "save_strategy",
 )
+
+# What a cell's trajectories, its judges and its start are made with, once for all arms.
+_OF_ALL_ARMS = ("num_speculative_tokens", "target_dtype", "draft_sample_method")
+
+# What `ppow train` does between updates, and a study does not: the table would say that it did.
+_NOT_DONE = ("eval_steps", "early_stop_patience", "keep_best")
+
+_NOT_SET = {
+    DECIDED_ELSEWHERE: "cells give temperatures, seeds, steps and learning_rates the rest",
+    _NOT_DONE: "a study measures the adapter after the last update only, drop it",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +111,34 @@ class Plan:
         for cell in self.cells:
             if cell.tuned_like is not None and cell.tuned_like not in names:
                 raise UserError(f"Cell {cell.name} is tuned like {cell.tuned_like!r}, which is no cell.")
-        for place, options in {"options": self.options, **self.arms}.items():
-            if decided := [name for name in DECIDED_ELSEWHERE if name in options]:
-                raise UserError(
-                    f"The plan's {place} may not set {', '.join(decided)}: cells give temperatures, seeds, steps and "
-                    "learning_rates the rest."
-                )
+        _refuse("options", self.options, _NOT_SET)
+        for arm, own in self.arms.items():
+            _refuse(arm, own, {**_NOT_SET, _OF_ALL_ARMS: "all arms share it, set it in the plan's options"})
+        self._check_numbers()
         for arm in (self.reference, *(self.long_arms or ())):
             if arm not in self.arms:
                 raise UserError(f"The plan names the arm {arm!r}, known are {', '.join(self.arms)}.")
+
+    def _check_numbers(self) -> None:
+        place = "The plan's "
+        _check_rates(self.learning_rates, place)
+        for arm, own in self.arms.items():
+            _check_rates(own.get("learning_rates") or (), f"{place}arm {arm}: ")
+        for name, seeds in {"seeds": self.seeds, "tuning_seed": (self.tuning_seed,)}.items():
+            for seed in seeds:
+                require(0 <= seed < 2**32, place + name, "in 0..2^32 - 1", seed)
+        counts = {
+            "steps": self.steps,
+            "max_new_tokens": (self.max_new_tokens,),
+            "max_tokens": (self.max_tokens,),
+        }
+        for name, numbers in counts.items():
+            for number in numbers:
+                require(number >= 1, place + name, ">= 1", number)
+        # Without any, nothing tells one learning rate from another.
+        least = int(any(len(self.rates_of(arm, cell)) > 1 for arm in self.arms for cell in self.cells))
+        wanted = f">= {least}" + " where an arm has several learning_rates" * least
+        require(self.tuning_prompts >= least, f"{place}tuning_prompts", wanted, self.tuning_prompts)
 
     def arms_of(self, steps: int) -> list[str]:
         """Names of the arms that run for so many updates."""
@@ -125,14 +163,22 @@ def read_plan(path: Path) -> Plan:
     """Read a plan; paths in it are taken from the current directory.
 
     Raises:
-        UserError: unreadable, or keys that are missing or unknown.
+        UserError: unreadable, keys that are missing or unknown, or values that cannot be.
     """
     import yaml
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        cells = tuple(Cell(**_tuples(cell)) for cell in values.pop("cells"))
-        return Plan(cells=cells, **_tuples(values))
+        cells = tuple(Cell(**_fields(Cell, cell, f"{path}, cell")) for cell in values.pop("cells"))
+        values = _fields(Plan, values, str(path))
+        if "options" in values:
+            values["options"] = _options(values["options"], f"{path}, options")
+        if "arms" in values:
+            values["arms"] = {
+                _text(arm, f"{path}: an arm"): _options(own, f"{path}, arm {arm}")
+                for arm, own in _mapping(values["arms"], f"{path}, arms").items()
+            }
+        return Plan(cells=cells, **values)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -140,6 +186,62 @@ def read_plan(path: Path) -> Plan:
         ) from error
 
 
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """Lists made tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+def _fields(kind: type[Cell] | type[Plan], values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Values of a cell or a plan with numbers, text and tuples where they belong; unknown names as they are."""
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    return {
+        name: _field(value, known[name], source) if name in known else value for name, value in values.items()
+    }
+
+
+def _field(value: Any, field: dataclasses.Field[Any], source: str) -> Any:
+    from ppow_train.config import typed_value  # here, as it imports TRL
+
+    written = str(field.type)
+    if written == "str":
+        return _text(value, f"{source}: {field.name}")
+    if not written.startswith("tuple[") or (value is None and "None" in written):
+        return typed_value(value, field, source)
+    if not isinstance(value, list):
+        raise UserError(f"{source}: {field.name} must be a list, got {value!r}: put it in brackets.")
+    each = copy.copy(field)
+    each.name, each.type = f"each of {field.name}", written.removeprefix("tuple[").partition(",")[0]
+    return tuple(typed_value(one, each, source) for one in value)
+
+
+def _options(values: Any, source: str) -> dict[str, Any]:
+    """Training options, and an arm's learning_rates, with numbers where they belong: YAML reads `3e-3` as text."""
+    from ppow_train.config import PPOWConfig, typed_value
+
+    known = {field.name: field for field in dataclasses.fields(PPOWConfig)}
+    rates = next(field for field in dataclasses.fields(Cell) if field.name == "learning_rates")
+    typed = {}
+    for name, value in _mapping(values, source).items():
+        if name == rates.name:
+            typed[name] = _field(value, rates, source)
+        else:  # unknown ones are refused where the study begins
+            typed[name] = typed_value(value, known[name], source) if name in known else value
+    return typed
+
+
+def _mapping(value: Any, source: str) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{source} must be a mapping of names to values, got {value!r}: write {{}} for none.")
+    return value
+
+
+def _text(value: Any, source: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{source} must be text, got {value!r}: put it in quotes.")
+    return value
+
+
+def _refuse(place: str, options: dict[str, Any], refused: dict[tuple[str, ...], str]) -> None:
+    for names, why in refused.items():
+        if found := [name for name in names if name in options]:
+            raise UserError(f"The plan's {place} may not set {', '.join(found)}: {why}.")
+
+
+def _check_rates(rates: tuple[float, ...], place: str) -> None:
+    for rate in rates:
+        require(0 < rate < math.inf, f"{place}learning_rates", "> 0", rate)

@@ -97,7 +97,7 @@ class CellBench:
         with make_progress(is_shown=False) as progress:
             return open_cache(self.pair.target, trajectories, options, self.cache, fingerprint, progress)
 
-    def _judge(self, phase: str, greedy_drafts: bool) -> Judge:
+    def _judge(self, phase: str) -> Judge:
         """The prompts that are reported, or those that are set apart for tuning."""
         # K tokens longer: the last draft of a walk must fit.
         tokens = self.plan.max_tokens + self.length
@@ -110,17 +110,12 @@ class CellBench:
         runner = WindowRunner(
             self.pair.target, self.pair.drafter, judges, self.length, self.cell.temperature or 1.0
         )
-        return Judge(runner, greedy_drafts)
+        return Judge(runner, self.greedy_drafts)
 
     def config(self, arm: str, scratch: Path, **values: Any) -> PPOWConfig:
         """The configuration of one run."""
-        fixed = {
-            "output_dir": str(scratch),
-            "use_cpu": self.pair.target.model.device.type == "cpu",
-            "serving_temperature": self.cell.temperature,
-            "save_strategy": "no",
-        }
-        return PPOWConfig(**{**fixed, **self.plan.options_of(arm), **values})
+        device = self.pair.target.model.device
+        return _configuration(self.plan.options_of(arm), self.cell.temperature, scratch, device, **values)
 
     def trainer(self, config: PPOWConfig, judges: Sequence[Judge] = ()) -> PPOWTrainer:
         """A trainer whose LoRA is in the drafter from now on: use it within `restored`.
@@ -147,21 +142,39 @@ class CellBench:
         quiet_trainer(trainer)
         return trainer
 
+    @property
+    def greedy_drafts(self) -> bool:
+        """Whether the cell serves greedy drafts: its start and all arms, or gains would mean nothing."""
+        method = self.plan.options.get("draft_sample_method", PPOWConfig.draft_sample_method)
+        return self.cell.temperature == 0 or method == "greedy"
+
     def measure(self, key: RunKey) -> Measured:
         """Do one run: train an arm and walk, or walk with the untrained drafter."""
+        judge = self.judge(key.phase)
         if key.arm is None:
-            return _measured(self.judge(key.phase, self.cell.temperature == 0)(), 0.0)
+            return _measured(judge(), 0.0)
         with tempfile.TemporaryDirectory() as scratch, restored(self.pair.drafter.model):
             config = self.config(
                 key.arm, Path(scratch), seed=key.seed, max_steps=key.steps, learning_rate=key.learning_rate
             )
-            greedy = config.serving_temperature == 0 or config.draft_sample_method == "greedy"
-            judge = self.judge(key.phase, greedy)
             trainer = self.trainer(config, [judge])
             begin = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - begin
             return _measured(judge(), seconds)
+
+
+def _configuration(
+    options: dict[str, Any], temperature: float, scratch: Path, device: torch.device, **values: Any
+) -> PPOWConfig:
+    """The configuration of a run with an arm's options in a cell of that temperature."""
+    fixed = {
+        "output_dir": str(scratch),
+        "use_cpu": device.type == "cpu",
+        "serving_temperature": temperature,
+        "save_strategy": "no",
+    }
+    return PPOWConfig(**{**fixed, **options, **values})
 
 
 def _measured(walk: ExpectedWalk, seconds: float) -> Measured:
@@ -190,11 +203,25 @@ class Study:
     def __post_init__(self) -> None:
         self._bench: CellBench | None = None
         self._models: dict[str, dict[str, Any]] = {}
-        for arm in self.plan.arms:  # before anything runs
-            check_keys(self.plan.options_of(arm), f"arm {arm!r} of the plan")
+        self._check_options()
         for cell in self.plan.cells:
             check_apart(Path(cell.prompts), Path(cell.held_out))
         self.check_facts()
+
+    def _check_options(self) -> None:
+        """Refuse options that are unknown or cannot be, before anything is loaded."""
+        temperatures = dict.fromkeys(cell.temperature for cell in self.plan.cells)
+        device = torch.device(self.device)
+        for arm in self.plan.arms:
+            options = self.plan.options_of(arm)
+            check_keys(options, f"arm {arm!r} of the plan")
+            for temperature in temperatures:
+                try:
+                    _configuration(options, temperature, self.results.directory, device)
+                except UserError as error:
+                    raise UserError(
+                        f"Arm {arm!r} of the plan, at temperature {temperature:g}: {error}"
+                    ) from error
 
     def check_facts(self) -> None:
         """Refuse a plan under which the results that are there would not have come out; write down what it says."""
