@@ -57,6 +57,22 @@ def test_every_subcommand_answers_help(name):
         assert f"Usage: ppow {' '.join(call)}" in shown.output
 
 
+@pytest.mark.parametrize(
+    ("name", "flags", "value"),
+    [
+        ("doctor", ("--drafter", "--base-drafter"), "base_drafter"),
+        ("export", ("--adapter-revision", "--revision"), "revision"),
+        ("swap", ("--adapter-revision", "--revision"), "revision"),
+    ],
+)
+def test_what_other_commands_call_it_is_understood(name, flags, value):
+    command = cli.ppow.get_command(click.Context(cli.ppow), name)
+    given = ["--adapter", "a", *(["--target", "t"] if name == "doctor" else [])]
+    given += ["--output", "o"] if name == "export" else []
+    for flag in flags:
+        assert command.make_context(name, [*given, flag, "x"]).params[value] == "x"
+
+
 def test_every_training_option_is_a_flag():
     """Those of few values name them and take no other."""
     shown = CliRunner().invoke(cli.ppow, ["train", "--help"]).output

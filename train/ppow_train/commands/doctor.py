@@ -15,7 +15,10 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 @click.option("--adapter", required=True, help="adapter directory or Hub repo id")
 @click.option("--adapter-revision", help="Hub revision of the adapter")
 @click.option(
-    "--base-drafter", help="directory or Hub repo id of the base drafter  [default: the recorded one]"
+    "--drafter",
+    "--base-drafter",
+    "base_drafter",
+    help="directory or Hub repo id of the base drafter  [default: the recorded one]",
 )
 @click.option(
     "-K",

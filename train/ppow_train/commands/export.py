@@ -10,7 +10,7 @@ import click
 
 @click.command()
 @click.option("--adapter", required=True, help="adapter directory or Hub repo id")
-@click.option("--revision", help="Hub revision of the adapter")
+@click.option("--adapter-revision", "--revision", "revision", help="Hub revision of the adapter")
 @click.option(
     "--output",
     required=True,

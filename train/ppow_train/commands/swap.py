@@ -20,7 +20,7 @@ PATH = "/v1/ppow/adapter"
     "--adapter",
     help="a path as the server knows it, relative to its --hot-swap directory, or its Hub repo id",
 )
-@click.option("--revision", help="Hub revision of the adapter")
+@click.option("--adapter-revision", "--revision", "revision", help="Hub revision of the adapter")
 @click.option("--undo", is_flag=True, help="go back to the adapter before the last swap")
 @click.option(
     "--max-drop",
