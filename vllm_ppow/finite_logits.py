@@ -35,8 +35,11 @@ def usable(logits: torch.Tensor) -> torch.Tensor:
     """[…, V], rows whose largest logit is NaN, infinite or beyond `_MOST` replaced by zeros; -inf elsewhere stays.
 
     -inf for all of a row means no distribution either. One for some of its tokens means that they cannot be drafted.
+    float16 becomes float32, in which a division by vLLM's least temperature overflows for none of its numbers.
     """
+    if logits.dtype == torch.float16:
+        logits = logits.float()
     good = logits.amax(dim=-1, keepdim=True).abs() <= _MOST
     if logits.device.type == "cpu" and bool(good.all()):  # asking a GPU would stall it
         return logits
-    return torch.where(good, logits, 0.0)
+    return logits.masked_fill(~good, 0.0)

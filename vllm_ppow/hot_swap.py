@@ -291,9 +291,13 @@ class AcceptanceWatch:
     def start(self, counts: SpecDecodeCounts) -> None:
         """A swap has just happened.
 
-        Another that awaits its verdict gets none: what follows is compared with that adapter's own drafts.
+        Another that awaits its verdict gets none: what follows is compared with that adapter's own drafts, if it has
+        made a tenth of those of a verdict; else with what that one was to be compared with.
         """
         if self._at_swap is not None:
+            if (counts - self._at_swap).num_drafts < self.drafts / 10:
+                self._at_swap = counts
+                return
             self._seen, self._known = deque([self._at_swap]), None
         self.observe(counts)
         latest = counts - self._seen[0]

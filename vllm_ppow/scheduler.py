@@ -74,7 +74,7 @@ class AdaptiveWindow:
                 "The draft window failed and is fixed at its maximum from now on; serving goes on."
             )
             counts = self.ppow_window.counts
-            counts.layers = tuple(layer for layer in counts.layers if layer != "step")
+            counts.layers = tuple(layer for layer in counts.layers if layer == "verification")
             self._report.write(counts, at_once=True)  # /metrics says so from now on
             return None
 

@@ -284,7 +284,7 @@ def test_an_error_in_the_policy_fixes_the_window_and_stops_nothing(
     monkeypatch.setattr(scheduler_module.logger, "exception", logged.append)
     for thing, name, value in (
         (scheduler, "_policy_failed", False),
-        (scheduler.ppow_window.counts, "layers", ("step",)),
+        (scheduler.ppow_window.counts, "layers", ("step", "request")),
     ):
         monkeypatch.setattr(thing, name, value)  # and back again after the test
     monkeypatch.setattr(scheduler.ppow_window, method, failing)

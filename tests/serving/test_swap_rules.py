@@ -250,6 +250,17 @@ def test_a_swap_before_the_verdict_on_another_is_compared_with_that_others_draft
     assert (verdict.before, verdict.undo) == (1.0, undo)
 
 
+@pytest.mark.parametrize("made", [0, 4])
+def test_a_swap_right_after_another_is_compared_with_what_that_one_was(made):
+    """Too few drafts of the one between to say anything, as where a client sends its request twice."""
+    watch = AcceptanceWatch(drafts=50)
+    watch.observe(counts(0, 0))
+    watch.start(counts(1000, 2000))
+    watch.start(counts(1000 + made, 2000))
+    verdict = watch.verdict(counts(1050 + made, 2020))
+    assert (verdict.before, verdict.undo) == (2.0, True)
+
+
 def test_wrong_thresholds():
     for drafts, drop in ((0, 0.2), (10, 0.0), (10, 1.0)):
         with pytest.raises(SwapError, match="drafts must be >= 1 and max_drop between 0 and 1"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,8 @@ def test_rates_are_chosen_where_they_were_tuned():
     assert best_rate(study, {}, study.cells[1], "other") == 0.1
     done = {key: measured([2.0 if key.learning_rate == 0.1 else 3.0]) for key in tuning}
     assert best_rate(study, done, study.cells[1], "one") == 0.2
+    diverged = {key: dataclasses.replace(one, accepted=[math.nan]) for key, one in done.items()}
+    assert best_rate(study, done | dict(list(diverged.items())[:1]), study.cells[1], "one") == 0.2
     reported = [key for key in runs(study, done, {}) if key is not None and key.phase == "report" and key.arm]
     assert len(reported) == len(set(reported)) == 8
     assert {key.learning_rate for key in reported if key.arm == "one"} == {0.2}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from ppow_train.errors import UserError
@@ -18,10 +19,13 @@ class Divergence(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raise UserError if one of them is not finite."""
-        trained = (weight for weight in kwargs["model"].parameters() if weight.requires_grad)
-        if all(bool(weight.isfinite().all()) for weight in trained):
+        trained = [weight for weight in kwargs["model"].parameters() if weight.requires_grad]
+        if bool(torch.stack([weight.isfinite().all() for weight in trained]).all()):  # one wait for a GPU
             return
+        unfinished = (
+            f" and delete {args.output_dir}, its unfinished run" if args.save_strategy != "no" else ""
+        )
         raise UserError(
             f"Training diverged at update {state.global_step}: weights are no numbers any more, and no adapter was "
-            "written. Lower --learning-rate, or give --target-dtype float32."
+            f"written. Lower --learning-rate, or give --target-dtype float32{unfinished}."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator
 
 from ppow_train.study.costs import Costs, equal_time_steps
@@ -18,7 +19,12 @@ def best_rate(plan: Plan, results: dict[RunKey, Measured], cell: Cell, arm: str)
     keys = [RunKey("tune", tuned.name, arm, plan.tuning_seed, plan.steps[0], rate) for rate in rates]
     if not all(key in results for key in keys):
         return None
-    return max(keys, key=lambda key: sum(results[key].accepted) / sum(results[key].drafts)).learning_rate
+
+    def accepted(key: RunKey) -> float:
+        value = sum(results[key].accepted) / sum(results[key].drafts)
+        return -math.inf if math.isnan(value) else value  # a rate at which training diverged is not the best
+
+    return max(keys, key=accepted).learning_rate
 
 
 def start_key(phase: str, cell: Cell) -> RunKey:
