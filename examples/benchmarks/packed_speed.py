@@ -43,22 +43,22 @@ CLOCKS = ("wall", "cpu")  # what passed, and what this process computed: the fai
 
 @dataclasses.dataclass
 class WindowPath:
-    """One way to run windows: the three things that are timed."""
+    """One way to run windows: two calls that are timed, and what leaves the target as the first of them did."""
 
     roll_out: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Rollout]
+    recall: Callable[[torch.Tensor, torch.Tensor], None]
     draft_logps: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def packed(runner: WindowRunner) -> WindowPath:
     """What training does."""
-    return WindowPath(runner.roll_out, lambda *rows: runner.draft_logps(*rows)[0])
+    return WindowPath(runner.roll_out, runner.read_target, lambda *rows: runner.draft_logps(*rows)[0])
 
 
 def unpacked(runner: WindowRunner) -> WindowPath:
     """One row per window: trajectories that are cut after their window and never shared."""
 
     def alone(trajectory: torch.Tensor, start: torch.Tensor) -> tuple[WindowRunner, torch.Tensor]:
-        runner.target.forget()
         rows = runner.trajectories.select(trajectory)
         end = start + runner.num_speculative_tokens
         ids = rows.input_ids[:, : int(end.max())]
@@ -80,13 +80,17 @@ def unpacked(runner: WindowRunner) -> WindowPath:
         single, every = alone(trajectory, start)
         return single.roll_out(every, start, noise)
 
+    def recall(trajectory: torch.Tensor, start: torch.Tensor) -> None:
+        single, every = alone(trajectory, start)
+        single.read_target(every, start)
+
     def draft_logps(trajectory: torch.Tensor, start: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         if runner.drafter.drafter_type == "causal_lm":
             return _plain_logps(runner, trajectory, start, tokens)
         single, every = alone(trajectory, start)
         return single.draft_logps(every, start, tokens)[0]
 
-    return WindowPath(roll_out, draft_logps)
+    return WindowPath(roll_out, recall, draft_logps)
 
 
 def _plain_logps(
@@ -168,10 +172,7 @@ class Benchmark:
         shared = rollouts["packed"]  # the update of both is on the same drafted windows
         advantages = group_advantages(shared, self.group)
         for name in order:
-            if name == "packed":
-                self.runner.read_target(trajectory, start)  # as its rollout left it
-            else:
-                self.runner.target.forget()
+            self.paths[name].recall(trajectory, start)  # in an update it follows its own rollout
             begin = clocks(self.device)
             logps = self.paths[name].draft_logps(trajectory, start, shared.tokens)
             loss = ppow_loss(logps, shared, advantages)

@@ -12,6 +12,8 @@ import pytest
 import torch
 from training_pair import K, load
 
+from ppow_train import causal
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "packed_speed.py"
 
 
@@ -39,6 +41,29 @@ def test_both_paths_draft_and_differentiate_alike(kind, script, directories, tra
     for clock in script.CLOCKS:
         for name in ("packed", "unpacked", "ratio"):
             assert 0 < summary[clock][name]["min"] <= summary[clock][name]["max"]
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "eagle3"])
+def test_the_target_reads_in_the_rollout_only(kind, script, directories, trajectories, monkeypatch):
+    """In an update its answer is remembered: a path that had it read again while the clock runs would pay twice."""
+    benchmark = script.Benchmark(load(directories, kind), trajectories, 3, 2, K, seed=0)
+    target, encode, clocks = benchmark.runner.target.model, causal.encode, script.clocks
+    looks, read = [], []
+
+    def look(device):
+        looks.append(device)
+        return clocks(device)
+
+    def watched(model, *args, **options):
+        if model is target and len(looks) % 2:  # between the two looks at a clock
+            read.append(len(looks) // 2)
+        return encode(model, *args, **options)
+
+    monkeypatch.setattr(script, "clocks", look)
+    monkeypatch.setattr(causal, "encode", watched)
+    benchmark.round(12, packed_first=False)
+    assert len(looks) == 8
+    assert set(read) == {0, 1}, "both rollouts, and neither update"
 
 
 def test_paths_that_disagree_are_an_error(script):
