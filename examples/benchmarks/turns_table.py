@@ -84,14 +84,17 @@ def _speed(counts: Counts) -> np.ndarray:
 
 
 def drawn_rotations(number: int, seed: int = 0) -> np.ndarray:
-    """[draws, number]: rotations drawn in moving blocks."""
+    """[draws, rotations]: rotations drawn in blocks that go round, one block fewer than there are.
+
+    As many as there are would give intervals that are too narrow with so few blocks, as n in place of n - 1 does.
+    """
     draw = np.random.default_rng(seed)
-    starts = draw.integers(0, number - BLOCK + 1, size=(_DRAWS, -(-number // BLOCK)))
-    return (starts[..., None] + np.arange(BLOCK)).reshape(_DRAWS, -1)[:, :number]
+    starts = draw.integers(0, number, size=(_DRAWS, -(-number // BLOCK) - 1))
+    return (starts[..., None] + np.arange(BLOCK)).reshape(_DRAWS, -1) % number
 
 
 def ratio(of: Counts, over: Counts, seed: int = 0) -> Ratio:
-    """Speeds' ratio, and its interval from moving blocks of rotations, drawn for both arms alike."""
+    """Speeds' ratio, and its interval from blocks of rotations, drawn for both arms alike."""
     low, high = np.percentile(_drawn(of, over, seed), PERCENT)
     return Ratio(float(_speed(of) / _speed(over)), float(low), float(high))
 

@@ -230,13 +230,16 @@ def test_a_pace_that_wanders_does_not_widen_the_interval():
 
 
 def test_noise_of_single_turns_does_widen_it_about_as_much_as_it_moves_the_value():
-    inside = 0
-    for seed in range(40):
+    inside, number = (
+        0,
+        28,
+    )  # as few as there are in most results: blocks drawn as often as there are cover 0.87
+    for seed in range(200):
         draw = np.random.default_rng(seed)
-        counts = [np.stack([100 * np.exp(0.1 * draw.standard_normal(48)), np.ones(48)]) for _ in range(2)]
-        found = turns_table.ratio(*counts)
+        noise = draw.standard_normal((2, number))
+        found = turns_table.ratio(*(np.stack([100 * np.exp(0.15 * one), np.ones(number)]) for one in noise))
         inside += found.low <= 1.0 <= found.high
-    assert 33 <= inside <= 40
+    assert 0.9 <= inside / 200 < 0.98
 
 
 def test_first_rotations_are_not_judged():

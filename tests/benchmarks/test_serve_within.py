@@ -151,6 +151,25 @@ def test_shares_of_prompts_are_brought_to_what_all_turns_had_together():
     assert noisy == pytest.approx(0.004, rel=0.15)
 
 
+def test_what_a_prompts_token_takes_is_found_in_turns_that_end_by_the_clock():
+    """As turns do: their seconds are given, and luck with drafts and pace shows in how many tokens they made."""
+    found = []
+    for seed in range(25):
+        draw = np.random.default_rng(seed)
+        turns = []
+        for number in range(28):
+            for arm, (accepted, each) in {NONE: (0.0, 0.06), "K=2": (0.9, 0.08), "K=5": (1.3, 0.11)}.items():
+                pace, read = np.exp(0.05 * draw.standard_normal()), int(draw.integers(0, 200))
+                steps = max(1, round((2.0 - 0.002 * read) / (each * pace)))
+                tokens = steps + draw.poisson(accepted * steps)
+                turns.append(
+                    {"rotation": number, "arm": arm, "tokens": tokens, "prefilled": read}
+                    | {"seconds": steps * each * pace + 0.002 * read, "drafted": {"0": steps}}
+                )
+        found.append(within_table.seconds_per_prompt_token(turns))
+    assert np.mean(found) == pytest.approx(0.002, rel=0.1)  # a regression on tokens finds 1.2 times as much
+
+
 def test_only_judged_rotations_count_in_what_was_drafted():
     found = line({NONE: 50.0, "K=2": 80.0, ADAPTIVE: 80.0}, {NONE: 1, "K=2": 1, ADAPTIVE: 1})
     for turn in found["turns"]:
