@@ -318,8 +318,12 @@ def test_ppow_serve_swaps_adapters_under_traffic(pair, tmp_path):
             assert code == 1
             assert "Error: swapped back: accepted tokens per draft" in error
             assert (shown["adapter"], shown["previous"]) == (str(allowed / "again"), str(allowed / "bad"))
+            code, _, error = ppow_swap(url, "--undo")
+            assert code == 1
+            assert "Error: The server has gone back by itself (accepted tokens per draft" in error
+            assert ppow_swap(url, "--adapter", "good", "--no-watch")[0] == 0
             code, shown, _ = ppow_swap(url, "--undo")
-            assert (code, shown["adapter"]) == (0, str(allowed / "bad"))
+            assert (code, shown["adapter"]) == (0, str(allowed / "again"))
         # Before the server is told to end: vLLM may then log an engine that went first.
         log = (tmp_path / "log").read_text()
     assert f"Swapped back to adapter {allowed / 'again'}: accepted tokens per draft" in log
