@@ -89,6 +89,7 @@ RULES = (
         harmless=tuple(
             f"vllm_ppow.{name}"
             for name in (
+                "other_lengths",
                 "speedup",
                 "artifact",
                 "resolve",

@@ -1,10 +1,9 @@
 """How likely the target accepts a draft token, by position: learned while serving, forgotten as traffic changes.
 
 What is kept is conditional, a_i = P(token i accepted | the i-1 before it were, and i tokens were drafted): a draft of 2
-says nothing about position 3, and counts nothing there. One estimate serves all lengths, though a_i depends on it:
-drafts that are short and accepted whole start the next in easy text, so that long ones make short ones look 3 to 6 %
-worse than they are. Left out: what a draft
-costs (step_cost.py) and what to do about it (window.py). Pure Python; `survival` costs a few microseconds.
+says nothing about position 3, and counts nothing there. How long the counted drafts were is kept too, since a_i depends
+on it: what drafts of other lengths would get follows by other_lengths.py. Left out: what a draft costs (step_cost.py)
+and what to do about it (window.py). Pure Python; `promises` costs some 15 microseconds.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from vllm_ppow.octave import octave
+from vllm_ppow.other_lengths import accepted_by_length
 
 # Request-steps after which an observation has lost 63 % of its weight. At 800 a probability of 0.5 is known to 0.018
 # (one standard deviation), and a change of traffic is followed within 800 drafts: 25 steps of a batch of 32.
@@ -36,8 +36,8 @@ class AcceptanceEstimate:
 
     Args:
         maximum: positions, the configured num_speculative_tokens (>= 1).
-        prior: unconditional acceptance per position as a cost profile or `ppow bench` reports it; empty if unknown,
-            the last ratio goes on where it is too short.
+        prior: unconditional acceptance per position as a cost profile or `ppow bench` reports it, of drafts as long as
+            it is; empty if unknown, the last ratio goes on where it is too short.
         memory: request-steps of memory.
     """
 
@@ -50,9 +50,12 @@ class AcceptanceEstimate:
         self._weight = 1.0  # of the next observation; grows instead of decaying all counts
         self._trials = [0.0] * maximum
         self._accepted = [0.0] * maximum
+        self._drafted = 0.0  # tokens of the drafts that `_trials[0]` counts
         if self._prior:  # later positions are taken to be like it, times what the prior says of the two
             self._trials[0], self._accepted[0] = MEASURED, MEASURED * self._prior[0]
+            self._drafted = MEASURED * len(self._prior)
         self._survival: list[float] | None = None
+        self._promises: list[float] | None = None
 
     def observe(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
         """Count one verified draft; a draft of length 0 says nothing."""
@@ -71,11 +74,12 @@ class AcceptanceEstimate:
         each = self._weight * (grown - 1.0) / (self._growth - 1.0) / total
         for (drafted, accepted), times in outcomes.items():
             reached = min(accepted + 1, drafted, self.maximum)
+            self._drafted += each * times * min(drafted, self.maximum)
             for position in range(reached):
                 self._trials[position] += each * times
             for position in range(min(accepted, reached)):
                 self._accepted[position] += each * times
-        self._survival = None
+        self._survival = self._promises = None
         self._weight *= grown
         if self._weight > _RESCALE_AT:
             self._rescale()
@@ -97,8 +101,14 @@ class AcceptanceEstimate:
         return self._survival
 
     def promises(self) -> list[float]:
-        """E[accepted tokens] of drafts of length 0..maximum, [maximum + 1]."""
-        return [0.0, *itertools.accumulate(self.survival())]
+        """E[accepted tokens] of drafts of length 0..maximum, each length kept for good, [maximum + 1]."""
+        if self._promises is None:
+            self._promises = accepted_by_length(self.survival(), self._counted_length())
+        return list(self._promises)
+
+    def _counted_length(self) -> float:
+        """Mean length of the drafts behind the counts; the maximum before there are any."""
+        return self._drafted / self._trials[0] if self._trials[0] else float(self.maximum)
 
     def _expected(self, position: int, before: float | None) -> float:
         """What a position is taken to be before any observation of it, given the position before."""
@@ -111,6 +121,7 @@ class AcceptanceEstimate:
     def _rescale(self) -> None:
         self._trials = [value / self._weight for value in self._trials]
         self._accepted = [value / self._weight for value in self._accepted]
+        self._drafted /= self._weight
         self._weight = 1.0
 
 

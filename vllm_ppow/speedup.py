@@ -5,7 +5,6 @@ counted. Left out: anything that samples, verifies or decides.
 """
 
 import itertools
-from collections.abc import Sequence
 
 
 def speedup_reward(
@@ -45,17 +44,16 @@ def speedup_increments(
 
 
 def expected_speedup(
-    acceptance_per_position: Sequence[float], num_speculative_tokens: int, draft_cost_ratio: float
+    num_accepted_tokens: float, num_speculative_tokens: int, draft_cost_ratio: float
 ) -> float:
     """Expected tokens per unit of target-step time when every draft is K tokens long (ours).
 
-    (1 + Σ_{i<=K} P(first i accepted)) / (1 + K·γ): what a chain of K buys over one token per target step.
+    (1 + E[accepted(K)]) / (1 + K·γ): what a chain of K buys over one token per target step.
     Unlike in `speedup_reward`, the bonus token counts, and all K drafted tokens are always paid for.
 
     Args:
-        acceptance_per_position: P(first i accepted) for i = 1.., unconditional as vLLM counts it; at least K long.
+        num_accepted_tokens: E[accepted(K)], of drafts of that length (other_lengths.py); >= 0.
         num_speculative_tokens: K >= 0.
         draft_cost_ratio: γ >= 0.
     """
-    earned = 1.0 + sum(acceptance_per_position[:num_speculative_tokens])
-    return earned / (1.0 + num_speculative_tokens * draft_cost_ratio)
+    return (1.0 + num_accepted_tokens) / (1.0 + num_speculative_tokens * draft_cost_ratio)

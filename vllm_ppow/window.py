@@ -1,11 +1,11 @@
 """Draft window policy: how many tokens each engine step drafts, so that tokens per second are most.
 
-One number K per step, for the whole batch: the one that maximises (B + B · Σ_{i<=K} S_i) / step_seconds(B, K), with
-S_i from acceptance.py and seconds from step_cost.py. Now and then it drafts a little longer or shorter for two steps,
-so that what it knows of other lengths stays true; these probes may cost half a percent of throughput, and two percent
-where a length was never timed. Where changing the length makes the engine pause, it is changed less (change_cost.py).
-K = 0 is a choice like any other, and probed out of. Left out: where vLLM asks for K and reports outcomes
-(scheduler.py), and lengths that differ between requests (compat/draft_window.py). Pure Python.
+One number K per step, for the whole batch: the one that maximises (B + B · E[accepted(K)]) / step_seconds(B, K), with
+accepted tokens from acceptance.py and seconds from step_cost.py. Now and then it drafts a little longer or shorter for
+two steps, so that what it knows of other lengths stays true; these probes may cost half a percent of throughput, and
+two percent where a length was never timed. Where changing the length makes the engine pause, it is changed less
+(change_cost.py). K = 0 is a choice like any other, and probed out of. Left out: where vLLM asks for K and reports
+outcomes (scheduler.py), and lengths that differ between requests (compat/draft_window.py). Pure Python.
 """
 
 from __future__ import annotations
@@ -240,7 +240,6 @@ class DraftWindow:
         self.counts.predicted += predicted
         self.counts.absolute_error += abs(predicted - accepted)
         self._outcomes.clear()
-        self._promise = self.acceptance.promises()
 
     def _decide(self, batch: int, context: int | None, decodes: bool) -> tuple[int, int, list[float]]:
         """(length to draft, length that promises most, tokens per second promised at each length)."""
@@ -272,6 +271,7 @@ class DraftWindow:
             and (not changing or decided.length == self._current)
         ):
             return decided.length, decided.promised
+        self._promise = self.acceptance.promises()
         promises = self._promise if self.trimmed is None else self.trimmed.promises(batch)
         seconds = self.cost.table(batch, self.lengths, context)
         promised = rates(promises, batch, self.lengths, seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -18,6 +19,7 @@ from ppow_train.profiling import ProfileOptions, Samples, draft_lengths, make_pr
 from vllm_ppow.compat.profiling import PassTime, draft_length_ladder
 from vllm_ppow.cost_profile import CostProfileError, write_cost_profile
 from vllm_ppow.metrics import SpecDecodeCounts
+from vllm_ppow.other_lengths import accepted_by_length
 
 # ---------------------------------------------------------------- what is measured
 
@@ -72,6 +74,15 @@ def test_measurements_become_a_profile(tmp_path):
 
 
 # ---------------------------------------------------------------- what is shown
+
+
+def test_short_drafts_are_not_judged_by_the_first_positions_of_long_ones():
+    accepted = accepted_by_length((0.6, 0.5, 0.45, 0.42), 4)
+    gains = speedups(dataclasses.replace(PROFILE, acceptance_per_position=(0.6, 0.5, 0.45, 0.42)), 4)
+    assert accepted[1] > 0.63
+    assert gains[1] == pytest.approx(
+        (1 + accepted[1]) * PROFILE.step_seconds(4, 0) / PROFILE.step_seconds(4, 1)
+    )
 
 
 def test_the_best_draft_length_is_the_one_that_pays_most():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from vllm_ppow.other_lengths import accepted_by_length
 from vllm_ppow.speedup import expected_speedup
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ def speedups(profile: CostProfile, batch: int) -> list[float]:
     "None" is a step of the same engine that drafts nothing, which still keeps the drafter's KV cache.
     """
     acceptance = profile.acceptance_per_position
+    accepted = accepted_by_length(acceptance, len(acceptance))
     return [1.0] + [
-        expected_speedup(acceptance, length, profile.token_cost_ratio(batch, length))
-        for length in range(1, len(acceptance) + 1)
+        expected_speedup(accepted[length], length, profile.token_cost_ratio(batch, length))
+        for length in range(1, len(accepted))
     ]
 
 
