@@ -27,7 +27,7 @@ from vllm_ppow.model_files import compare_fingerprint as compare_fingerprint
 from vllm_ppow.model_files import fingerprint_model as fingerprint_model
 from vllm_ppow.model_files import fingerprint_safetensors as fingerprint_safetensors
 from vllm_ppow.model_files import model_weight_files as model_weight_files
-from vllm_ppow.model_files import read_json
+from vllm_ppow.model_files import read_json as read_json
 from vllm_ppow.model_files import read_model_config as read_model_config
 from vllm_ppow.model_files import safetensors_ranges as safetensors_ranges
 

@@ -262,15 +262,21 @@ def _check_taps(base: Path, target: Path | None) -> None:
     if target is None:
         return
     config = read_model_config(target)
-    layers = config.get("num_hidden_layers", (config.get("text_config") or {}).get("num_hidden_layers"))
+    text = config.get("text_config")
+    layers = config.get(
+        "num_hidden_layers", text.get("num_hidden_layers") if isinstance(text, dict) else None
+    )
     if not isinstance(layers, int):
         return  # vLLM reads it from a place only the architecture knows; it makes its own check
     head = read_model_config(base)
-    eagle_config = head.get("eagle_config") or {}
-    named = head.get("eagle_aux_hidden_state_layer_ids") or eagle_config.get(
-        "eagle_aux_hidden_state_layer_ids"
-    )
+    eagle = head.get("eagle_config")
+    key = "eagle_aux_hidden_state_layer_ids"
+    named = head.get(key) or (eagle.get(key) if isinstance(eagle, dict) else None)
     taps = named or [2, layers // 2, layers - 3]
+    if not isinstance(taps, list) or not all(type(tap) is int for tap in taps):
+        raise PPOWServingError(
+            f"{key} in {base / 'config.json'} must be a list of whole numbers, got {taps!r}: copy the drafter again."
+        )
     if len(set(taps)) < len(taps) or not all(0 <= tap <= layers for tap in taps):
         raise PPOWServingError(
             f"Target {target} has {layers} layers, of which EAGLE-3 cannot read the hidden states {taps}, "

@@ -2,8 +2,8 @@
 
 A swap has two steps on every worker. *Stage* checks the new adapter as start-up does and merges it into the base
 drafter's tensors beside the running ones; *load* writes them over the running ones between two engine steps, so no
-request is dropped. If a worker fails in the second step, all of them go back. What is written belongs to the drafter
-only: output stays the target's own throughout.
+request is dropped. If a worker fails in the second step, all of them go back; once none has, each forgets what it would
+have gone back to. What is written belongs to the drafter only: output stays the target's own throughout.
 
 The KV cache that the old drafter filled for running requests, and prefixes cached from it, stay: clearing them would
 throw away the target's too. Acceptance of those requests may dip until they end.
@@ -181,7 +181,7 @@ class HotSwap:
                     "is right, its drafts are not."
                 )
             raise SwapError(f"Loading {what} failed, the one before it serves on: {error}")
-        running = await self.running()
+        running = (await self._rpc("ppow_settle", ()))[0]
         logger.info(
             "Now drafting with %s, written in %.2f s.", what, max(reply["seconds"] for reply in loaded)
         )

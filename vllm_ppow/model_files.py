@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator
@@ -20,6 +21,17 @@ SMALL_FILES: tuple[str, ...] = ("*.json", "*.txt", "*.model", "*.jinja")
 
 _INDEX = "model.safetensors.index.json"
 _CONSOLIDATED = "consolidated"  # how files in a model maker's own format begin, beside those of transformers
+
+# Of one element, by the names that safetensors gives dtypes.
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
 
 _SAMPLED_BYTES = 4096  # per tensor and place; enough to notice any fine-tuning, cheap for a 70B target
 
@@ -81,7 +93,7 @@ def model_weight_files(directory: str | os.PathLike[str]) -> list[Path]:
     path = Path(directory)
     files = sorted(p for p in path.glob("*.safetensors") if p.name != PEFT_WEIGHTS)
     if (path / _INDEX).is_file():
-        named = set((read_json(path / _INDEX).get("weight_map") or {}).values())
+        named = _indexed_files(path / _INDEX)
         if missing := sorted(named - {p.name for p in files}):
             raise ArtifactError(
                 f"{directory} lacks {missing[0]}, which {_INDEX} names: copy the model again."
@@ -95,6 +107,15 @@ def model_weight_files(directory: str | os.PathLike[str]) -> list[Path]:
             "(pickled weights are not read)."
         )
     return files
+
+
+def _indexed_files(index: Path) -> set[str]:
+    """Names of the files that hold a model's tensors, by its index."""
+    content = read_json(index)
+    files = content.get("weight_map") or {} if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise ArtifactError(f"{index} must map tensors to files in weight_map: copy the model again.")
+    return set(files.values())
 
 
 def read_model_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -119,7 +140,7 @@ def safetensors_ranges(file: Path) -> dict[str, tuple[str, int, int]]:
         name -> (dtype and shape as text, first byte, byte after the last), offsets from the beginning of the file.
 
     Raises:
-        ArtifactError: the file is missing, truncated or not safetensors.
+        ArtifactError: the file is missing, truncated or not what the safetensors library reads.
     """
     try:
         size = file.stat().st_size
@@ -128,14 +149,19 @@ def safetensors_ranges(file: Path) -> dict[str, tuple[str, int, int]]:
             if header_size > size - 8:
                 raise ArtifactError(f"{file} is truncated: copy or download it again.")
             header = json.loads(stream.read(header_size))
-        header.pop("__metadata__", None)
-        ranges = {}
-        for name, entry in header.items():
-            begin, end = (8 + header_size + offset for offset in entry["data_offsets"])
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata must be texts")
+        begin, ranges = 8 + header_size, {}
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            end = begin + _num_bytes(entry, begin - 8 - header_size)
             if end > size:
                 raise ArtifactError(f"{file} is truncated: copy or download it again.")
             ranges[name] = (f"{entry['dtype']}{entry['shape']}", begin, end)
-        return ranges
+            begin = end
+        if begin != size:
+            raise ValueError("bytes that belong to no tensor")
+        return {name: ranges[name] for name in header}
     except FileNotFoundError:
         raise ArtifactError(f"{file} does not exist: check the path, or train the adapter again.") from None
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -144,6 +170,24 @@ def safetensors_ranges(file: Path) -> dict[str, tuple[str, int, int]]:
         raise ArtifactError(
             f"{file} is not a readable safetensors file: copy or download it again."
         ) from error
+
+
+def _num_bytes(entry: dict[str, Any], begin: int) -> int:
+    """Size of a tensor by its entry in a header, which must begin where the one before it ended.
+
+    Raises:
+        ValueError, KeyError, TypeError: the entry contradicts itself or the one before it.
+    """
+    first, after = entry["data_offsets"]
+    dtype, sizes = entry["dtype"], entry["shape"]
+    if not (isinstance(dtype, str) and isinstance(sizes, list) and first == begin):
+        raise ValueError("a tensor without a dtype, a shape or a place")
+    if not all(type(number) is int and number >= 0 for number in (first, after, *sizes)):
+        raise ValueError("a place or a shape of no whole numbers")
+    bits = _BITS.get(dtype)  # one that is not known here is left to the library
+    if after < first or (bits is not None and 8 * (after - first) != bits * math.prod(sizes)):
+        raise ValueError("a tensor of another size than its shape's")
+    return after - first
 
 
 def _tensor_samples(file: Path) -> Iterator[tuple[str, str, bytes]]:

@@ -15,9 +15,16 @@ from vllm_ppow.artifact import read_adapter
 REPOSITORY = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module")
+def trajectories(tmp_path_factory) -> Path:
+    """Where both runs keep the target's texts, which are the same for both drafters: the second finds them."""
+    return tmp_path_factory.mktemp("trajectories")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("drafter", "costlier_layers"), [("eagle3", 12), ("causal_lm", 0)])
-def test_the_loop_trains_serves_and_compares(tmp_path, drafter, costlier_layers):
+def test_the_loop_trains_serves_and_compares(tmp_path, trajectories, drafter, costlier_layers):
+    (tmp_path / "trajectories").symlink_to(trajectories)
     command = [
         sys.executable,
         "-m",
@@ -28,7 +35,7 @@ def test_the_loop_trains_serves_and_compares(tmp_path, drafter, costlier_layers)
         "--steps",
         "20",
         "--prompts",
-        "32",
+        "16",
         "--costlier-layers",
         str(costlier_layers),
     ]

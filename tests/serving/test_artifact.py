@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vllm_ppow.artifact import (
@@ -21,6 +22,7 @@ from vllm_ppow.artifact import (
     parse_config,
     read_adapter,
     read_model_config,
+    safetensors_ranges,
     write_adapter,
 )
 from vllm_ppow.resolve import resolve_directory
@@ -190,6 +192,79 @@ def test_files_that_are_no_safetensors(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(ArtifactError, match=r"is truncated|is not a readable safetensors file"):
         fingerprint_safetensors(tmp_path / "x.safetensors")
+
+
+def written(file, header, data=b""):
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return file
+
+
+def entry(begin, end, dtype="U8", shape=None):
+    return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        ({"a": entry(0, 4)}, b"1234"),
+        ({"b": entry(2, 4), "a": entry(0, 2), "none": entry(2, 2), "one": entry(4, 5, shape=[])}, b"12345"),
+        ({"a": entry(0, 3, "F4", [2, 3]), "b": entry(3, 6, "F6_E2M3", [4])}, b"123456"),
+        ({"__metadata__": {"format": "pt"}, "a": entry(0, 8, "F32", [1, 2])}, b"12345678"),
+        ({"a": entry(0, 4, "I32", [])} | {"__metadata__": None}, b"1234"),
+        ({}, b""),
+    ],
+)
+def test_headers_that_the_library_reads_are_read(tmp_path, header, data):
+    file = written(tmp_path / "x.safetensors", header, data)
+    with safe_open(file, framework="pt") as checkpoint:
+        names = set(checkpoint.keys())
+    ranges = safetensors_ranges(file)
+    assert set(ranges) == names
+    start = file.stat().st_size - len(data)
+    for name, (_, begin, end) in ranges.items():
+        assert [begin - start, end - start] == header[name]["data_offsets"]
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        ([], b""),
+        ({"a": 5}, b""),
+        ({"a": {"dtype": "U8", "shape": [1]}}, b"1"),
+        ({"a": entry(0, 4, 5)}, b"1234"),
+        ({"a": entry(0, 4, "F32", [2])}, b"1234"),
+        ({"a": entry(0, 4, shape=[-1, -4])}, b"1234"),
+        ({"a": entry(0, 4, shape=[4.0])}, b"1234"),
+        ({"a": entry(0, 4, shape="4")}, b"1234"),
+        ({"a": entry(0, 4) | {"data_offsets": [0, 2, 4]}}, b"1234"),
+        ({"a": entry(0, 4) | {"data_offsets": [4, 0]}}, b"1234"),
+        ({"a": entry(0, 4) | {"data_offsets": [0.0, 4.0]}}, b"1234"),
+        ({"a": entry(0, 4) | {"data_offsets": ["0", "4"]}}, b"1234"),
+        ({"a": entry(-4, 4)}, b"1234"),
+        ({"a": entry(1, 4)}, b"1234"),
+        ({"a": entry(0, 2), "b": entry(1, 4)}, b"1234"),
+        ({"a": entry(0, 1), "b": entry(2, 4)}, b"1234"),
+        ({"a": entry(0, 4)}, b"12345"),
+        ({"a": entry(0, 4)}, b"123"),
+        ({"a": entry(0, 4), "__metadata__": {"a": 5}}, b"1234"),
+        ({"a": entry(0, 4), "__metadata__": []}, b"1234"),
+    ],
+)
+def test_headers_that_the_library_refuses_are_refused_in_a_sentence(tmp_path, header, data):
+    file = written(tmp_path / "x.safetensors", header, data)
+    with pytest.raises(SafetensorError):
+        safe_open(file, framework="pt")
+    with pytest.raises(ArtifactError, match=r"is truncated|is not a readable safetensors file"):
+        safetensors_ranges(file)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 5}}', '"a"', "{"])
+def test_an_index_that_names_no_files(tmp_path, content):
+    save_file({"a": torch.zeros(5)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"index.json (must map tensors to files|is not readable JSON)"):
+        fingerprint_model(tmp_path)
 
 
 def test_model_configs(tmp_path):

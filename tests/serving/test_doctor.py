@@ -146,6 +146,35 @@ def test_a_reduced_vocabulary_needs_its_map(pair, tmp_path):
     assert "drafts 17 of the target's 320 tokens, its d2t is I64" in found(diagnosis, "fail")["vocabulary"]
 
 
+@pytest.mark.parametrize("taps", ["x", 5, ["a"], [2.5, 3, 4]])
+def test_a_head_whose_taps_are_no_layers(pair, tmp_path, taps):
+    config, path = copy_of_drafter(pair, "original", tmp_path / "d")
+    adapter = random_adapter(tmp_path, "original", pair)
+    path.write_text(json.dumps({**config, "eagle_aux_hidden_state_layer_ids": taps}))
+    diagnosis = examine(question(pair, adapter, base_drafter=str(tmp_path / "d")))
+    assert "must be a list of whole numbers, got" in found(diagnosis, "fail")["config"]
+
+
+def test_configs_whose_parts_are_no_objects(pair, tmp_path):
+    """What they would have said is then not said; the drafter names its taps elsewhere, or not at all."""
+    config, path = copy_of_drafter(pair, "original", tmp_path / "d")
+    adapter = random_adapter(tmp_path, "original", pair)
+    path.write_text(json.dumps({**config, "eagle_config": "x"}))
+    shutil.copytree(pair.target, tmp_path / "target")
+    own = json.loads((pair.target / "config.json").read_text())
+    (tmp_path / "target" / "config.json").write_text(json.dumps({**own, "text_config": "x"}))
+    asked = question(pair, adapter, base_drafter=str(tmp_path / "d"), target=str(tmp_path / "target"))
+    assert examine(asked).serves
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": {"a": 5}}'])
+def test_an_index_that_names_no_files(pair, causal_adapter, tmp_path, content):
+    shutil.copytree(pair.target, tmp_path / "target")
+    (tmp_path / "target" / "model.safetensors.index.json").write_text(content)
+    diagnosis = examine(question(pair, causal_adapter, target=str(tmp_path / "target")))
+    assert "must map tensors to files in weight_map" in found(diagnosis, "fail")["target"]
+
+
 def test_a_shorter_context_is_a_warning(pair, causal_adapter, tmp_path):
     config, path = copy_of_drafter(pair, "causal_lm", tmp_path / "d")
     path.write_text(json.dumps({**config, "max_position_embeddings": 64}))

@@ -53,6 +53,19 @@ def test_tensors_are_pefts_merge_bit_for_bit_and_the_rest_is_the_bases(pair, ada
     assert not list(output.parent.glob(".out*")), "nothing temporary is left"
 
 
+def test_a_drafter_with_a_broken_header_is_refused_in_a_sentence(pair, adapter, kind, tmp_path, capsys):
+    """Metadata, which no fingerprint sees, and which the safetensors library does not read so."""
+    base = shutil.copytree(pair.drafter(kind), tmp_path / "base")
+    file = base / "model.safetensors"
+    whole = file.read_bytes()
+    size = 8 + int.from_bytes(whole[:8], "little")
+    text = json.dumps({**json.loads(whole[8:size]), "__metadata__": {"format": 5}}).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + whole[size:])
+    assert export(adapter, tmp_path / "out", "--drafter", str(base)) == 1
+    assert "is not a readable safetensors file: copy or download it again." in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_shards_tokenizer_and_index_are_kept(pair, tmp_path):
     adapter = random_adapter(tmp_path, "causal_lm", pair)
     base = tmp_path / "sharded"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -24,6 +25,8 @@ def server():
             httpd.asked.append((self.command, self.path, self.headers.get("Authorization"), body))
             status, value = httpd.answers.pop(0)
             self.send_response(status)
+            if status == 302:
+                self.send_header("Location", f"http://127.0.0.1:{httpd.server_address[1]}/elsewhere")
             self.end_headers()
             self.wfile.write(value if isinstance(value, bytes) else json.dumps(value).encode())
 
@@ -101,14 +104,73 @@ def test_waiting_for_the_comparison(server, capsys, event, code):
         (409, {"error": "It is another drafter."}, "Error: It is another drafter.\n"),
         (401, {"error": "Unauthorized"}, "Error: the server wants its API key: give --api-key.\n"),
         (404, {"detail": "Not Found"}, "start it with ppow serve --hot-swap"),
-        (500, b"broken", "Error: broken\n"),
-        (200, b"not JSON", "does not answer"),
+        (400, {"error": {"message": "No such model.", "code": 400}}, "Error: No such model.\n"),
+        (500, b"<html>\nbroken", "answered with status 500 (<html> broken): see the server's log.\n"),
+        (502, b"", "answered with status 502 (Bad Gateway): see the server's log.\n"),
+        (200, b"not JSON", "answered b'not JSON', which says of no adapter: give the base URL"),
+        (200, b"\xff", "which says of no adapter"),
+        (200, [], "which says of no adapter"),
+        (200, {}, "which says of no adapter"),
+        (200, {"comparing": True, "last": "x"}, "which says of no adapter"),
     ],
 )
 def test_refusals(server, capsys, status, value, message):
     server.answers = [(status, value)]
-    assert swap(server, "--adapter", "b") == 1
-    assert message in capsys.readouterr().err
+    assert swap(server, "--adapter", "b", "--wait") == 1
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (
+            b"",
+            "does not answer (Remote end closed connection without response): is the server running there?",
+        ),
+        (b"SSH-2.0-x\r\n", "gave no whole HTTP answer (BadStatusLine: SSH-2.0-x"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", "gave no whole HTTP answer (IncompleteRead"),
+        (
+            b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200,
+            "gave no whole HTTP answer (HTTPException: got more than 100",
+        ),
+        (b"HTTP/1.1 409 No\r\nContent-Length: 9\r\n\r\n{}", "answered with status 409 (No): see"),
+    ],
+)
+def test_a_connection_that_breaks_off_or_speaks_no_http(sent, told, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(sent)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert cli.run(["swap", "--url", f"http://127.0.0.1:{listening.getsockname()[1]}"]) == 1
+        thread.join()
+    shown = capsys.readouterr().err
+    assert told in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "localhost:8000", "ftp://x", "http://", "http://[::1", "http://a b", "http://x:abc", "http://x:99999",
+     "http://x\n", "http://.x", "http://u:p@x", "http://x/ü"],
+)  # fmt: skip
+def test_what_is_no_url_is_wrong_usage(url, capsys):
+    assert cli.run(["swap", "--url", url]) == 2
+    assert "must be an http(s) URL such as http://localhost:8000" in capsys.readouterr().err
+
+
+def test_a_redirect_carries_no_key_elsewhere(server, capsys):
+    server.answers = [(302, {}), (200, RUNNING)]
+    assert swap(server, "--api-key", "secret") == 1
+    assert "answered with status 302" in capsys.readouterr().err
+    assert len(server.asked) == 1
 
 
 def test_no_server(capsys):

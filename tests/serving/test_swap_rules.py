@@ -47,7 +47,7 @@ class Ranks:
 def test_all_stage_then_all_load(adapter):
     ranks = Ranks()
     assert ranks.swap(adapter.directory)["ok"]
-    assert ranks.asked == ["stage", "load", "adapter"]
+    assert ranks.asked == ["stage", "load", "settle"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -82,7 +82,7 @@ def test_an_engine_that_was_not_started_for_it_says_how():
 def test_undo_stages_what_was_before():
     ranks = Ranks()
     asyncio.run(HotSwap(ranks.rpc).undo("asked to"))
-    assert ranks.asked == ["stage_previous", "load", "adapter"]
+    assert ranks.asked == ["stage_previous", "load", "settle"]
     with pytest.raises(SwapError, match="planted"):
         asyncio.run(HotSwap(Ranks(stage_previous=0).rpc).undo("asked to"))
 

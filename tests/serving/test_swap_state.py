@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +59,7 @@ def worker(monkeypatch):
 def swapped(worker, name):
     worker.stage(name)
     assert worker.ppow_load()["ok"]
+    assert worker.ppow_settle()["adapter"] == name
 
 
 def test_going_back_may_fail_and_be_tried_again(worker):
@@ -70,6 +72,27 @@ def test_going_back_may_fail_and_be_tried_again(worker):
     assert worker.ppow_stage_previous()["ok"]
     assert worker.ppow_load()["ok"]
     assert (worker.known, worker.written) == (("a", "b"), "a")
+
+
+def test_only_the_running_adapter_and_the_one_before_it_stay_in_memory(worker):
+    """A third is held while it may have to come back, and no longer."""
+    swapped(worker, "b")
+    worker.stage("c")
+    first = weakref.ref(hot_swap._state(worker).previous)
+    assert worker.ppow_load()["ok"]
+    assert first() is not None
+    assert worker.ppow_settle()["ok"]
+    assert first() is None
+    assert worker.known == ("c", "b")
+
+
+def test_a_load_that_failed_after_a_whole_swap_goes_back_no_further_than_it(worker):
+    swapped(worker, "b")
+    worker.stage("c")
+    worker.failures = 1
+    assert not worker.ppow_load()["ok"]
+    assert worker.ppow_restore()["ok"]
+    assert (worker.known, worker.written) == (("b", "a"), "b")
 
 
 @pytest.mark.parametrize("here", [True, False])

@@ -75,6 +75,12 @@ def run(tmp_path, served):
     return call
 
 
+def test_outputs_of_one_token_in_which_nothing_is_drafted_are_wrong_usage(run, served, capsys):
+    assert run("--max-tokens", "1") == 2
+    assert "--max-tokens" in capsys.readouterr().err
+    assert served == []
+
+
 def test_the_same_again_serves_nothing(run, served, tmp_path):
     assert run() == 0
     assert served == [(name, [1.0, 0.0]) for name in NAMES]

@@ -133,6 +133,19 @@ def test_too_little_room_is_told_before_an_engine_starts(place, given, told, cap
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_outputs_of_one_token_in_which_nothing_is_drafted_are_wrong_usage(place, command, capsys):
+    assert call(place, command, "--allow-target-mismatch", "--max-tokens", "1") == 2
+    assert "--max-tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "qwen3", "hidden_size": "64"}'])
+def test_a_target_with_a_broken_config_is_refused_in_a_sentence(place, content, capsys):
+    (place / "target" / "config.json").write_text(content)
+    assert call(place, "bench", "--allow-target-mismatch") == 1
+    assert str(place / "target") in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- vLLM's own arguments
 
 

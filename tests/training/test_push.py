@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -239,6 +240,42 @@ def test_an_adapter_that_gains_nothing_fails_and_stays_here(hub, train, tmp_path
     assert "It was not uploaded" in captured.err
     assert hub.repos == {}
     assert read_adapter(tmp_path / "out").directory == tmp_path / "out"
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_run_that_diverges_fails_and_says_which_adapter_it_kept(
+    hub, train, tmp_path, monkeypatch, capsys, holds
+):
+    """In one sentence, or in a line before the sentence on what is wrong with that adapter."""
+    compute_loss = PPOWTrainer._compute_loss
+
+    def spoilt(self, model, inputs):
+        return compute_loss(self, model, inputs) * (float("nan") if self.state.global_step == 5 else 1.0)
+
+    monkeypatch.setattr(PPOWTrainer, "_compute_loss", spoilt)
+    monkeypatch.setattr("ppow_train.selection.Judge.__call__", _rising())
+    assert train("--held-out", str(train.held_out), "--eval-steps", "2", holds=holds) == 1
+    captured = capsys.readouterr()
+    chosen = json.loads(captured.out)["training"]["selection"]
+    assert (chosen["diverged_at_update"], chosen["written_after_updates"]) == (6, 4)
+    prefix = "Error: " if holds else ""
+    assert f"{prefix}training diverged at update 6: the adapter of update 4, the best" in captured.err
+    assert ("do not trust its figures" in captured.err) is not holds
+    assert captured.err.count("Error: ") == 1
+    assert "It was not uploaded" in captured.err
+    assert hub.repos == {}
+    assert read_adapter(tmp_path / "out").directory == tmp_path / "out"
+    assert not (tmp_path / "out.checkpoints").exists()
+
+
+def _rising() -> Any:
+    """A judge that sees more accepted tokens at each call."""
+    calls = itertools.count(1)
+
+    def judge(self: Any) -> ExpectedWalk:
+        return ExpectedWalk(torch.ones(1), torch.tensor([[0.1 * next(calls)]]))
+
+    return judge
 
 
 def test_nothing_unchecked_is_uploaded_unless_told_so(hub, train, monkeypatch, capsys):

@@ -176,6 +176,41 @@ def test_a_killed_run_on_an_output_layer_goes_on_bit_by_bit(directories, traject
     assert log(killed) == log(alone)
 
 
+def test_a_run_that_diverges_keeps_the_same_adapter_in_two_processes_and_after_a_kill(
+    directories, trajectories, tmp_path, monkeypatch
+):
+    """Killed when the adapter was to be written, it goes on from its last checkpoint and diverges again."""
+    from ppow_train.trainer import PPOWTrainer
+
+    own = PPOWTrainer._compute_loss
+
+    def spoilt(self, model, inputs):
+        return own(self, model, inputs) * (float("nan") if self.state.global_step == 4 else 1.0)
+
+    monkeypatch.setattr(PPOWTrainer, "_compute_loss", spoilt)
+    monkeypatch.setattr("ppow_train.selection.SelectionState.beats_untrained", True)
+    ids = torch.randint(1, VOCAB, (12, 20), generator=torch.Generator().manual_seed(7))
+    held_out = Trajectories(ids, torch.full((12,), 3), torch.full((12,), 20))
+    options = {"held_out": held_out, "eval_steps": 2}
+    alone, two, killed = (tmp_path / name for name in ("alone", "two", "killed"))
+    for directory in (alone, two, killed):
+        directory.mkdir()
+    assert finish(start(train_into, alone, directories, trajectories, **options)) == 0
+    assert train_in_group(2, two, directories, trajectories, **options) == [0, 0]
+    fatal = ("ppow_train.training:write_adapter", 0)
+    assert (
+        finish(start(train_and_die, fatal, killed, directories, trajectories, **options)) == -signal.SIGKILL
+    )
+    assert finish(start(train_into, killed, directories, trajectories, resume=True, **options)) == 0
+    assert weights(killed) == weights(alone)
+    assert windows(killed) == windows(alone)
+    chosen = [read_adapter(d / "adapter").config.training["selection"] for d in (alone, two, killed)]
+    assert chosen[0]["diverged_at_update"] == 5
+    assert chosen[2] == chosen[0]
+    assert chosen[1]["written_after_updates"] == chosen[0]["written_after_updates"]
+    assert not any((d / "state").exists() for d in (alone, two, killed))
+
+
 def test_the_best_adapter_is_chosen_alike_in_two_processes_and_after_a_kill(
     directories, trajectories, tmp_path
 ):

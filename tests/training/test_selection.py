@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from test_training_runs import config_for, open_pair
 from training_pair import K
 
 from ppow_train.adapter import held_out_facts
+from ppow_train.card import CARD
 from ppow_train.config import PPOWConfig
 from ppow_train.data import collate
 from ppow_train.drafters import load_drafter
@@ -27,6 +29,7 @@ from ppow_train.trainer import PPOWTrainer
 from ppow_train.training import train_adapter
 from ppow_train.types import Trajectories
 from ppow_train.walk import ExpectedWalk
+from ppow_train.window_log import read_window_log
 from vllm_ppow.artifact import read_adapter
 
 PROMPTS = [[i, 7, 3 * i % 50] for i in range(1, 41)]
@@ -202,6 +205,74 @@ def test_a_gain_must_be_seen_on_the_prompts_that_did_not_choose():
     best.state.curve[1] = (2, 0.9)
     assert held_out_facts(walk(0.5), walk(0.6), best)["gain_above_zero"] is False
     assert held_out_facts(walk(0.5), walk(0.4), None)["gain_above_zero"] is False
+
+
+# ---------------------------------------------------------------- diverging
+
+
+def diverging_from(monkeypatch, update: int) -> None:
+    """Every update from this one on has a loss that is no number."""
+    own = PPOWTrainer._compute_loss
+
+    def spoilt(self, model, inputs):
+        return own(self, model, inputs) * (float("nan") if self.state.global_step >= update - 1 else 1.0)
+
+    monkeypatch.setattr(PPOWTrainer, "_compute_loss", spoilt)
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_the_best_adapter_outlives_a_run_that_diverges(
+    keep_best, directories, training_rows, held_out, tmp_path, progress, monkeypatch
+):
+    """Also where the last one was wanted, which is none; and nothing is left that would have to be deleted."""
+    diverging_from(monkeypatch, 6)
+    selecting, _ = split_held_out(held_out)
+    config = config_of(tmp_path, keep_best=keep_best, save_steps=1)
+    arguments = (open_pair(directories, "causal_lm"), training_rows, config, tmp_path / "adapter")
+    result = train_adapter(*arguments, held_out=held_out, progress=progress)
+    assert result.selection is not None
+    curve = dict(result.selection.curve)
+    assert list(curve) == [0, 2, 4]
+    best = judged(directories, result.adapter.directory, selecting)
+    assert best == pytest.approx(max(curve.values()), abs=1e-5)
+    assert best > curve[0]
+    facts = read_adapter(tmp_path / "adapter").config.training
+    assert facts["updates"] == facts["selection"]["diverged_at_update"] == 6
+    assert facts["selection"]["written_after_updates"] == result.selection.best_updates
+    assert facts["selection"]["stopped_early"] is False
+    assert "(update 6 diverged and ended the run)" in (tmp_path / "adapter" / CARD).read_text("utf-8")
+    assert read_window_log(tmp_path / "adapter")[-1]["step"] == 6
+    assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize("update", [2, 3], ids=["before any evaluation", "after one that lost"])
+def test_nothing_is_written_of_a_run_that_diverges_and_had_gained_nothing(
+    update, directories, training_rows, held_out, tmp_path, progress, monkeypatch
+):
+    diverging_from(monkeypatch, update)
+    walk = ExpectedWalk(torch.ones(1), torch.ones(1, K))
+    monkeypatch.setattr(Judge, "__call__", lambda self: walk)  # what is equal is no gain
+    arguments = (open_pair(directories, "causal_lm"), training_rows, config_of(tmp_path))
+    with pytest.raises(UserError, match=rf"diverged at update {update}: .*no adapter was written\."):
+        train_adapter(*arguments, tmp_path / "adapter", held_out=held_out, progress=progress)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_update_after_a_run_that_had_stopped_may_diverge(tmp_path):
+    """Transformers makes it where such a run is resumed; it is none of the run's."""
+    best = BestOnHeldOut(SimpleNamespace(digest=""), config_of(tmp_path), lambda name, value: None)
+    best.state.curve = [(0, 1.0), (2, 0.9)]
+    best._at_stop = {"a": torch.ones(1)}
+    assert best.outlives(3)
+    assert (best.diverged_at, best.counted(3)) == (None, 2)
+
+
+def test_an_evaluation_that_is_no_number_is_the_worst():
+    state = SelectionState([(0, 1.0), (2, math.nan), (4, 1.1), (6, math.nan)], "")
+    assert (state.best_updates, state.beats_untrained, state.evaluations_without_gain) == (4, True, 1)
+    state.curve[2:] = []
+    assert (state.best_updates, state.beats_untrained) == (2, False)
+    assert not SelectionState([(0, 1.0)], "").beats_untrained
 
 
 # ---------------------------------------------------------------- resuming

@@ -17,7 +17,7 @@ import torch
 from ppow_train.cli import run
 from ppow_train.errors import UserError
 from ppow_train.study.costs import equal_time_steps, read_costs, write_costs
-from ppow_train.study.intervals import Resampled, difference, gain
+from ppow_train.study.intervals import Resampled, SeedSpread, difference, gain
 from ppow_train.study.plan import Cell, Plan, read_plan
 from ppow_train.study.results import Measured, Results, RunKey
 from ppow_train.study.run import Study
@@ -225,6 +225,51 @@ def test_a_real_difference_is_found_and_what_is_common_drops_out():
     assert over.is_clear_of_zero
     assert over.mean == pytest.approx(0.04, abs=0.01)
     assert gain(Resampled(one, 5), start).mean == pytest.approx(1.0)
+
+
+def test_one_seed_is_given_the_spread_of_the_arms_that_have_several():
+    """Of arms that differ in nothing but their seeds, intervals of prompts alone would find most better or worse."""
+    random = np.random.default_rng(2)
+    found = {"prompts": 0, "seeds too": 0}
+    for _ in range(100):
+        prompts = random.normal(size=40)
+
+        def run(prompts=prompts):
+            return measured(list(10 + prompts + random.normal() * 0.3 + random.normal(size=40) * 0.2))
+
+        reference, start = run(), Resampled([measured(list(10 + prompts))], 1)
+        beside = [[sum(run().accepted) / sum(start_accepted(prompts)) for _ in range(5)] for _ in range(3)]
+        spread = SeedSpread.pooled(beside)
+        assert spread.degrees == 12
+        twice = SeedSpread(spread.sd * 2**0.5, spread.degrees)  # a difference has two runs' seeds in it
+        arms = Resampled([run()], 1), Resampled([reference], 1), start
+        low_high = difference(*arms), difference(*arms, twice)
+        assert low_high[0].of_prompts_alone
+        assert not low_high[0].is_clear_of_zero
+        found["prompts"] += low_high[0].low > 0 or low_high[0].high < 0
+        found["seeds too"] += low_high[1].is_clear_of_zero
+    assert found["prompts"] > 50
+    assert found["seeds too"] <= 10
+
+
+def start_accepted(prompts):
+    return list(10 + prompts)
+
+
+def test_where_no_arm_has_two_seeds_nothing_is_bold_and_the_table_says_so():
+    assert SeedSpread.pooled([[1.0], []]) is None
+    assert SeedSpread.pooled([[1.0, 2.0, 3.0], [5.0, 7.0], [9.0]]) == SeedSpread((4 / 3) ** 0.5, 3)
+    study = plan(cells=(cell(),), seeds=(0,))
+    done = {start_key("report", study.cells[0]): measured([5.0, 6.0])}
+    for arm, value in (("one", 6.0), ("other", 7.0)):
+        for rate in study.rates_of(arm, study.cells[0]):
+            done[RunKey("tune", "here", arm, 100, 5, rate)] = measured([1.0 - rate])
+        done[RunKey("report", "here", arm, 0, 5, 0.1)] = measured([value, value + 1])
+    text = tables(study, done, {})
+    assert "| `other` | +18.2 (" in text
+    assert ") † | 1 |" in text
+    assert "**" not in text
+    assert text.endswith("† One seed, and no arm beside it has two: an interval of prompts alone.\n")
 
 
 def test_the_table_says_what_is_clear_of_zero():

@@ -119,6 +119,7 @@ def test_yaml_s_own_way_of_reading_numbers(small_study):
         (lambda plan: plan.update(steps=[0]), "The plan's steps must be >= 1, got 0"),
         (lambda plan: plan.update(steps=[True]), "each of steps must be a whole number, got True"),
         (lambda plan: plan.update(max_tokens="many"), "max_tokens must be a whole number, got 'many'"),
+        (lambda plan: plan.update(max_tokens=1), "The plan's max_tokens must be >= 2, got 1"),
         (lambda plan: plan.update(max_new_tokens=0), "The plan's max_new_tokens must be >= 1, got 0"),
         (lambda plan: plan.update(tuning_prompts=-1), "The plan's tuning_prompts must be >= 0, got -1"),
         (

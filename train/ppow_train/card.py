@@ -109,9 +109,11 @@ def _parity(parity: dict[str, Any] | None) -> str:
 
 def _selection(config: AdapterConfig) -> str:
     selection = config.training["selection"]
+    diverged = selection.get("diverged_at_update")
+    ended = "" if diverged is None else f" (update {diverged} diverged and ended the run)"
     return (
-        f"Written is the adapter after {selection['written_after_updates']} of {config.training['updates']} updates, "
-        f"by its expected acceptance on {selection['prompts']} other held-out prompts:\n\n"
+        f"Written is the adapter after {selection['written_after_updates']} of {config.training['updates']} updates"
+        f"{ended}, by its expected acceptance on {selection['prompts']} other held-out prompts:\n\n"
         f"![accepted tokens per draft over updates]({CURVE})"
     )
 

@@ -33,21 +33,48 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return logits.float()
 
 
+def _few_tokens(model: PreTrainedModel) -> torch.Tensor:
+    ids = torch.arange(_CHECKED_TOKENS, device=model.device)[None]
+    return ids % model.get_input_embeddings().weight.shape[0]
+
+
+@torch.no_grad()
+def try_out(model: PreTrainedModel) -> torch.Tensor:
+    """The model's own logits of a few tokens, float32 [1, T, V].
+
+    Raises:
+        UserError: it does not run, or they are no numbers, as where its config.json or its weights are broken.
+    """
+    name = f"{model.config.name_or_path} ({type(model).__name__})"
+    try:
+        logits = model(input_ids=_few_tokens(model), use_cache=False).logits.float()
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
+        raise UserError(
+            f"{name} is loaded, but does not run ({why}): copy it again, or give another."
+        ) from error
+    if logits.isnan().any():
+        raise UserError(
+            f"{name} computes logits that are no numbers, in {str(model.dtype).removeprefix('torch.')}: copy it again, "
+            "give another, or load it in float32."
+        )
+    return logits
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
     """Compare `head_logits` with the model's own logits on a few tokens.
 
     Raises:
-        UserError: the model does something else between its last hidden states and its logits.
+        UserError: it does not run, or does something else between its last hidden states and its logits.
     """
-    ids = (
-        torch.arange(_CHECKED_TOKENS, device=model.device)[None]
-        % model.get_input_embeddings().weight.shape[0]
-    )
+    ids = _few_tokens(model)
     seen: list[torch.Tensor] = []
     hook = model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
     try:
-        own = model(input_ids=ids, use_cache=False).logits.float()
+        own = try_out(model)
     finally:
         hook.remove()
     if not seen:  # OPT's head reads its decoder, past the base model, whose last states are the same

@@ -38,7 +38,7 @@ def clean_key(key: str) -> str:
     return key
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
+class NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would carry prompts and key to a host that the user did not name."""
 
     def redirect_request(self, *args: Any) -> None:
@@ -217,7 +217,7 @@ class EndpointBackend:
             headers["Authorization"] = f"Bearer {self.api_key}"
         content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url.rstrip("/") + path, content, headers)
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout_s) as response:
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=self.timeout_s) as response:
             answer = response.read()
         try:
             return json.loads(answer)

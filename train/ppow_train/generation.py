@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from ppow_train.causal import try_out
 from ppow_train.data import load_trajectories, save_trajectories, trajectory_key
 from ppow_train.errors import UserError
 from ppow_train.loading import load_causal_lm, read_config, read_tokenizer
@@ -177,8 +178,13 @@ class VllmBackend:
 def open_hugging_face(
     target: Path, sampling: Sampling, *, device: str, dtype: str, batch_size: int
 ) -> Iterator[HuggingFaceBackend]:
-    """Load the target for `HuggingFaceBackend`; `dtype` as in transformers, "auto" is the checkpoint's own."""
+    """Load the target for `HuggingFaceBackend`; `dtype` as in transformers, "auto" is the checkpoint's own.
+
+    Raises:
+        UserError, ArtifactError: it is broken, or none that transformers loads.
+    """
     model = load_causal_lm(target, dtype, device).eval()
+    try_out(model)
     yield HuggingFaceBackend(model, load_tokenizer(target), sampling, batch_size)
 
 
@@ -214,6 +220,11 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
 def _named_ends(own: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     named = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    if not all(token is None or type(token) is int for token in named):
+        raise UserError(
+            f"The target names {own!r} as its end tokens, which must be token ids: mend eos_token_id in its "
+            "generation_config.json or config.json."
+        )
     return sorted(token for token in named if token is not None)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,17 +148,17 @@ class SelectionState:
     @property
     def best_updates(self) -> int:
         """Updates after which the best adapter stood; of several that are equal the first."""
-        return max(self.curve[1:], key=lambda point: point[1])[0]
+        return max(self.curve[1:], key=lambda point: _worth(point[1]))[0]
 
     @property
     def beats_untrained(self) -> bool:
         """Whether any adapter accepted more than the untrained drafter."""
-        return max(value for _, value in self.curve[1:]) > self.curve[0][1]
+        return max((_worth(value) for _, value in self.curve[1:]), default=-math.inf) > self.curve[0][1]
 
     @property
     def evaluations_without_gain(self) -> int:
         """How many evaluations ago the most was accepted, the untrained drafter's included."""
-        values = [value for _, value in self.curve]
+        values = [_worth(value) for _, value in self.curve]
         return len(values) - 1 - values.index(max(values))
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -184,6 +185,11 @@ class SelectionState:
             return cls.load_state_dict(json.loads(file.metadata()["selection"]), tensors)
 
 
+def _worth(accepted: float) -> float:
+    """What an evaluation counts for: nothing is less than one that is no number, of a run about to diverge."""
+    return -math.inf if math.isnan(accepted) else accepted
+
+
 class BestOnHeldOut(TrainerCallback):
     """Evaluates every `eval_steps` updates, keeps the best adapter and stops when nothing better comes.
 
@@ -193,11 +199,16 @@ class BestOnHeldOut(TrainerCallback):
         judge: on the selection half.
         config: eval_steps, early_stop_patience.
         log: puts a figure into the next line of the training log.
+
+    Attributes:
+        state: what it remembers.
+        diverged_at: the update that ended the run by making its weights no numbers, or None.
     """
 
     def __init__(self, judge: Judge, config: PPOWConfig, log: Callable[[str, float], None]) -> None:
         self.judge, self.config, self.log = judge, config, log
         self.state = SelectionState([], judge.digest)
+        self.diverged_at: int | None = None
         self._at_stop: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -234,9 +245,20 @@ class BestOnHeldOut(TrainerCallback):
         """Nothing is measured any more."""
         self.judge.forget()
 
+    def outlives(self, update: int) -> bool:
+        """Whether there is an adapter to write though the weights are no numbers since an update.
+
+        There is one where some evaluation before it accepted more than the untrained drafter.
+        """
+        if self._at_stop:
+            return True  # the run was over, and that update is none of its own
+        if self.state.beats_untrained:
+            self.diverged_at = update
+        return self.diverged_at is not None
+
     def restore(self, model: torch.nn.Module) -> None:
         """Put the tensors of the adapter that is to be written back into the model."""
-        written = self.state.best if self.config.keep_best else self._at_stop
+        written = self.state.best if self._writes_best else self._at_stop
         if written:
             with torch.no_grad():
                 for name, parameter in _trained(model).items():
@@ -252,10 +274,15 @@ class BestOnHeldOut(TrainerCallback):
             "prompts": len(self.judge.runner.trajectories),
             "curve": [(updates, round(value, 4)) for updates, value in self.state.curve],
             "written_after_updates": self.state.best_updates
-            if self.config.keep_best
+            if self._writes_best
             else self.state.curve[-1][0],
-            "stopped_early": self.state.curve[-1][0] < self.config.max_steps,
+            "stopped_early": self.diverged_at is None and self.state.curve[-1][0] < self.config.max_steps,
+            **({} if self.diverged_at is None else {"diverged_at_update": self.diverged_at}),
         }
+
+    @property
+    def _writes_best(self) -> bool:
+        return self.config.keep_best or self.diverged_at is not None  # the last one is no adapter
 
     @property
     def _is_over(self) -> bool:

@@ -26,7 +26,7 @@ from ppow_train.checkpoints import (
 )
 from ppow_train.config import PPOWConfig
 from ppow_train.data import keep_long_enough, read_prompts
-from ppow_train.divergence import Divergence
+from ppow_train.divergence import Diverged, Divergence
 from ppow_train.errors import UserError
 from ppow_train.generation import Round, load_or_generate, load_tokenizer
 from ppow_train.lora_targets import check_lora_targets
@@ -147,6 +147,7 @@ def train_adapter(
 
     The pair's drafter is changed in place while training and restored before returning, so a pair can be used again.
     With `save_strategy` "steps", training state is in `config.output_dir` until the adapter is written.
+    Of a run that diverges the best adapter is written, if `eval_steps` found one that gains; else it raises Diverged.
 
     Args:
         held_out: prompts to report on, and with `eval_steps` to choose the best adapter on (selection.py).
@@ -215,7 +216,11 @@ def _train(
     checkpoint: Path | None,
     progress: Progress,
 ) -> tuple[Any, BestOnHeldOut | None]:
-    """The trainer after its last update, and what was best of it, if anyone judges."""
+    """The trainer after its last update, and what was best of it, if anyone judges.
+
+    Raises:
+        Diverged: and nothing of it is worth to be written.
+    """
     from ppow_train.trainer import PPOWTrainer
 
     bar = ProgressBar(f"training ({config.objective})", progress)
@@ -228,7 +233,12 @@ def _train(
     quiet_trainer(trainer)
     if checkpoint is not None:
         restore_state(trainer, checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Diverged as diverged:
+        if best is None or not best.outlives(diverged.update):
+            raise
+        trainer.callback_handler.on_train_end(config, trainer.state, trainer.control)  # the log's last line
     return trainer, best
 
 

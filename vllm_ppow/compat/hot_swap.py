@@ -96,7 +96,8 @@ class _State:
         running: what its drafter was merged with.
         previous: what it was merged with before the last swap.
         staged: the next one, and the drafter's tensors with it merged.
-        before: `running` and `previous` as they were before the last load, if it succeeded here; None since staging.
+        before: `running` and `previous` as they were before the last load, if it succeeded here; None since all workers
+            are known to have loaded, and since staging.
     """
 
     running: Merger
@@ -168,6 +169,15 @@ class WorkerExtension:
             return {"seconds": time.perf_counter() - begin}
 
         return _answer(load)(self)
+
+    def ppow_settle(self) -> dict[str, Any]:
+        """All workers have loaded: forget what restoring would go back to, an adapter that nothing else needs."""
+
+        def settle() -> dict[str, Any]:
+            _state(self).before = None
+            return {}
+
+        return _answer(settle)(self)
 
     def ppow_restore(self) -> dict[str, Any]:
         """Undo a load that failed on this worker, or that succeeded here and failed on another."""

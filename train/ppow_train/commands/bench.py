@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--max-tokens",
-    type=click.IntRange(1),
+    type=click.IntRange(2),
     default=64,
     show_default=True,
-    help="output tokens per prompt at most",
+    help="output tokens per prompt at most; the first of them is never drafted",
 )
 @click.option("--limit", type=click.IntRange(1), default=64, show_default=True, help="prompts to use at most")
 @click.option(

@@ -67,7 +67,8 @@ FACTS = "compare.json"
     help="tokens of each trajectory at most",
 )  # fmt: skip
 @click.option(
-    "--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="output tokens per served prompt"
+    "--max-tokens", type=click.IntRange(2), default=64, show_default=True,
+    help="output tokens per served prompt; the first of them is never drafted",
 )  # fmt: skip
 @click.option(
     "--serving-temperature", type=click.FloatRange(0), default=1.0, show_default=True,

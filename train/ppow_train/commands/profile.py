@@ -61,7 +61,10 @@ class _Numbers(click.ParamType):
 @click.option("--num-speculative-tokens", type=click.IntRange(1), help="K at most  [default: the adapter's]")
 @click.option("--steps", type=click.IntRange(1), default=5, show_default=True, help="steps timed in a row")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="passes over the grid")
-@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="output per prompt")
+@click.option(
+    "--max-tokens", type=click.IntRange(2), default=64, show_default=True,
+    help="output per prompt; its first token is never drafted",
+)  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), default=64, show_default=True, help="prompts at most")
 @click.option("--temperature", type=click.FloatRange(0), help="of acceptance  [default: the adapter's]")
 @click.option("--dtype", default="auto", show_default=True, help="of the target, as in vLLM")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Any
 
@@ -14,8 +16,34 @@ import click
 PATH = "/v1/ppow/adapter"
 
 
+class _BaseUrl(click.ParamType):
+    """An http(s) URL that a request can be made of, without a slash at its end."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            parts = urllib.parse.urlsplit(value)
+            (parts.hostname or "").encode("idna")
+            parts.path.encode("ascii")
+            # Reading the port checks it; signs that cannot be in a URL are passed over by urlsplit.
+            fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            fits = fits and "@" not in parts.netloc and value.isprintable() and " " not in value
+        except ValueError:
+            fits = False
+        if not fits:
+            self.fail(f"must be an http(s) URL such as http://localhost:8000, got {value!r}.", param, ctx)
+        return value.rstrip("/")
+
+
 @click.command()
-@click.option("--url", default="http://localhost:8000", show_default=True, help="base URL of the server")
+@click.option(
+    "--url",
+    type=_BaseUrl(),
+    default="http://localhost:8000",
+    show_default=True,
+    help="base URL of the server",
+)
 @click.option(
     "--adapter",
     help="a path as the server knows it, relative to its --hot-swap directory, or its Hub repo id",
@@ -80,25 +108,56 @@ def _call(url: str, asked: dict[str, Any] | None, api_key: str | None) -> dict[s
         "Content-Type": "application/json",
         **({"Authorization": f"Bearer {api_key}"} if api_key else {}),
     }
+    from ppow_train.endpoint import NoRedirect
+
     body = None if asked is None else json.dumps(asked).encode()
-    request = urllib.request.Request(url.rstrip("/") + PATH, body, headers)
+    request = urllib.request.Request(url + PATH, body, headers)
     try:
-        with urllib.request.urlopen(request, timeout=3600) as answer:
-            return json.load(answer)
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=3600) as answer:
+            return _checked(url, answer.read())
     except urllib.error.HTTPError as error:
         raise click.ClickException(_sentence(url, error)) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise click.ClickException(
             f"{url} does not answer ({error}): is the server running there?"
         ) from error
+    except http.client.HTTPException as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise click.ClickException(
+            f"{url} gave no whole HTTP answer ({why}): check --url and the server's log."
+        ) from error
+
+
+def _checked(url: str, body: bytes) -> dict[str, Any]:
+    """What the server says, if it is what our server says.
+
+    Raises:
+        click.ClickException: it is something else.
+    """
+    with contextlib.suppress(ValueError):
+        answer = json.loads(body)
+        if (
+            isinstance(answer, dict)
+            and "comparing" in answer
+            and isinstance(answer.get("last", ""), dict | None)
+        ):
+            return answer
+    raise click.ClickException(
+        f"{url} answered {body[:60]!r}, which says of no adapter: give the base URL of a server that "
+        "ppow serve --hot-swap started."
+    )
 
 
 def _sentence(url: str, error: urllib.error.HTTPError) -> str:
-    text = error.read().decode(errors="replace")
+    """Why the server refused."""
     if error.code == 404:
         return f"{url} has no {PATH}: start it with ppow serve --hot-swap, on vLLM 0.32 or newer."
     if error.code == 401:
         return "the server wants its API key: give --api-key."
+    text = ""
+    with contextlib.suppress(OSError, http.client.HTTPException):  # broken off: the status is all there is
+        text = " ".join(error.read().decode(errors="replace").split())
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        text = json.loads(text)["error"]
-    return text
+        told = json.loads(text)["error"]  # our own sentence, or vLLM's {"message": …}
+        return str(told if isinstance(told, str) else told["message"])
+    return f"{url} answered with status {error.code} ({text[:200] or error.reason}): see the server's log."

@@ -13,7 +13,7 @@ import click
 from ppow_train.commands import training_run
 from ppow_train.commands.engine_arguments import engine_argument_option
 from ppow_train.commands.options import device_option, given, training_options
-from ppow_train.commands.training_run import Request
+from ppow_train.commands.training_run import Outcome, Request
 
 if TYPE_CHECKING:
     from ppow_train.parity import Parity
@@ -176,27 +176,47 @@ def _finish(request: Request, push: Push | None, as_json: bool) -> None:
     checked = agreement.as_json() if agreement else None
     write_card(result.adapter.directory, result.adapter.config, checked)
     _report(result, agreement, as_json)
-    not_uploaded = " It was not uploaded." if push else ""
-    if outcome.parity_failure is not None:
-        raise click.ClickException(
-            f"parity with vLLM was not checked ({outcome.parity_failure}): the adapter is written, check it with "
-            f"`ppow bench --adapter {result.adapter.directory} --prompts FILE`.{not_uploaded}"
-        )
-    if agreement is not None and not agreement.holds:
-        raise click.ClickException(
-            f"{agreement.problem} (figures above): the adapter is written, do not trust its figures.{not_uploaded}"
-        )
-    if result.adapter.config.training.get("gain_above_zero") is False:
-        raise click.ClickException(
-            "on held-out prompts it accepts no more than the drafter alone: the adapter is written, do not serve it; "
-            "--eval-steps and a lower --learning-rate may find one that gains." + not_uploaded
-        )
+    diverged, failure = _divergence(result), _failure(outcome)
+    if diverged and failure:
+        click.echo(diverged, err=True)
+    if told := failure or diverged:
+        raise click.ClickException(told + (" It was not uploaded." if push else ""))
     if push is not None:
         if request.parity and agreement is None:
             raise click.ClickException(
                 "nothing was held out, so parity was not checked: it was not uploaded."
             )
         click.echo(f"Uploaded: {push_adapter(result.adapter, push, checked)}", err=as_json)
+
+
+def _divergence(result: TrainingResult) -> str | None:
+    """Why the run did not get to its end, if it did not."""
+    chosen = result.adapter.config.training.get("selection") or {}
+    if "diverged_at_update" not in chosen:
+        return None
+    return (
+        f"training diverged at update {chosen['diverged_at_update']}: the adapter of update "
+        f"{chosen['written_after_updates']}, the best until then on held-out prompts, was kept and is written; for a "
+        "run that gets to its end, lower --learning-rate, or give --target-dtype float32."
+    )
+
+
+def _failure(outcome: Outcome) -> str | None:
+    """What is wrong with the adapter that was written, or was not found out about it."""
+    adapter, agreement = outcome.result.adapter, outcome.parity
+    if outcome.parity_failure is not None:
+        return (
+            f"parity with vLLM was not checked ({outcome.parity_failure}): the adapter is written, check it with "
+            f"`ppow bench --adapter {adapter.directory} --prompts FILE`."
+        )
+    if agreement is not None and not agreement.holds:
+        return f"{agreement.problem} (figures above): the adapter is written, do not trust its figures."
+    if adapter.config.training.get("gain_above_zero") is False:
+        return (
+            "on held-out prompts it accepts no more than the drafter alone: the adapter is written, do not serve it; "
+            "--eval-steps and a lower --learning-rate may find one that gains."
+        )
+    return None
 
 
 def _take_push(values: dict[str, Any], output: Path, parity: bool, has_held_out: bool) -> Push | None:

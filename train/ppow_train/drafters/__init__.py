@@ -26,7 +26,12 @@ def detect_drafter_type(directory: Path) -> str:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is not readable ({error}): give the drafter's own directory.") from error
-    architectures = config.get("architectures") or []
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{file} must hold a JSON object, got {type(config).__name__}: give the drafter's own directory."
+        )
+    named = config.get("architectures") or []
+    architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     if config.get("speculators_model_type") == "eagle3" or set(architectures) & set(_ORIGINAL_EAGLE3):
         return "eagle3"
     is_eagle = any("eagle" in name.lower() for name in architectures)  # some end in ForCausalLM too
@@ -34,7 +39,7 @@ def detect_drafter_type(directory: Path) -> str:
         return "causal_lm"
     raise UserError(
         f"{directory} is neither a causal LM nor an EAGLE-3 head in speculators format or of Llama layers in the "
-        f"original format (architectures {architectures}): convert the head with the speculators library first."
+        f"original format (architectures {named}): convert the head with the speculators library first."
     )
 
 

@@ -21,6 +21,7 @@ from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
 from transformers import LlamaConfig
 
 from ppow_train.errors import UserError
+from ppow_train.loading import refused
 from vllm_ppow.artifact import model_weight_files, read_model_config
 
 logger = logging.getLogger(__name__)
@@ -40,34 +41,49 @@ def read_head(directory: Path, target: Path | None = None) -> Any:
             its target that it cannot have; the kind of head is not supported.
     """
     raw = read_model_config(directory)
-    config = (
-        Eagle3SpeculatorConfig.from_pretrained(directory)
-        if "speculators_model_type" in raw
-        else _original_config(raw, directory)
-    )
+    is_original = "speculators_model_type" not in raw
+    if is_original:
+        _check_original(raw, directory)
+    with refused(directory, "no EAGLE-3 head", "speculators"):
+        config = _original_config(raw) if is_original else Eagle3SpeculatorConfig.from_pretrained(directory)
     config.eagle_aux_hidden_state_layer_ids = _taps(
         config.eagle_aux_hidden_state_layer_ids, directory, target
     )
     config.transformer_layer_config._attn_implementation = (
         "sdpa"  # its default builds flex masks for its own forward
     )
-    model = Eagle3DraftModel(config)
+    with torch.device("meta"):  # sizes that contradict the tensors may be any: they must not take memory
+        planned = _empty_model(config, directory, target)
+    tensors = _fitting_tensors(planned, directory, target)
+    model = _empty_model(config, directory, target)
+    model.load_state_dict(tensors, strict=False)
+    return model
+
+
+def _empty_model(config: Any, directory: Path, target: Path | None) -> Any:
+    with refused(directory, "no EAGLE-3 head", "speculators"):
+        model = Eagle3DraftModel(config)
     _fit_target_width(model, directory, target)
-    _load_exactly(model, directory, target)
     return model
 
 
 # ---------------------------------------------------------------- config.json
 
 
-def _original_config(raw: dict[str, Any], directory: Path) -> Any:
-    """A config of the original format in the library's terms, absent switches as vLLM reads them."""
+def _check_original(raw: dict[str, Any], directory: Path) -> None:
+    """Refuse heads of the original format that are none of ours."""
     eagle = raw.get("eagle_config") or {}
-    if raw.get("model_type", "llama") != "llama" or eagle.get("use_aux_hidden_state", True) is not True:
+    reads_states = isinstance(eagle, dict) and eagle.get("use_aux_hidden_state", True) is True
+    if raw.get("model_type", "llama") != "llama" or not reads_states:
         raise UserError(
             f"{directory} is an EAGLE-3 head with model_type {raw.get('model_type')!r} and eagle_config {eagle}: only "
             "Llama layers that read hidden states of the target are supported in the original format."
         )
+
+
+def _original_config(raw: dict[str, Any]) -> Any:
+    """A config of the original format in the library's terms, absent switches as vLLM reads them."""
+    eagle = raw.get("eagle_config") or {}
     layer = LlamaConfig.from_dict({key: value for key, value in raw.items() if key != "eagle_config"})
     layer.tie_word_embeddings, layer.pad_token_id = False, None
     return Eagle3SpeculatorConfig(
@@ -90,7 +106,7 @@ def _taps(named: list[int] | None, directory: Path, target: Path | None) -> list
             f"{directory}/config.json does not say which target layers the head reads: set "
             "eagle_aux_hidden_state_layer_ids, usually [2, n // 2, n - 3] for n target layers."
         )
-    layers = 0 if named or target is None else int(_text_config(target)["num_hidden_layers"])
+    layers = 0 if named or target is None else _text_size(target, "num_hidden_layers")
     taps = named or [2, layers // 2, layers - 3]
     if sorted(set(taps)) != list(taps):
         raise UserError(
@@ -103,7 +119,7 @@ def _taps(named: list[int] | None, directory: Path, target: Path | None) -> list
 def _fit_target_width(model: Any, directory: Path, target: Path | None) -> None:
     """Rebuild what reads the target's states where they are not as wide as the head's (`target_hidden_size`)."""
     width = model.config.target_hidden_size or model.hidden_size
-    if target is not None and (found := _text_config(target)["hidden_size"]) != width:
+    if target is not None and (found := _text_size(target, "hidden_size")) != width:
         raise UserError(
             f"The head {directory} reads hidden states of size {width}, those of target {target} have size {found}: "
             "give the target that the head was made for."
@@ -118,16 +134,24 @@ def _fit_target_width(model: Any, directory: Path, target: Path | None) -> None:
         model.fc_norm = torch.nn.ModuleList([type(norm)(width, eps=eps) for norm in model.fc_norm])
 
 
-def _text_config(target: Path) -> dict[str, Any]:
+def _text_size(target: Path, name: str) -> int:
+    """A size that the target's config.json gives."""
     config = read_model_config(target)
-    return config.get("text_config") or config
+    text = config.get("text_config") or config
+    size = text.get(name) if isinstance(text, dict) else None
+    if type(size) is not int:
+        raise UserError(
+            f"{target}/config.json gives {size!r} as {name}, which an EAGLE-3 head must know: copy the target again, "
+            "or give another."
+        )
+    return size
 
 
 # ---------------------------------------------------------------- tensors
 
 
-def _load_exactly(model: Any, directory: Path, target: Path | None) -> None:
-    """Copy a checkpoint into the model, every tensor by its exact name."""
+def _fitting_tensors(model: Any, directory: Path, target: Path | None) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors for the model, which has each of them by its exact name in its exact shape."""
     tensors = _read_tensors(directory)
     if model.use_draft_vocab and "d2t" in tensors:
         tensors["t2d"] = _checked_t2d(tensors, model.verifier_vocab_size, directory)
@@ -157,14 +181,16 @@ def _load_exactly(model: Any, directory: Path, target: Path | None) -> None:
         raise UserError(
             f"{directory} does not fit its own config.json, it has {', '.join(wrong)}: copy the head again."
         )
-    model.load_state_dict(tensors, strict=False)
+    return tensors
 
 
 def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint by the library's names: `midlayer.` of the original format is `layers.0.`."""
     tensors: dict[str, torch.Tensor] = {}
     for file in model_weight_files(directory):
-        for name, tensor in load_file(file).items():
+        with refused(directory, "no EAGLE-3 head", "safetensors"):
+            content = load_file(file)
+        for name, tensor in content.items():
             known = "layers.0." + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name
             if known in tensors:
                 raise UserError(
@@ -196,7 +222,7 @@ def _target_embedding(target: Path, shape: tuple[int, ...], directory: Path) -> 
     """The target's one tensor `….embed_tokens.weight`, [V, H], for a head without."""
     found: dict[str, torch.Tensor] = {}
     for file in model_weight_files(target):
-        with safe_open(file, framework="pt") as checkpoint:
+        with refused(target, "no model", "safetensors"), safe_open(file, framework="pt") as checkpoint:
             for name in checkpoint.keys():  # noqa: SIM118 (safe_open is no mapping)
                 if name == _EMBEDDING or name.endswith(f".{_EMBEDDING}"):
                     found[name] = checkpoint.get_tensor(name)

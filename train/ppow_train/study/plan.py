@@ -127,14 +127,11 @@ class Plan:
         for name, seeds in {"seeds": self.seeds, "tuning_seed": (self.tuning_seed,)}.items():
             for seed in seeds:
                 require(0 <= seed < 2**32, place + name, "in 0..2^32 - 1", seed)
-        counts = {
-            "steps": self.steps,
-            "max_new_tokens": (self.max_new_tokens,),
-            "max_tokens": (self.max_tokens,),
-        }
-        for name, numbers in counts.items():
+        for name, numbers in {"steps": self.steps, "max_new_tokens": (self.max_new_tokens,)}.items():
             for number in numbers:
                 require(number >= 1, place + name, ">= 1", number)
+        # An output's first token is never drafted.
+        require(self.max_tokens >= 2, f"{place}max_tokens", ">= 2", self.max_tokens)
         # Without any, nothing tells one learning rate from another.
         least = int(any(len(self.rates_of(arm, cell)) > 1 for arm in self.arms for cell in self.cells))
         wanted = f">= {least}" + " where an arm has several learning_rates" * least

@@ -6,17 +6,49 @@ Then a table for every cell, with what the first leaves out.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 
 from ppow_train.study.costs import Costs, equal_time_steps
-from ppow_train.study.intervals import NOTHING, Interval, Resampled, difference, gain
+from ppow_train.study.intervals import NOTHING, Interval, Resampled, SeedSpread, difference, gain
 from ppow_train.study.plan import Cell, Plan
 from ppow_train.study.results import Measured, RunKey
 from ppow_train.study.schedule import best_rate, start_key
 
 _LOSS = "**−** "
 _WIN = "**+** "
+_OF_PROMPTS_ALONE = "† One seed, and no arm beside it has two: an interval of prompts alone.\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spreads:
+    """How gains, and differences from the reference, vary with the seed in one cell; None where nobody can tell."""
+
+    gains: SeedSpread | None
+    differences: SeedSpread | None
+
+    @classmethod
+    def of(
+        cls, plan: Plan, results: dict[RunKey, Measured], cell: Cell, steps: int, start: Measured
+    ) -> _Spreads:
+        if not _accepted(start):  # no gain over it can be told
+            return cls(None, None)
+
+        def gains_of(arm: str) -> dict[int, float]:
+            by_seed = _by_seed(plan, results, cell, arm, steps)
+            return {seed: _accepted(one) / _accepted(start) for seed, one in by_seed.items()}
+
+        reference = gains_of(plan.reference)
+        gains = {arm: gains_of(arm) for arm in plan.arms_of(steps)}
+        return cls(
+            SeedSpread.pooled(list(one.values()) for one in gains.values()),
+            SeedSpread.pooled(
+                [value - reference[seed] for seed, value in one.items() if seed in reference]
+                for arm, one in gains.items()
+                if arm != plan.reference
+            ),
+        )
 
 
 def tables(plan: Plan, results: dict[RunKey, Measured], costs: Costs) -> str:
@@ -31,7 +63,8 @@ def tables(plan: Plan, results: dict[RunKey, Measured], costs: Costs) -> str:
             # The start is that of every number of updates: alone it says nothing of a longer run.
             if len(rows) > 1 or (rows and steps == plan.steps[0]):
                 parts.append(_table(plan, cell, steps, rows))
-    return "\n".join(parts)
+    text = "\n".join(parts)
+    return text + f"\n{_OF_PROMPTS_ALONE}" * ("†" in text)
 
 
 def origins(made_with: Counter[str | None]) -> str:
@@ -47,9 +80,10 @@ def origins(made_with: Counter[str | None]) -> str:
 def _overview(plan: Plan, results: dict[RunKey, Measured], cells: list[Cell], steps: int) -> str:
     """Every arm's gain over the reference's in points, best first; the reference's own gain over the start."""
     starts = {cell: results[key] for cell in cells if (key := start_key("report", cell)) in results}
+    spreads = {cell: _Spreads.of(plan, results, cell, steps, start) for cell, start in starts.items()}
     rows = []
     for arm in plan.arms_of(steps):
-        found = [_compared(plan, results, cell, arm, steps, starts[cell]) for cell in starts]
+        found = [_compared(plan, results, cell, arm, steps, starts[cell], spreads[cell]) for cell in starts]
         if any(seeds for _, seeds in found):
             known = [value.mean for value, seeds in found if seeds]
             mean = 0.0 if arm == plan.reference else sum(known) / len(known)
@@ -58,7 +92,7 @@ def _overview(plan: Plan, results: dict[RunKey, Measured], cells: list[Cell], st
             rows.append((mean, " | ".join([f"| `{arm}`", *told, f"{seeds} |"])))
     if not rows:
         return ""
-    accepted = ", ".join(f"{sum(start.accepted) / sum(start.drafts):.3f}" for start in starts.values())
+    accepted = ", ".join(f"{_accepted(start):.3f}" for start in starts.values())
     head = [
         f"### Over `{plan.reference}`, points of gain, {steps} updates",
         "",
@@ -70,15 +104,23 @@ def _overview(plan: Plan, results: dict[RunKey, Measured], cells: list[Cell], st
 
 
 def _compared(
-    plan: Plan, results: dict[RunKey, Measured], cell: Cell, arm: str, steps: int, start: Measured
+    plan: Plan,
+    results: dict[RunKey, Measured],
+    cell: Cell,
+    arm: str,
+    steps: int,
+    start: Measured,
+    spreads: _Spreads,
 ) -> tuple[Interval, int]:
     """An arm's difference from the reference, or the reference's gain, and on how many seeds (0: not known)."""
     own = _by_seed(plan, results, cell, arm, steps)
     if arm != plan.reference:
-        return _difference(own, _by_seed(plan, results, cell, plan.reference, steps), start)
+        reference = _by_seed(plan, results, cell, plan.reference, steps)
+        return _difference(own, reference, start, spreads.differences)
     if not own:
         return NOTHING, 0
-    return gain(Resampled(list(own.values()), len(own)), Resampled([start], len(own))), len(own)
+    arms = Resampled(list(own.values()), len(own)), Resampled([start], len(own))
+    return gain(*arms, spreads.gains), len(own)
 
 
 def _bold(value: Interval, is_reference: bool) -> str:
@@ -107,8 +149,8 @@ def _rows(
     if start is None:
         return
     reference = _by_seed(plan, results, cell, plan.reference, steps)
-    accepted = sum(start.accepted) / sum(start.drafts)
-    yield accepted, f"| supervised start | – | – | {accepted:.3f} | – | – | – |"
+    spreads = _Spreads.of(plan, results, cell, steps, start)
+    yield _accepted(start), f"| supervised start | – | – | {_accepted(start):.3f} | – | – | – |"
     for arm in plan.arms_of(steps):
         by_seed = _by_seed(plan, results, cell, arm, steps)
         seeds = [seed for seed in by_seed if seed in reference] or list(by_seed)
@@ -116,22 +158,26 @@ def _rows(
             continue
         own, base = Resampled([by_seed[seed] for seed in seeds], len(seeds)), Resampled([start], len(seeds))
         rate = best_rate(plan, results, cell, arm)
-        first = f"| `{arm}` | {rate:g} | {len(seeds)} | {own.mean:.3f} | {gain(own, base).percent()} | "
+        gained = gain(own, base, spreads.gains).percent()
+        first = f"| `{arm}` | {rate:g} | {len(seeds)} | {own.mean:.3f} | {gained} | "
         if arm == plan.reference:
             yield own.mean, first + "– | – |"
             continue
         updates = equal_time_steps(costs, cell.drafter, arm, steps)
-        over = _over(by_seed, reference, start)
+        over = _over(by_seed, reference, start, spreads)
         if updates is None or updates == steps:
             timed = "as at equal windows" if updates else "not timed"
         else:
-            timed = f"{_over(_by_seed(plan, results, cell, arm, updates), reference, start)} ({updates})"
+            shorter = _by_seed(plan, results, cell, arm, updates)
+            timed = f"{_over(shorter, reference, start, spreads)} ({updates})"
         yield own.mean, first + f"{over} | {timed} |"
 
 
-def _over(arm: dict[int, Measured], reference: dict[int, Measured], start: Measured) -> str:
+def _over(
+    arm: dict[int, Measured], reference: dict[int, Measured], start: Measured, spreads: _Spreads
+) -> str:
     """Difference of two gains as text, marked where it is clear of zero."""
-    over, seeds = _difference(arm, reference, start)
+    over, seeds = _difference(arm, reference, start, spreads.differences)
     if not seeds:
         return "–"
     mark = (_WIN if over.mean > 0 else _LOSS) if over.is_clear_of_zero else ""
@@ -139,14 +185,22 @@ def _over(arm: dict[int, Measured], reference: dict[int, Measured], start: Measu
 
 
 def _difference(
-    arm: dict[int, Measured], reference: dict[int, Measured], start: Measured
+    arm: dict[int, Measured],
+    reference: dict[int, Measured],
+    start: Measured,
+    spread: SeedSpread | None,
 ) -> tuple[Interval, int]:
     """Difference of two gains on the seeds that both have, and how many these are."""
     seeds = [seed for seed in arm if seed in reference]
     if not seeds:
         return NOTHING, 0
     one, other = (Resampled([of[seed] for seed in seeds], len(seeds)) for of in (arm, reference))
-    return difference(one, other, Resampled([start], len(seeds))), len(seeds)
+    return difference(one, other, Resampled([start], len(seeds)), spread), len(seeds)
+
+
+def _accepted(one: Measured) -> float:
+    """Accepted tokens per draft, over all prompts."""
+    return sum(one.accepted) / sum(one.drafts)
 
 
 def _by_seed(
