@@ -168,10 +168,8 @@ def rewrite(
 
     native["method"] = NATIVE_METHOD[adapter.config.drafter_type]
     native["model"] = str(base)
-    length = native.setdefault("num_speculative_tokens", adapter.config.num_speculative_tokens)
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise PPOWServingError(f"num_speculative_tokens must be an integer >= 1, got {length!r}.")
-    window = _window_options(options, length)
+    native.setdefault("num_speculative_tokens", adapter.config.num_speculative_tokens)
+    window = _window_options(options, _checked_length(native["num_speculative_tokens"]))
     native["draft_load_config"] = _load_config(adapter, native.get("draft_load_config"), window)
     extra = native["draft_load_config"]["model_loader_extra_config"]
     extra[TARGET_KEY] = fingerprint
@@ -179,6 +177,12 @@ def rewrite(
         extra[HOT_SWAP_KEY] = _swappable(options.hot_swap_directory, name if from_hub else None)
     native.setdefault("draft_sample_method", adapter.config.draft_sample_method)
     return native
+
+
+def _checked_length(length: Any) -> int:
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise PPOWServingError(f"num_speculative_tokens must be an integer >= 1, got {length!r}.")
+    return length
 
 
 def _swappable(directory: str | None, repo: str | None) -> dict[str, str | None]:
