@@ -2,20 +2,21 @@
 
 Both arms serve the same drafter with the same drafts: vLLM's own `eagle3` without this plugin (VLLM_PLUGINS= ), and
 `ppow` with an adapter whose deltas are zero, merged all the same. Steps: two engines stay up and take turns over the
-same prompts (A B B A …); outputs and drafts must be equal in every pair, or the times would be of different work. A
-pass has two times, that on the wall and the CPU time of its engine. Start-up: pairs of fresh processes, each running a
-quarter of a second while the other is stopped, by the seconds that they ran and by CPU time. Each of these
-figures is the median of the pairs' ratios with its 95 % interval by order statistics, which assumes nothing of their
-distribution and is not moved by a few disturbed pairs. Where half of all passes are disturbed that interval stays wide;
-a third figure of steps looks at those that were not: every engine step of a pass comes again in every round, the same
-work for both arms, and of each the fastest tenth of its rounds counts. Left out: the adaptive window, which drafts
-otherwise (serve_sweep.py).
+same prompts (A B B A …); outputs and drafts must be equal in every round, or the times would be of different work. A
+pass has two times, that on the wall and the CPU time of its engine; a third figure looks at what was not disturbed:
+every engine step of a pass comes again in every round, the same work for both arms, and of each the fastest tenth of
+its rounds counts. Two engines differ by chance, so several pairs of them are started, and each gives one cost (of its
+rounds the median). Start-up: pairs of fresh processes, each running a quarter of a second while the other is stopped,
+by the seconds that they ran and by CPU time. All figures are medians over pairs of engines or of starts with their
+95 % intervals by order statistics, which assume nothing of their distribution. Left out: the adaptive window, which
+drafts otherwise (serve_sweep.py).
 
     OMP_NUM_THREADS=1 python examples/benchmarks/overhead.py --output overhead.json
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -40,7 +41,6 @@ from vllm_ppow.artifact import Adapter
 BARE, OURS = "eagle3", "ppow"
 MAX_STEP_COST, MAX_START_COST = 0.01, 0.05  # the aims, over the bare drafter
 UNDISTURBED = 0.1  # share of its rounds that counts of every step
-_RESAMPLES = 200
 _NO_PLUGIN = {"VLLM_PLUGINS": ""}
 
 
@@ -97,12 +97,11 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return (sorted(values)[rank - 1], sorted(values)[n - rank]) if rank else None
 
 
-def summarise(pairs: Sequence[tuple[float, float]], most: float) -> dict[str, Any]:
-    """Seconds (bare, ours) of pairs to what ours costs over bare: median, its interval, and whether the aim is met.
+def summarise(costs: Sequence[float], most: float, **details: Any) -> dict[str, Any]:
+    """Independent measurements of what ours costs over bare: median, its interval, and whether the aim is met.
 
     It is shown to be met where the whole interval is below the aim.
     """
-    costs = [ours / bare - 1 for bare, ours in pairs]
     interval = median_interval(costs)
     return {
         "cost": statistics.median(costs),
@@ -110,9 +109,14 @@ def summarise(pairs: Sequence[tuple[float, float]], most: float) -> dict[str, An
         "aim": most,
         "met": statistics.median(costs) <= most,
         "shown": interval is not None and interval[1] <= most,
-        "num_pairs": len(pairs),
-        "pairs": [list(pair) for pair in pairs],
+        "costs": list(costs),
+        **details,
     }
+
+
+def cost_of(pair: tuple[float, float]) -> float:
+    """Of seconds (bare, ours)."""
+    return pair[1] / pair[0] - 1
 
 
 def undisturbed_cost(bare: np.ndarray, ours: np.ndarray) -> float:
@@ -125,23 +129,81 @@ def undisturbed_cost(bare: np.ndarray, ours: np.ndarray) -> float:
     return float(fast[1] / fast[0] - 1)
 
 
-def summarise_steps(bare: np.ndarray, ours: np.ndarray, most: float) -> dict[str, Any]:
-    """`undisturbed_cost` with its 95 % interval: rounds drawn anew, both arms' together (bootstrap)."""
-    draws = np.random.default_rng(0).integers(len(bare), size=(_RESAMPLES, len(bare)))
-    cost = undisturbed_cost(bare, ours)
-    low, high = np.quantile([undisturbed_cost(bare[rows], ours[rows]) for rows in draws], (0.025, 0.975))
+@dataclasses.dataclass
+class EnginePair:
+    """What two engines that stayed up took, pass by pass.
+
+    Attributes:
+        walls, cpus: seconds (bare, ours) of every round.
+        steps: seconds [rounds][steps] by arm.
+        drafts: in one pass.
+    """
+
+    walls: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    cpus: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    steps: dict[str, list[list[float]]] = dataclasses.field(default_factory=lambda: {BARE: [], OURS: []})
+    drafts: int = 0
+
+    def add(self, runs: dict[str, Run]) -> None:
+        """One round."""
+        bare, ours = runs[BARE], runs[OURS]
+        self.walls.append((bare.seconds, ours.seconds))
+        self.cpus.append((bare.cpu_seconds, ours.cpu_seconds))
+        for arm, run in runs.items():
+            self.steps[arm].append(run.step_seconds)
+        self.drafts = bare.counts.num_drafts if bare.counts else 0
+
+
+def summarise_steps(pairs: Sequence[EnginePair], most: float) -> dict[str, dict[str, Any]]:
+    """Three figures, each one cost per pair of engines: what differs between two starts is in their spread."""
+    rounds = sum(len(pair.walls) for pair in pairs)
+
+    def figure(costs: Sequence[float], **details: Any) -> dict[str, Any]:
+        return summarise(costs, most, rounds=rounds, **details)
+
+    def median_costs(name: str) -> list[float]:
+        return [statistics.median(map(cost_of, getattr(pair, name))) for pair in pairs]
+
+    undisturbed = [undisturbed_cost(np.array(pair.steps[BARE]), np.array(pair.steps[OURS])) for pair in pairs]
+    walls, cpus = (
+        [[list(one) for one in getattr(pair, name)] for pair in pairs] for name in ("walls", "cpus")
+    )
     return {
-        "cost": cost,
-        "cost_interval": (float(low), float(high)),
-        "aim": most,
-        "met": cost <= most,
-        "shown": bool(high <= most),
-        "num_pairs": len(bare),
-        "step_seconds": {
-            arm: np.quantile(seconds, UNDISTURBED, axis=0).round(6).tolist()
-            for arm, seconds in ((BARE, bare), (OURS, ours))
-        },
+        "step": figure(median_costs("walls"), pairs=walls, drafts_per_pass=pairs[0].drafts),
+        "step_cpu": figure(median_costs("cpus"), pairs=cpus),
+        "step_undisturbed": figure(undisturbed),
     }
+
+
+def time_engine_pair(
+    options: EngineOptions,
+    specs: dict[str, Any],
+    prompts: list[list[int]],
+    max_tokens: int,
+    rounds: int,
+    done: Callable[[str], None],
+) -> EnginePair:
+    """Passes over the prompts by two fresh engines in turns; the first round only warms up.
+
+    Args:
+        done: told of every round.
+    """
+    pair = EnginePair()
+    engines = {arm: start_engine(arm, options, spec) for arm, spec in specs.items()}
+    try:
+        for engine in engines.values():
+            engine.wait_until_ready()
+        for index in range(rounds + 1):
+            order = (BARE, OURS) if index % 2 else (OURS, BARE)
+            runs = {arm: engines[arm].run(prompts, max_tokens=max_tokens, temperature=0.0) for arm in order}
+            check_same_work(runs)
+            if index:
+                pair.add(runs)
+            done(f"{runs[OURS].seconds / runs[BARE].seconds - 1:+.1%}")
+    finally:
+        for engine in engines.values():
+            engine.close()
+    return pair
 
 
 def time_steps(
@@ -150,43 +212,31 @@ def time_steps(
     prompts: list[list[int]],
     max_tokens: int,
     rounds: int,
+    engine_pairs: int,
     keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, dict[str, Any]]:
-    """Passes over the prompts by both engines in turns, by wall and by CPU time; the first pair only warms up.
+    """As many pairs of engines, one after the other, each for so many rounds.
 
     Args:
-        keep: given the results so far after every pair: a hundred take an hour.
+        keep: given the results so far after every pair of engines: several take an hour.
     """
-    engines = {arm: start_engine(arm, options, spec) for arm, spec in specs.items()}
-    try:
-        for engine in engines.values():
-            engine.wait_until_ready()
-        walls, cpus, results = [], [], {}
-        steps: dict[str, list[list[float]]] = {BARE: [], OURS: []}
-        with make_progress() as progress:
-            task = progress.add_task("steps", total=rounds + 1, note="")
-            for index in range(rounds + 1):
-                order = (BARE, OURS) if index % 2 else (OURS, BARE)
-                runs = {
-                    arm: engines[arm].run(prompts, max_tokens=max_tokens, temperature=0.0) for arm in order
-                }
-                check_same_work(runs)
-                if index:
-                    walls.append((runs[BARE].seconds, runs[OURS].seconds))
-                    cpus.append((runs[BARE].cpu_seconds, runs[OURS].cpu_seconds))
-                    for arm, run in runs.items():
-                        steps[arm].append(run.step_seconds)
-                    drafts = runs[BARE].counts.num_drafts if runs[BARE].counts else 0
-                    results = {
-                        "step": {**summarise(walls, MAX_STEP_COST), "drafts_per_pass": drafts},
-                        "step_cpu": summarise(cpus, MAX_STEP_COST),
-                        "step_undisturbed": summarise_steps(*map(np.array, steps.values()), MAX_STEP_COST),
-                    }
-                    keep(results)
-                progress.update(task, advance=1, note=f"{runs[OURS].seconds / runs[BARE].seconds - 1:+.1%}")
-    finally:
-        for engine in engines.values():
-            engine.close()
+    pairs: list[EnginePair] = []
+    results: dict[str, dict[str, Any]] = {}
+    with make_progress() as progress:
+        task = progress.add_task("steps", total=(rounds + 1) * engine_pairs, note="")
+        for _ in range(engine_pairs):
+            pairs.append(
+                time_engine_pair(
+                    options,
+                    specs,
+                    prompts,
+                    max_tokens,
+                    rounds,
+                    lambda note: progress.update(task, advance=1, note=note),
+                )
+            )
+            results = summarise_steps(pairs, MAX_STEP_COST)
+            keep(results)
     return results
 
 
@@ -214,7 +264,10 @@ def time_starts(
             if index:
                 for name, pairs in found.items():
                     pairs.append((timed[BARE][name], timed[OURS][name]))
-                results = {f"start_{name}": summarise(pairs, MAX_START_COST) for name, pairs in found.items()}
+                results = {
+                    f"start_{name}": summarise(list(map(cost_of, pairs)), MAX_START_COST, pairs=pairs)
+                    for name, pairs in found.items()
+                }
                 keep(results)
             note = f"{timed[OURS]['whole_s'] / timed[BARE]['whole_s'] - 1:+.1%}"
             progress.update(task, advance=1, note=note)
@@ -228,13 +281,19 @@ def show(name: str, result: dict[str, Any]) -> str:
     spread = "no interval" if interval is None else "{:+.2%} … {:+.2%}".format(*interval)
     return (
         f"{name}: {result['cost']:+.2%} ({spread}) over the bare drafter "
-        f"({result['num_pairs']} pairs), at most {result['aim']:.0%}: {verdict}"
+        f"({len(result['costs'])} pairs), at most {result['aim']:.0%}: {verdict}"
     )
 
 
 @click.command()
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="JSON of every pair")
-@click.option("--rounds", default=10, show_default=True, help="pairs of passes over the prompts; 0: none")
+@click.option("--engine-pairs", default=8, show_default=True, help="pairs of engines that make passes")
+@click.option(
+    "--rounds",
+    default=10,
+    show_default=True,
+    help="pairs of passes over the prompts by each pair of engines; 0: none",
+)
 @click.option("--starts", default=5, show_default=True, help="pairs of engine starts; 0: none")
 @click.option("--num-prompts", default=32, show_default=True)
 @click.option("--max-tokens", default=128, show_default=True)
@@ -245,7 +304,7 @@ def show(name: str, result: dict[str, Any]) -> str:
 )
 @click.option("--check", is_flag=True, help="exit with 1 if an aim is missed")
 def main(
-    output: Path, rounds: int, starts: int, num_prompts: int, max_tokens: int, concurrency: int,
+    output: Path, engine_pairs: int, rounds: int, starts: int, num_prompts: int, max_tokens: int, concurrency: int,
     num_speculative_tokens: int, dtype: str, check: bool,
 ) -> None:  # fmt: skip
     """Measure what the plugin costs per step and at start-up, on the tiny pair."""
@@ -258,7 +317,13 @@ def main(
         results: dict[str, Any] = {}
         if rounds:
             results |= time_steps(
-                options, specs, prompts, max_tokens, rounds, lambda found: write_json(output, found)
+                options,
+                specs,
+                prompts,
+                max_tokens,
+                rounds,
+                engine_pairs,
+                lambda found: write_json(output, found),
             )
         if starts:
             steps = dict(results)
