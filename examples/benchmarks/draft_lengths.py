@@ -47,7 +47,7 @@ def count(
 
     adapter = read_adapter(adapter_directory)
     target = str(TINY / "target")
-    prompts = text_ids(texts, load_tokenizer(target))
+    prompts = text_ids(texts, load_tokenizer(TINY / "target"))
     options = ProfileOptions((1,), (64,), (0, *lengths), max_tokens=max_tokens, temperature=temperature)
     spec = measured_spec(adapter, Path(TINY) / adapter.config.drafter_type, options)
     engine = EngineOptions(target, max_model_len=MAX_MODEL_LEN, max_num_seqs=16)

@@ -310,7 +310,7 @@ def main(
     """Measure what the plugin costs per step and at start-up, on the tiny pair."""
     target = str(TINY / "target")
     lines = (TINY / "prompts" / "tests_held_out.jsonl").read_text().splitlines()[:num_prompts]
-    prompts = text_ids([json.loads(line)["prompt"] for line in lines], load_tokenizer(target))
+    prompts = text_ids([json.loads(line)["prompt"] for line in lines], load_tokenizer(TINY / "target"))
     options = EngineOptions(target, max_model_len=512, max_num_seqs=concurrency, dtype=dtype)
     with tempfile.TemporaryDirectory() as scratch:
         specs = speculative_configs(make_adapter(Path(scratch) / "zero", 0.0), num_speculative_tokens)
