@@ -30,6 +30,7 @@ lint: setup ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	cd examples/benchmarks && ../../$(BIN)/mypy --config-file ../../pyproject.toml *.py
 
 format: setup ## put the formatting right
 	$(BIN)/ruff format .

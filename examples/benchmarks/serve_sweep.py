@@ -337,7 +337,7 @@ def main(
     """Load real servers at several concurrencies and compare windows."""
     settings = {**given, "adapter": str(adapter or f"trained, {training_steps} steps")}
     facts = {**{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, **machine_facts()}
-    facts |= {key: named(facts[key]) for key in ("target", "prompts", "adapter")}
+    facts |= {key: named(str(facts[key])) for key in ("target", "prompts", "adapter")}
     rounds = facts.pop("rounds")  # more rounds of the same sweep may follow later
     for name in ("per_request", "control"):
         if not facts[name]:

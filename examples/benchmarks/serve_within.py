@@ -92,7 +92,8 @@ def measure_level(
             serve_turns.LOADED_S,
             "had too few requests",
         )
-        since, turns = time.time(), []
+        since = time.time()
+        turns: list[dict[str, Any]] = []
         while len(turns) < settings["rotations"] * arms:
             time.sleep(_POLL_S)
             server.check_alive()
@@ -136,9 +137,11 @@ def run_levels(
     with serve_sweep.running([ADAPTIVE], {ADAPTIVE: ours}, options, output) as servers:
         for number, level in enumerate(left):
             before = (len(settings["levels"]) - len(left) + number) * settings["rotations"]
-            line = measure_level(
-                servers[ADAPTIVE], settings, level, output, lambda n, before=before: on_rotations(before + n)
-            )
+
+            def counted(rotations: int, before: int = before) -> None:
+                on_rotations(before + rotations)
+
+            line = measure_level(servers[ADAPTIVE], settings, level, output, counted)
             sweep_table.append_block(output / "results.jsonl", [line])
 
 

@@ -161,7 +161,8 @@ class WindowInTurns:
         for other in others:
             other.counts = first.counts
         self.length: int | None = None
-        self.asked = self.told = None
+        self.asked: Any = None
+        self.told: Any = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._first, name)
@@ -218,6 +219,8 @@ def in_turns(scheduler: type, assignment: Assignment) -> type:
     """A scheduler of vllm_ppow.scheduler whose arms take turns."""
 
     class InTurns(scheduler):  # type: ignore[misc, valid-type]
+        ppow_window: Any
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._windows = windows_of(assignment, self.ppow_window, self.vllm_config)
