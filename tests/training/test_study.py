@@ -256,8 +256,9 @@ def start_accepted(prompts):
     return list(10 + prompts)
 
 
-def test_where_no_arm_has_two_seeds_nothing_is_bold_and_the_table_says_so():
+def test_where_too_few_arms_have_several_seeds_nothing_is_bold_and_the_table_says_so():
     assert SeedSpread.pooled([[1.0], []]) is None
+    assert SeedSpread.pooled([[1.0, 2.0], [5.0, 7.0], [9.0]]) is None, "two degrees of freedom"
     assert SeedSpread.pooled([[1.0, 2.0, 3.0], [5.0, 7.0], [9.0]]) == SeedSpread((4 / 3) ** 0.5, 3)
     study = plan(cells=(cell(),), seeds=(0,))
     done = {start_key("report", study.cells[0]): measured([5.0, 6.0])}
@@ -269,7 +270,9 @@ def test_where_no_arm_has_two_seeds_nothing_is_bold_and_the_table_says_so():
     assert "| `other` | +18.2 (" in text
     assert ") † | 1 |" in text
     assert "**" not in text
-    assert text.endswith("† One seed, and no arm beside it has two: an interval of prompts alone.\n")
+    assert text.endswith(
+        "† One seed, and too few arms beside it have several: an interval of prompts alone.\n"
+    )
 
 
 def test_the_table_says_what_is_clear_of_zero():

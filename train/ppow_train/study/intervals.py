@@ -18,6 +18,9 @@ from ppow_train.study.results import Measured
 
 _RESAMPLES = 4_000
 _SEED = 0
+_DEGREES = (
+    3  # of freedom, at least: with fewer, Student's t makes an interval several times as wide as the spread
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +59,10 @@ class SeedSpread:
 
     @classmethod
     def pooled(cls, by_arm: Iterable[Sequence[float]]) -> SeedSpread | None:
-        """From figures of each arm by seed; None if no arm has two seeds."""
+        """From figures of each arm by seed; None with fewer than `_DEGREES` degrees of freedom."""
         several = [np.asarray(values) for values in by_arm if len(values) > 1]
         degrees = sum(len(values) - 1 for values in several)
-        if not degrees:
+        if degrees < _DEGREES:
             return None
         squares = sum(float(((values - values.mean()) ** 2).sum()) for values in several)
         return cls((squares / degrees) ** 0.5, degrees)

@@ -18,7 +18,7 @@ from ppow_train.study.schedule import best_rate, start_key
 
 _LOSS = "**−** "
 _WIN = "**+** "
-_OF_PROMPTS_ALONE = "† One seed, and no arm beside it has two: an interval of prompts alone.\n"
+_OF_PROMPTS_ALONE = "† One seed, and too few arms beside it have several: an interval of prompts alone.\n"
 
 
 @dataclasses.dataclass(frozen=True)
