@@ -1,16 +1,19 @@
-"""Adapters for benchmarks, on the tiny EAGLE-3 head: a trained one, and made-up ones that need no training.
+"""Adapters for benchmarks, on the tiny EAGLE-3 head: a trained one, and made-up ones that need no training; prompts.
 
 Left out: what they are benchmarked for.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import click
 
+from ppow_train.generation import load_tokenizer
+from ppow_train.prompts import text_ids
 from vllm_ppow.artifact import Adapter, AdapterConfig, ModelRef, fingerprint_model, write_adapter
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
@@ -27,6 +30,12 @@ def train_adapter(output: Path, steps: int) -> Path:
     if subprocess.run(command, check=False).returncode:
         raise click.ClickException("Training the adapter failed: see above, or give one with --adapter.")
     return output
+
+
+def prompt_ids(name: str, num_prompts: int) -> list[list[int]]:
+    """Token ids of the first prompts of one of the tiny pair's files, such as "tests_held_out"."""
+    lines = (TINY / "prompts" / f"{name}.jsonl").read_text().splitlines()[:num_prompts]
+    return text_ids([json.loads(line)["prompt"] for line in lines], load_tokenizer(TINY / "target"))
 
 
 def make_adapter(

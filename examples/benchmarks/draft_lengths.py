@@ -11,23 +11,20 @@ nothing. Left out: what drafts cost.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from bench_adapters import TINY
+from bench_adapters import TINY, prompt_ids
+from serve_sweep import machine_facts
 
-from ppow_train.generation import load_tokenizer
 from ppow_train.profile_engine import measured_spec
 from ppow_train.profiling import ProfileOptions, measure_acceptance
 from ppow_train.progress import make_progress
-from ppow_train.prompts import text_ids
-from ppow_train.report import as_json, write_json
+from ppow_train.report import write_json
 from ppow_train.serving_eval import EngineOptions, start_engine
-from ppow_train.versions import installed_versions
 from vllm_ppow.artifact import read_adapter
 from vllm_ppow.metrics import SpecDecodeCounts
 from vllm_ppow.other_lengths import accepted_by_length
@@ -38,7 +35,7 @@ MAX_MODEL_LEN = 512
 def count(
     adapter_directory: Path,
     lengths: Sequence[int],
-    texts: Sequence[str],
+    prompts: list[list[int]],
     max_tokens: int,
     temperature: float,
 ) -> dict[int, SpecDecodeCounts]:
@@ -46,11 +43,9 @@ def count(
     from vllm_ppow.compat.profiling import StepProfiler
 
     adapter = read_adapter(adapter_directory)
-    target = str(TINY / "target")
-    prompts = text_ids(texts, load_tokenizer(TINY / "target"))
     options = ProfileOptions((1,), (64,), (0, *lengths), max_tokens=max_tokens, temperature=temperature)
-    spec = measured_spec(adapter, Path(TINY) / adapter.config.drafter_type, options)
-    engine = EngineOptions(target, max_model_len=MAX_MODEL_LEN, max_num_seqs=16)
+    spec = measured_spec(adapter, TINY / adapter.config.drafter_type, options)
+    engine = EngineOptions(str(TINY / "target"), max_model_len=MAX_MODEL_LEN, max_num_seqs=16)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the length is set in this process
     llm = start_engine(dataclasses.asdict(engine), spec)
     counts = {}
@@ -117,34 +112,26 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 @click.command()
 @click.option("--adapter", required=True, type=click.Path(path_type=Path), help="directory of an adapter")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="JSON of what was counted")
-@click.option(
-    "--prompts", default=TINY / "prompts" / "tests_report.jsonl",
-    type=click.Path(path_type=Path), help='JSONL with "prompt"  [default: test suites, new to the drafters]',
-)  # fmt: skip
+@click.option("--prompts", default="tests_report", show_default=True, help="file of the tiny pair's prompts")
 @click.option("--num-prompts", default=64, show_default=True)
 @click.option("--max-tokens", default=64, show_default=True, help="of every continuation")
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--lengths", default="1,2,3,5,10", show_default=True, help="tokens per draft, ascending")
 def main(
-    adapter: Path, output: Path, prompts: Path, num_prompts: int, max_tokens: int, temperature: float, lengths: str
+    adapter: Path, output: Path, prompts: str, num_prompts: int, max_tokens: int, temperature: float, lengths: str
 ) -> None:  # fmt: skip
     """Count acceptance at every draft length, and judge what is told of it from longer drafts."""
-    import vllm
-
     chosen = sorted({int(length) for length in lengths.split(",")})
-    texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()[:num_prompts]]
-    rows = compare(count(adapter, chosen, texts, max_tokens, temperature))
+    rows = compare(count(adapter, chosen, prompt_ids(prompts, num_prompts), max_tokens, temperature))
     facts = {
         "adapter": read_adapter(adapter).config.adapter_fingerprint,
-        "prompts": prompts.name,
-        "num_prompts": len(texts),
+        "prompts": prompts,
+        "num_prompts": num_prompts,
         "max_tokens": max_tokens,
         "temperature": temperature,
-        "versions": {**installed_versions(), "vllm": vllm.__version__},
+        **machine_facts(),
     }
-    value = as_json([], facts) | {"lengths": rows}
-    value.pop("arms")
-    write_json(output, value)
+    write_json(output, {**facts, "lengths": rows})
     click.echo(table(rows))
     click.echo(
         "\nTokens per step told from longer drafts, over those counted: by their first positions → by us."

@@ -17,7 +17,6 @@ drafts otherwise (serve_sweep.py).
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import statistics
@@ -28,12 +27,10 @@ from typing import Any
 
 import click
 import numpy as np
-from bench_adapters import TINY, make_adapter
+from bench_adapters import TINY, make_adapter, prompt_ids
 from paired_starts import StartPlan, time_pair
 
-from ppow_train.generation import load_tokenizer
 from ppow_train.progress import make_progress
-from ppow_train.prompts import text_ids
 from ppow_train.report import write_json
 from ppow_train.serving_eval import Engine, EngineOptions, Run, native_spec
 from vllm_ppow.artifact import Adapter
@@ -309,8 +306,7 @@ def main(
 ) -> None:  # fmt: skip
     """Measure what the plugin costs per step and at start-up, on the tiny pair."""
     target = str(TINY / "target")
-    lines = (TINY / "prompts" / "tests_held_out.jsonl").read_text().splitlines()[:num_prompts]
-    prompts = text_ids([json.loads(line)["prompt"] for line in lines], load_tokenizer(TINY / "target"))
+    prompts = prompt_ids("tests_held_out", num_prompts)
     options = EngineOptions(target, max_model_len=512, max_num_seqs=concurrency, dtype=dtype)
     with tempfile.TemporaryDirectory() as scratch:
         specs = speculative_configs(make_adapter(Path(scratch) / "zero", 0.0), num_speculative_tokens)

@@ -176,6 +176,12 @@ def test_a_killed_run_on_an_output_layer_goes_on_bit_by_bit(directories, traject
     assert log(killed) == log(alone)
 
 
+def held_out() -> Trajectories:
+    """Twelve texts to choose the best adapter on."""
+    ids = torch.randint(1, VOCAB, (12, 20), generator=torch.Generator().manual_seed(7))
+    return Trajectories(ids, torch.full((12,), 3), torch.full((12,), 20))
+
+
 def test_a_run_that_diverges_keeps_the_same_adapter_in_two_processes_and_after_a_kill(
     directories, trajectories, tmp_path, monkeypatch
 ):
@@ -189,9 +195,7 @@ def test_a_run_that_diverges_keeps_the_same_adapter_in_two_processes_and_after_a
 
     monkeypatch.setattr(PPOWTrainer, "_compute_loss", spoilt)
     monkeypatch.setattr("ppow_train.selection.SelectionState.beats_untrained", True)
-    ids = torch.randint(1, VOCAB, (12, 20), generator=torch.Generator().manual_seed(7))
-    held_out = Trajectories(ids, torch.full((12,), 3), torch.full((12,), 20))
-    options = {"held_out": held_out, "eval_steps": 2}
+    options = {"held_out": held_out(), "eval_steps": 2}
     alone, two, killed = (tmp_path / name for name in ("alone", "two", "killed"))
     for directory in (alone, two, killed):
         directory.mkdir()
@@ -214,9 +218,7 @@ def test_a_run_that_diverges_keeps_the_same_adapter_in_two_processes_and_after_a
 def test_the_best_adapter_is_chosen_alike_in_two_processes_and_after_a_kill(
     directories, trajectories, tmp_path
 ):
-    ids = torch.randint(1, VOCAB, (12, 20), generator=torch.Generator().manual_seed(7))
-    held_out = Trajectories(ids, torch.full((12,), 3), torch.full((12,), 20))
-    options = {"held_out": held_out, "eval_steps": 2}
+    options = {"held_out": held_out(), "eval_steps": 2}
     alone, two, killed = (tmp_path / name for name in ("alone", "two", "killed"))
     for directory in (alone, two, killed):
         directory.mkdir()
