@@ -72,13 +72,20 @@ class AcceptanceEstimate:
             return
         grown = self._growth**total
         each = self._weight * (grown - 1.0) / (self._growth - 1.0) / total
+        ends = [
+            [0, 0] for _ in range(self.maximum + 1)
+        ]  # drafts whose trials, and whose accepted tokens, end there
         for (drafted, accepted), times in outcomes.items():
             reached = min(accepted + 1, drafted, self.maximum)
+            ends[reached][0] += times
+            ends[min(accepted, reached)][1] += times
             self._drafted += each * times * min(drafted, self.maximum)
-            for position in range(reached):
-                self._trials[position] += each * times
-            for position in range(min(accepted, reached)):
-                self._accepted[position] += each * times
+        tried = kept = 0
+        for position in range(self.maximum, 0, -1):
+            tried += ends[position][0]
+            kept += ends[position][1]
+            self._trials[position - 1] += each * tried
+            self._accepted[position - 1] += each * kept
         self._survival = self._promises = None
         self._weight *= grown
         if self._weight > _RESCALE_AT:
@@ -132,12 +139,10 @@ class TrimmedAcceptance:
     a maximum. What it brought is counted instead, by octave of the batch size, since trimming depends on that.
 
     Args:
-        estimate: acceptance by position, whose promise stands until something was counted.
         memory: request-steps of memory.
     """
 
-    def __init__(self, estimate: AcceptanceEstimate, memory: int = MEMORY) -> None:
-        self._estimate = estimate
+    def __init__(self, memory: int = MEMORY) -> None:
         self._memory = memory
         self._counts: dict[tuple[int, int], tuple[float, float]] = {}  # accepted tokens, requests
 
@@ -148,9 +153,13 @@ class TrimmedAcceptance:
         keep = max(0.0, 1.0 - batch / self._memory)
         self._counts[key] = (keep * accepted + num_accepted_tokens, keep * requests + batch)
 
-    def promises(self, batch: int) -> list[float]:
-        """E[accepted tokens per request] under a maximum of 0..num_speculative_tokens."""
-        promised = self._estimate.promises()
+    def promises(self, batch: int, untrimmed: Sequence[float]) -> list[float]:
+        """E[accepted tokens per request] under a maximum of 0..num_speculative_tokens.
+
+        Args:
+            untrimmed: of whole drafts of these lengths, which stands until something was counted.
+        """
+        promised = list(untrimmed)
         for maximum in range(1, len(promised)):
             accepted, requests = self._counts.get((octave(batch), maximum), (0.0, 0.0))
             prior = PRIOR_STRENGTH * promised[maximum]

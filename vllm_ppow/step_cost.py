@@ -1,28 +1,27 @@
 """How long one engine step takes, by batch size and draft length: from a cost profile, and always from the clock.
 
 Observations are the wall times between decode-only steps, brought to one pace of the machine (pace.py). They are kept
-in cells of equal draft length and similar batch, as the lower quartile of the last few: pauses and stray prefill, which
-only ever add, do no harm, and a length that was timed two or three times has the benefit of the doubt. Between and
-beyond cells stands a base, a ridge regression with no negative coefficient (so it grows in each): on [profile, 1]
-where there is a cost profile, since a server adds time of its own to every step, else on
+in cells of equal draft length and similar batch (step_cells.py), as the lower quartile of the last few: pauses and
+stray prefill, which only ever add, do no harm, and a length that was timed two or three times has the benefit of the
+doubt. Between and beyond cells stands a base, a ridge regression with no negative coefficient (so it grows in each): on
+[profile, 1] where there is a cost profile, since a server adds time of its own to every step, else on
 [1, B, K, K·B, context]. A cell shifts the base by what it saw. Left out: acceptance (acceptance.py) and the choice
-(window.py). Pure Python, microseconds per call except for the fit.
+(window.py). Pure Python: some twenty microseconds for a table of eleven lengths, a few for an observation, fits aside.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
 from vllm_ppow.isotonic import isotonic
 from vllm_ppow.octave import octave
 from vllm_ppow.pace import Pace
+from vllm_ppow.ridge import ridge_from
+from vllm_ppow.step_cells import Cell, Cells, bucket
 
-# Step times of a cell that are remembered.
-CELL_MEMORY = 41
 # How far the base is taken to be from the truth (log scale, one standard deviation): what a cell saw itself, whose
 # noise is measured, is weighed against. A profile may be further off, measured as it was on a machine that did other
 # things: as far as cells say, up to the larger of the two.
@@ -33,17 +32,12 @@ _PACE_ERROR = 0.1
 IDENTIFIED = 3
 # The first steps of a cell are not counted.
 FIRST_USES = 2
-# An observation is worth half after that many further ones: cells long unseen yield to the base.
-HALF_LIFE = 4000
-# A cell that is worth less than this many observations is forgotten.
-FORGOTTEN = 0.01
 # By how much a length may look dearer than a longer one (log scale).
 MOST_ABOVE_LONGER = 0.1
 # The profile is asked for a request's context to so many tokens.
 CONTEXT_GRAIN = 32
 # Observations of a cell that tell how the machine's pace has changed since.
 PACED = 10
-_RIDGE = 1e-3
 # Of what steps take over a profile at least so much is a factor, the rest may be time that a server adds to every step.
 # Lengths are timed one after the other on a machine whose pace wanders, so that a longer one may look as cheap as a
 # shorter: the profile's shape would be given up for a constant.
@@ -59,30 +53,6 @@ class Profile(Protocol):
         """Seconds of one engine step: target step over batch · (K + 1) tokens and K draft steps."""
 
 
-class _Cell:
-    """Step times of one draft length at similar batch sizes."""
-
-    def __init__(self) -> None:
-        self.seconds: deque[float] = deque(maxlen=CELL_MEMORY)
-        self.batch = self.context = self.median = self.typical = self.shift = 0.0
-        self.features: list[float] = []
-        self.seen_at = 0
-
-    def add(self, seconds: float, batch: int, context: float, now: int) -> None:
-        self.seconds.append(seconds)
-        rate = 1.0 / len(self.seconds)
-        self.batch += rate * (batch - self.batch)
-        self.context += rate * (context - self.context)
-        ascending = sorted(self.seconds)
-        self.median = ascending[len(ascending) // 2]
-        self.typical = ascending[(len(ascending) - 1) // 4]
-        self.seen_at = now
-
-    def weight(self, now: int) -> float:
-        """Observations that it is worth now."""
-        return len(self.seconds) * 0.5 ** ((now - self.seen_at) / HALF_LIFE)
-
-
 class StepCost:
     """Seconds of a decode step as a function of batch size and draft length.
 
@@ -94,7 +64,7 @@ class StepCost:
         self._profile = profile
         # A request grows by a few tokens every step: without rounding nothing would be found again.
         self._profiled = functools.lru_cache(maxsize=4096)(profile.step_seconds) if profile else None
-        self._cells: dict[tuple[int, int], _Cell] = {}
+        self._cells = Cells()
         self._octaves: dict[tuple[int, int], int] = {}
         # What the regression is drawn to: the profile as it is, or nothing.
         self._prior = [0.0] * 5 if profile is None else [1.0, 0.0]
@@ -118,11 +88,11 @@ class StepCost:
             num_draft_tokens: K, drafted in the step before and in this one.
             context: tokens of all its requests together that attention reads.
         """
-        if seconds <= 0 or batch < 1 or self._is_first_use((_bucket(batch), num_draft_tokens)):
+        if seconds <= 0 or batch < 1 or self._is_first_use((bucket(batch), num_draft_tokens)):
             return
         self._now += 1
         self._context = context / batch
-        cell = self._cells.setdefault((_bucket(batch), num_draft_tokens), _Cell())
+        cell = self._cells.at(bucket(batch), num_draft_tokens)
         seconds = self._at_constant_pace(seconds, cell, batch)
         cell.add(seconds, batch, context, self._now)
         cell.features = self._features(cell.batch, num_draft_tokens, cell.context)
@@ -134,7 +104,7 @@ class StepCost:
         else:
             self._update_shift(cell)
 
-    def _at_constant_pace(self, seconds: float, cell: _Cell, batch: int) -> float:
+    def _at_constant_pace(self, seconds: float, cell: Cell, batch: int) -> float:
         """What a step would have taken when what its cell remembers was seen."""
         pace, near = self._pace, octave(batch)
         pace.advance(near)
@@ -163,13 +133,15 @@ class StepCost:
         """
         if self._profile is not None:
             return []
-        corners = list(dict.fromkeys(lengths[min(i, len(lengths) - 1)] for i in (3, 0, 1)))
         here = octave(batch)
-        missing = {
-            near: [length for length in corners if self._octaves.get((near, length), 0) < IDENTIFIED]
-            for near in (here, here - 1, here + 1)
-        }
-        return missing[here] if all(missing.values()) else []
+        missing = self._unidentified(here, lengths)
+        beside = missing and self._unidentified(here - 1, lengths) and self._unidentified(here + 1, lengths)
+        return missing if beside else []
+
+    def _unidentified(self, near: int, lengths: Sequence[int]) -> list[int]:
+        """Of three short draft lengths, those that were not timed often enough in an octave of batch sizes."""
+        corners = dict.fromkeys(lengths[min(i, len(lengths) - 1)] for i in (3, 0, 1))
+        return [length for length in corners if self._octaves.get((near, length), 0) < IDENTIFIED]
 
     def step_seconds(self, batch: int, num_draft_tokens: int, context: int | None = None) -> float:
         """Expected seconds of one decode step at a steady draft length.
@@ -179,8 +151,8 @@ class StepCost:
             num_draft_tokens: K >= 0.
             context: tokens of all requests together; None for what was seen last.
         """
-        log = self._shift(_bucket(batch), num_draft_tokens) + self._pace.of(octave(batch))
-        return self._base(batch, num_draft_tokens, context) * math.exp(log)
+        (log,) = self._logs(batch, (num_draft_tokens,), context)
+        return math.exp(log)
 
     @property
     def observations(self) -> int:
@@ -193,15 +165,24 @@ class StepCost:
         A length that looks much dearer than a longer one was timed in a pause, since pauses only add: no more of it is
         believed than noise may be. What is left of such violations is pooled.
         """
-        logs = [math.log(self.step_seconds(batch, length, context)) for length in lengths]
+        logs = self._logs(batch, lengths, context)
         least_of_longer = math.inf
         for i in reversed(range(len(logs))):
             logs[i] = min(logs[i], least_of_longer + MOST_ABOVE_LONGER)
             least_of_longer = min(least_of_longer, logs[i])
         return [math.exp(log) for log in isotonic(logs, [1.0] * len(logs))]
 
-    def _base(self, batch: int, length: int, context: float | None) -> float:
+    def _logs(self, batch: int, lengths: Sequence[int], context: float | None) -> list[float]:
+        """Log of the seconds at each draft length: the base, what cells say beyond it, and the machine's pace."""
         context = self._context * batch if context is None else context
+        pace = self._pace.of(octave(batch))
+        shifts = self._cells.shifts(bucket(batch), lengths)
+        return [
+            math.log(self._base(batch, length, context)) + shift + pace
+            for length, shift in zip(lengths, shifts, strict=True)
+        ]
+
+    def _base(self, batch: int, length: int, context: float) -> float:
         return self._regressed(self._features(batch, length, context), batch)
 
     def _features(self, batch: float, length: int, context: float) -> list[float]:
@@ -216,37 +197,21 @@ class StepCost:
         least = seconds * min(1.0, batch / at)
         return max(least, sum(c * x for c, x in zip(self._coefficients, features, strict=True)))
 
-    def _shift(self, bucket: int, length: int) -> float:
-        """Log of what was seen over what the base says, interpolated between the lengths seen at this batch size."""
-        if (cell := self._cells.get((bucket, length))) is not None:
-            return cell.shift
-        below = above = None
-        for (other, seen), cell in self._cells.items():
-            if other == bucket:
-                if seen < length and (below is None or seen > below[0]):
-                    below = (seen, cell.shift)
-                elif seen > length and (above is None or seen < above[0]):
-                    above = (seen, cell.shift)
-        if below is None or above is None:
-            return (below or above or (0, 0.0))[1]
-        share = (length - below[0]) / (above[0] - below[0])
-        return below[1] + share * (above[1] - below[1])
-
-    def _update_shift(self, cell: _Cell) -> None:
+    def _update_shift(self, cell: Cell) -> None:
         """Weigh what a cell saw against the base by their variances."""
         seen, variance = self._beyond_base(cell)
         # One step may have been a pause; several have their quickest.
         error = self._base_error if len(cell.seconds) >= IDENTIFIED else BASE_ERROR
         cell.shift = seen * error**2 / (error**2 + variance)
 
-    def _beyond_base(self, cell: _Cell) -> tuple[float, float]:
+    def _beyond_base(self, cell: Cell) -> tuple[float, float]:
         """Log of what a cell saw over what the base says, and its variance: about π/2 · noise² / n is a quantile's."""
         seen = math.log(cell.typical / self._regressed(cell.features, cell.batch))
         return seen, 0.5 * math.pi * self._noise**2 / cell.weight(self._now)
 
     def _found_base_error(self) -> float:
         """How far the base is from what cells saw, their noise and the pace's taken out (method of moments, ours)."""
-        beyond = [self._beyond_base(cell) for cell in self._cells.values() if len(cell.seconds) >= IDENTIFIED]
+        beyond = [self._beyond_base(cell) for _, cell in self._cells if len(cell.seconds) >= IDENTIFIED]
         weights = [1.0 / (BASE_ERROR**2 + variance) for _, variance in beyond]
         if not weights:
             return BASE_ERROR
@@ -257,20 +222,20 @@ class StepCost:
     def _fit(self) -> None:
         """Fit the base to what the cells saw, in relative terms, and what the cells say beyond it."""
         self._fitted_at = self._now
-        self._cells = {key: c for key, c in self._cells.items() if c.weight(self._now) >= FORGOTTEN}
-        rows = [(cell.features, cell.typical, cell.weight(self._now)) for cell in self._cells.values()]
+        self._cells.forget(self._now)
+        rows = [(cell.features, cell.typical, cell.weight(self._now)) for _, cell in self._cells]
         least = [0.0] * len(self._prior)
         if self._profile is not None:
             least[0] = _LEAST_FACTOR * _factor(rows)
-        self._coefficients = _ridge_from(least, rows, self._prior)
-        self._least = min(_least(cell, length) for (_, length), cell in self._cells.items())
+        self._coefficients = ridge_from(least, rows, self._prior)
+        self._least = min(_least(cell, length) for length, cell in self._cells)
         if self._profile is not None:
             self._base_error = self._found_base_error()
-        for cell in self._cells.values():
+        for _, cell in self._cells:
             self._update_shift(cell)
 
 
-def _least(cell: _Cell, length: int) -> tuple[float, float]:
+def _least(cell: Cell, length: int) -> tuple[float, float]:
     """(seconds, batch): what a step at K = 0 takes at least, at the batch size of a cell that saw steps of K tokens.
 
     Verifying K + 1 tokens takes at most K + 1 times as long as one, and K passes of a drafter that is smaller than the
@@ -283,64 +248,3 @@ def _factor(rows: Sequence[tuple[list[float], float, float]]) -> float:
     """Geometric mean of what was seen over the first feature, by weight."""
     logs = sum(weight * math.log(seconds / features[0]) for features, seconds, weight in rows)
     return math.exp(logs / sum(weight for _, _, weight in rows))
-
-
-def _bucket(batch: int) -> int:
-    """Batch sizes that share a cell: each its own up to 8, then four to the octave."""
-    return batch if batch <= 8 else 8 + round(4 * math.log2(batch / 8))
-
-
-def _ridge_from(
-    least: Sequence[float], rows: Sequence[tuple[list[float], float, float]], prior: Sequence[float]
-) -> list[float]:
-    """Coefficients c >= least that minimise Σ weight · (features · c / seconds - 1)² + ridge · |c - prior|².
-
-    Lower ones are set to the least. Features are scaled to their largest value over the rows, so that the ridge has no
-    unit, and what one row cannot tell apart is shared out evenly.
-
-    Args:
-        least: of each coefficient, >= 0.
-        rows: (features, seconds, weight) of each cell.
-        prior: coefficients that the ridge draws to.
-    """
-    width = len(prior)
-    scale = [max(row[0][i] / row[1] for row in rows) or 1.0 for i in range(width)]
-    total = sum(row[2] for row in rows)
-    start = [max(pair) for pair in zip(prior, least, strict=True)]
-    active = list(range(width))
-    while True:
-        matrix = [[_RIDGE * total * (i == j) for j in active] for i in active]
-        vector = [0.0] * len(active)
-        for features, seconds, weight in rows:
-            scaled = [features[i] / seconds / scale[i] for i in active]
-            missing = 1.0 - sum(start[i] * features[i] for i in range(width)) / seconds
-            for i, left in enumerate(scaled):
-                vector[i] += weight * left * missing
-                for j, right in enumerate(scaled):
-                    matrix[i][j] += weight * left * right
-        changes = _solve(matrix, vector)
-        above = [(start[i] - least[i]) * scale[i] + change for i, change in zip(active, changes, strict=True)]
-        worst = min(range(len(active)), key=above.__getitem__)
-        if above[worst] >= 0 or len(active) == 1:
-            break
-        start[active[worst]] = least[active[worst]]
-        del active[worst]
-    coefficients = list(least)
-    for i, value in zip(active, above, strict=True):
-        coefficients[i] += max(0.0, value) / scale[i]
-    return coefficients
-
-
-def _solve(matrix: list[list[float]], vector: list[float]) -> list[float]:
-    """Gaussian elimination of a positive definite system; the ridge keeps its pivots positive."""
-    size = len(vector)
-    rows = [[*row, value] for row, value in zip(matrix, vector, strict=True)]
-    for i in range(size):
-        for j in range(i + 1, size):
-            factor = rows[j][i] / rows[i][i]
-            for k in range(i, size + 1):
-                rows[j][k] -= factor * rows[i][k]
-    solved = [0.0] * size
-    for i in reversed(range(size)):
-        solved[i] = (rows[i][size] - sum(rows[i][k] * solved[k] for k in range(i + 1, size))) / rows[i][i]
-    return solved

@@ -14,21 +14,29 @@ from collections import deque
 from statistics import median
 
 from vllm_ppow.octave import octave
-from vllm_ppow.step_cost import CELL_MEMORY, FORGOTTEN, HALF_LIFE, IDENTIFIED
+from vllm_ppow.step_cells import CELL_MEMORY, FORGOTTEN, HALF_LIFE
+from vllm_ppow.step_cost import IDENTIFIED
 
 
 class _Cell:
-    """Step times at similar numbers of tokens, and when the last of them was seen."""
+    """Step times at similar numbers of tokens.
+
+    Attributes:
+        steps: (tokens, seconds) of the last of them.
+        tokens, seconds: their mean and their median.
+        seen_at: number of the last one.
+    """
 
     def __init__(self) -> None:
         self.steps: deque[tuple[int, float]] = deque(maxlen=CELL_MEMORY)
+        self.tokens = self.seconds = 0.0
         self.seen_at = 0
 
-    def tokens(self) -> float:
-        return sum(tokens for tokens, _ in self.steps) / len(self.steps)
-
-    def seconds(self) -> float:
-        return median(seconds for _, seconds in self.steps)
+    def add(self, num_tokens: int, seconds: float, now: int) -> None:
+        self.steps.append((num_tokens, seconds))
+        self.tokens = sum(tokens for tokens, _ in self.steps) / len(self.steps)
+        self.seconds = median(seconds for _, seconds in self.steps)
+        self.seen_at = now
 
 
 class VerifyPrice:
@@ -44,8 +52,7 @@ class VerifyPrice:
         self.observations += 1
         key = octave(batch)
         cell = self._octaves.setdefault(key, {}).setdefault(_bucket(num_tokens), _Cell())
-        cell.steps.append((num_tokens, seconds))
-        cell.seen_at = self.observations
+        cell.add(num_tokens, seconds, self.observations)
         price = self._slope(key)
         if price is not None:
             self._prices[key] = price
@@ -69,7 +76,7 @@ class VerifyPrice:
         if len(weighted) < 2:
             return None
         cells, weights = [cell for cell, _ in weighted], [weight for _, weight in weighted]
-        tokens, seconds = [c.tokens() for c in cells], [c.seconds() for c in cells]
+        tokens, seconds = [c.tokens for c in cells], [c.seconds for c in cells]
         total = sum(weights)
         mean = sum(w * n for w, n in zip(weights, tokens, strict=True)) / total
         middle = sum(w * s for w, s in zip(weights, seconds, strict=True)) / total

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from vllm_ppow.acceptance import AcceptanceEstimate, TrimmedAcceptance
 from vllm_ppow.change_cost import ChangeCost
 from vllm_ppow.octave import octave
+from vllm_ppow.step_cells import bucket
 from vllm_ppow.step_cost import StepCost
 
 # A new K must promise this much more than the one of the step before, and what changing costs (change_cost.py) must
@@ -36,7 +37,8 @@ _FIRST_PROBES = 6
 # Steps given to one draft length while costs are being identified, even if none of them could be timed; _PATIENCE times
 # as many that also prefill.
 _LEARNING_STEPS = 8
-# Every so many steps the choice is computed anew for a batch size; in between it stands.
+# Every so many steps the choice is computed anew for batch sizes that are alike, and what drafts promise; in between
+# both stand.
 _DECIDE_EVERY = 4
 
 
@@ -84,11 +86,20 @@ class WindowCounts:
 
 @dataclasses.dataclass(frozen=True)
 class _Decision:
-    """For one batch size: when it was made, the length that promises most, and what all lengths promise and take."""
+    """What is best for batch sizes that are alike.
+
+    Attributes:
+        step: when it was made.
+        length: that promises most, but for what changing costs.
+        promised: tokens per second of each length.
+        at_zero: tokens per second without drafts.
+        seconds: of a step at each length.
+    """
 
     step: int
     length: int
     promised: list[float]
+    at_zero: float
     seconds: list[float]
 
 
@@ -150,6 +161,7 @@ class DraftWindow:
         # (drafted, accepted) -> requests, of the step under way
         self._outcomes: dict[tuple[int, int], int] = {}
         self._promise = acceptance.promises()
+        self._promised_at = 0
 
     def choose(self, batch: int, context: int | None = None, decodes: bool = True) -> int:
         """Draft length for the next draft of a step.
@@ -162,17 +174,14 @@ class DraftWindow:
         self._step += 1
         self._since_probe += 1
         self._close_step()
-        length, best, promised = self._decide(batch, context, decodes)
+        best = self._best(batch, context)
+        length = self._choose(best, batch, decodes)
         counts = self.counts
         counts.chosen[length] += 1
         counts.requests += batch
-        if length != best:
+        if length != best.length:
             counts.probes += 1
-        if self.lengths[0] == 0:
-            counts.speedup += promised[self.lengths.index(length)] / promised[0]
-        else:
-            at_zero = batch / self.cost.step_seconds(batch, 0, context)
-            counts.speedup += promised[self.lengths.index(length)] / at_zero
+        counts.speedup += best.promised[self.lengths.index(length)] / best.at_zero
         return length
 
     def observe_draft(
@@ -220,7 +229,7 @@ class DraftWindow:
 
     def _compare(self, seconds: float, batch: int, num_draft_tokens: int, changed: bool) -> None:
         """Tell `changing` how much longer than expected a step took, if enough is known to expect anything."""
-        decision = self._decided.get(batch)
+        decision = self._decided.get(bucket(batch))
         if (
             decision is None
             or num_draft_tokens not in self.lengths
@@ -241,15 +250,14 @@ class DraftWindow:
         self.counts.absolute_error += abs(predicted - accepted)
         self._outcomes.clear()
 
-    def _decide(self, batch: int, context: int | None, decodes: bool) -> tuple[int, int, list[float]]:
-        """(length to draft, length that promises most, tokens per second promised at each length)."""
-        best, promised = self._best(batch, context)
+    def _choose(self, best: _Decision, batch: int, decodes: bool) -> int:
+        """The best length, or another one to learn from."""
         if self._held is not None:
-            return self._hold(self._held, decodes), best, promised
+            return self._hold(self._held, decodes)
         if (unlearned := self._unlearned(batch, decodes)) is not None:
-            return unlearned, best, promised
-        probe = self._due_probe(batch, best, promised, decodes)
-        return best if probe is None else probe, best, promised
+            return unlearned
+        probe = self._due_probe(batch, best, decodes)
+        return best.length if probe is None else probe
 
     def _hold(self, held: _Held, decodes: bool) -> int:
         """Length of the probe under way, in one step more of it."""
@@ -262,25 +270,29 @@ class DraftWindow:
             self._held = None
         return held.length
 
-    def _best(self, batch: int, context: int | None) -> tuple[int, list[float]]:
+    def _best(self, batch: int, context: int | None) -> _Decision:
+        """The decision that stands for such batch sizes, made anew where it is due."""
         changing = self.changing.steps
-        decided = self._decided.get(batch)
+        decided = self._decided.get(bucket(batch))
         if (
             decided is not None
             and self._step < decided.step + _DECIDE_EVERY
             and (not changing or decided.length == self._current)
         ):
-            return decided.length, decided.promised
-        self._promise = self.acceptance.promises()
-        promises = self._promise if self.trimmed is None else self.trimmed.promises(batch)
+            return decided
+        if self._step >= self._promised_at + _DECIDE_EVERY:
+            self._promise, self._promised_at = self.acceptance.promises(), self._step
+        promises = self._promise if self.trimmed is None else self.trimmed.promises(batch, self._promise)
         seconds = self.cost.table(batch, self.lengths, context)
         promised = rates(promises, batch, self.lengths, seconds)
         most = max(promised)
         at = self.lengths.index(self._current)
         if promised[at] * (1 + HYSTERESIS + changing / PAID_BACK_WITHIN) < most:
             self._current = self.lengths[promised.index(most)]
-        self._decided[batch] = _Decision(self._step, self._current, promised, seconds)
-        return self._current, promised
+        at_zero = batch / self.cost.step_seconds(batch, 0, context) if self.lengths[0] else promised[0]
+        best = _Decision(self._step, self._current, promised, at_zero, seconds)
+        self._decided[bucket(batch)] = best
+        return best
 
     def _unlearned(self, batch: int, decodes: bool) -> int | None:
         """A draft length whose cost near this batch size is not known yet, a bounded number of steps each."""
@@ -291,8 +303,11 @@ class DraftWindow:
                 return length
         return None
 
-    def _due_probe(self, batch: int, best: int, promised: Sequence[float], decodes: bool) -> int | None:
+    def _due_probe(self, batch: int, decided: _Decision, decodes: bool) -> int | None:
         """The length to probe now, if its turn has come: mostly the next longer one, the dearer the rarer."""
+        if self._since_probe < PROBE_EVERY[0]:
+            return None
+        best, promised = decided.length, decided.promised
         probe = self._next_probe(batch, best)
         if probe is None:
             return None

@@ -154,7 +154,7 @@ def test_nonsense_is_ignored():
     cost = StepCost()
     cost.observe(0.0, 1, 1)
     cost.observe(1.0, 0, 1)
-    assert cost._cells == {}
+    assert not cost._cells
 
 
 @pytest.mark.parametrize("profile", [False, True])

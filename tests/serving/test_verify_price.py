@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from vllm_ppow.step_cost import CELL_MEMORY, IDENTIFIED
+from vllm_ppow.step_cells import CELL_MEMORY
+from vllm_ppow.step_cost import IDENTIFIED
 from vllm_ppow.verify_price import VerifyPrice
 
 OVERHEAD, PRICE = 20e-3, 1.5e-3

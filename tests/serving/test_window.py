@@ -187,6 +187,24 @@ def test_a_changing_batch_gets_a_length_of_its_own_at_once():
     assert _most(large) == 0
 
 
+def test_batch_sizes_that_are_alike_share_what_is_computed(monkeypatch):
+    """It is the engine's own loop that computes: a batch that wanders by a few requests must not make it dearer."""
+    window, computed = new_window(), []
+    for owner, method in ((StepCost, "table"), (AcceptanceEstimate, "promises")):
+        original = getattr(owner, method)
+
+        def counting(self, *arguments, original=original, name=method):
+            computed.append(name)
+            return original(self, *arguments)
+
+        monkeypatch.setattr(owner, method, counting)
+    for step in range(400):
+        window.choose(35 + step % 7)  # all in one bucket of batch sizes
+        window.observe_draft(4, 2)
+    assert computed.count("table") == 100
+    assert computed.count("promises") == 99, "what was known at first serves the first of them"
+
+
 def test_the_minimum_and_the_maximum_hold():
     window = DraftWindow(range(2, 5), AcceptanceEstimate(4), StepCost())
     _, low = serve(window, processor, falling(0.1), 16, 300)

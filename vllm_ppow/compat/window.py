@@ -251,7 +251,7 @@ def build_window(vllm_config: Any) -> DraftWindow:
     profile = _profile(vllm_config)
     prior = profile.acceptance_per_position if profile is not None else ()
     estimate = AcceptanceEstimate(maximum, prior)
-    trimmed = TrimmedAcceptance(estimate) if options["per_request"] or verifies else None
+    trimmed = TrimmedAcceptance() if options["per_request"] or verifies else None
     # A profile has timed drafts that are verified whole: trimmed ones cost less, how much tells the clock alone.
     cost = StepCost(profile if trimmed is None else None)
     window = DraftWindow(ladder, estimate, cost, trimmed, options["per_request"])
