@@ -179,4 +179,18 @@ FACTS = (
         r"self\.get_all_weights\(",
         (("self.get_all_weights(",),),
     ),
+    Fact(
+        "what V1 samples drafts from is the model's compute_logits (finite_logits.py)",
+        f"{_V1}.llm_base_proposer",
+        "SpecDecodeBaseProposer._sample_draft_tokens",
+        r"self\.model\.\w*logits\(|lm_head\w*\(",
+        (("self.model.compute_logits(",),),
+    ),
+    Fact(
+        "what V2 samples drafts from is the model's compute_logits (finite_logits.py)",
+        f"{_V2}.speculator",
+        "DraftModelSpeculator",
+        r"self\.model\.\w*logits\(|lm_head\w*\(",
+        (("self.model.compute_logits(",), ("self.model.compute_logits(",) * 2),
+    ),
 )
