@@ -72,9 +72,8 @@ class AcceptanceEstimate:
             return
         grown = self._growth**total
         each = self._weight * (grown - 1.0) / (self._growth - 1.0) / total
-        ends = [
-            [0, 0] for _ in range(self.maximum + 1)
-        ]  # drafts whose trials, and whose accepted tokens, end there
+        # By position: drafts whose trials, and whose accepted tokens, end there.
+        ends = [[0, 0] for _ in range(self.maximum + 1)]
         for (drafted, accepted), times in outcomes.items():
             reached = min(accepted + 1, drafted, self.maximum)
             ends[reached][0] += times

@@ -20,7 +20,7 @@ from ppow_train.generation import end_tokens, load_tokenizer
 from ppow_train.loading import load_causal_lm
 
 Break = Callable[[Path], None]
-Q = "model.layers.0.self_attn.q_proj.weight"
+Q, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"
 
 
 def content(name: str, text: str | bytes) -> Break:
@@ -91,7 +91,11 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "another shape": (tensors(lambda t: t.update({Q: torch.zeros(3)})), f"it has {Q} [3] instead of [64, 64]: "),
     "a tensor less": (tensors(lambda t: t.pop(Q)), f"it has no {Q}: copy the model again, or give another."),
     "weights that are no numbers": (
-        tensors(lambda t: t[Q].fill_(torch.nan)),
+        tensors(lambda t: t[Q][3].fill_(torch.nan)),
+        f"broken has weights that are no numbers in {Q}: copy it again, or give another.",
+    ),
+    "weights whose sums are no numbers": (
+        tensors(lambda t: t[DOWN].fill_(3e38)),
         "computes logits that are no numbers, in float32",
     ),
     "weights cut off": (shortened, "model.safetensors is truncated: copy or download it again."),
@@ -163,6 +167,11 @@ def test_compare_says_the_same(directories, tmp_path, capsys):
         ("eagle3", config(eagle_aux_hidden_state_layer_ids="x"), "holds no EAGLE-3 head that speculators "),
         ("eagle3", header(dtype="F0"), "holds no EAGLE-3 head that safetensors "),
         ("eagle3", shortened, "is truncated: copy or download it again."),
+        (
+            "eagle3",
+            tensors(lambda t: t["fc.weight"].fill_(torch.inf)),
+            "weights that are no numbers in fc.weight",
+        ),
         ("original", config(hidden_size="x"), "holds no EAGLE-3 head that speculators "),
         ("original", config(num_attention_heads=0), "ZeroDivisionError: "),
         ("original", config(vocab_size=-5), "RuntimeError: "),

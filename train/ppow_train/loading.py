@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,9 @@ def load_causal_lm(directory: Path, dtype: str | torch.dtype, device: Any) -> Pr
             ignore_mismatched_sizes=True,  # told below, with their shapes
         )
     _check_tensors(directory, model, found)
-    return model.to(device)
+    model = model.to(device)
+    check_finite(directory, model.named_parameters())
+    return model
 
 
 def _check_tensors(directory: Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
@@ -84,6 +86,22 @@ def _check_tensors(directory: Path, model: PreTrainedModel, found: dict[str, Any
             directory,
             _some(sorted(found["unexpected_keys"])),
         )
+
+
+def check_finite(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuse weights that are NaN or infinite, which kernels may hide: some make zeros of attention to NaN.
+
+    Args:
+        tensors: (name, tensor) of each; those of whole numbers or of 8 bits and less are a quantiser's own affair.
+
+    Raises:
+        UserError: names the first.
+    """
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"{directory} has weights that are no numbers in {name}: copy it again, or give another."
+            )
 
 
 def _some(names: list[str]) -> str:

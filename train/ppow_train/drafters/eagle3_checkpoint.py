@@ -21,7 +21,7 @@ from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
 from transformers import LlamaConfig
 
 from ppow_train.errors import UserError
-from ppow_train.loading import refused
+from ppow_train.loading import check_finite, refused
 from vllm_ppow.artifact import model_weight_files, read_model_config
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ def read_head(directory: Path, target: Path | None = None) -> Any:
     with torch.device("meta"):  # sizes that contradict the tensors may be any: they must not take memory
         planned = _empty_model(config, directory, target)
     tensors = _fitting_tensors(planned, directory, target)
+    check_finite(directory, tensors.items())
     model = _empty_model(config, directory, target)
     model.load_state_dict(tensors, strict=False)
     return model
