@@ -26,8 +26,10 @@ from vllm_ppow.step_cells import Cell, Cells, bucket
 # noise is measured, is weighed against. A profile may be further off, measured as it was on a machine that did other
 # things: as far as cells say, up to the larger of the two.
 BASE_ERROR, LARGEST_BASE_ERROR = 0.05, 0.3
-# What the machine's pace adds to the differences between cells (log scale, one standard deviation).
-_PACE_ERROR = 0.1
+# What the machine's pace adds to the differences between cells (log scale, one standard deviation): where a cell is
+# weighed against a profile, and what is taken out of these differences to find how wrong the profile is. That is less,
+# since a wrong one that is believed costs more than a right one that is doubted.
+_PACE_ERROR, _LEAST_PACE_ERROR = 0.1, 0.02
 # Observations of a draft length in one octave of batch sizes that identify its cost.
 IDENTIFIED = 3
 # The first steps of a cell are not counted.
@@ -198,8 +200,15 @@ class StepCost:
         return max(least, sum(c * x for c, x in zip(self._coefficients, features, strict=True)))
 
     def _update_shift(self, cell: Cell) -> None:
-        """Weigh what a cell saw against the base by their variances."""
+        """Weigh what a cell saw against the base by their variances.
+
+        What it remembers are steps of a second or two, at one pace of the machine: where lengths are compared, that is
+        an error too, beside which a profile tells more. A regression on a few features, whose own error is not known,
+        does not.
+        """
         seen, variance = self._beyond_base(cell)
+        if self._profile is not None:
+            variance += _PACE_ERROR**2
         # One step may have been a pause; several have their quickest.
         error = self._base_error if len(cell.seconds) >= IDENTIFIED else BASE_ERROR
         cell.shift = seen * error**2 / (error**2 + variance)
@@ -216,7 +225,7 @@ class StepCost:
         if not weights:
             return BASE_ERROR
         excess = sum(w * (seen**2 - variance) for w, (seen, variance) in zip(weights, beyond, strict=True))
-        square = excess / sum(weights) - _PACE_ERROR**2
+        square = excess / sum(weights) - _LEAST_PACE_ERROR**2
         return min(max(square, BASE_ERROR**2), LARGEST_BASE_ERROR**2) ** 0.5
 
     def _fit(self) -> None:

@@ -66,6 +66,14 @@ def drifting(seed: int, size: float = 0.15, steps: int = 200) -> Iterator[float]
         yield math.exp(pace)
 
 
+def changing(seed: int, size: float = 0.07, steps: int = 24) -> Iterator[float]:
+    """Pace of a machine on which other work comes and goes: log-normal of that size, another every so many steps."""
+    rng = random.Random(seed)
+    while True:
+        pace = rng.lognormvariate(0, size)
+        yield from (pace for _ in range(steps))
+
+
 def stopping(seed: int, share: float = 0.1, times: float = 60.0) -> Iterator[float]:
     """Pace of a machine that stops within a share of the steps, for as long as so many of them take."""
     rng = random.Random(seed)

@@ -10,6 +10,7 @@ from simulated_serving import (
     CONTEXT,
     accelerator,
     best_fixed,
+    changing,
     drifting,
     falling,
     fixed_rate,
@@ -63,6 +64,20 @@ def test_a_machine_whose_pace_wanders(cost, batch):
         rates.append(serve(window, COSTS[cost], acceptance, batch, 1000, seed + 50, pace)[0])
     assert statistics.mean(rates) > 0.97 * best
     assert min(rates) > 0.90 * best
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_right_profile_is_not_given_up_for_a_second_or_two_of_another_pace(cost):
+    """Other work changes the pace for longer than a length is looked at: what was timed last is not what is best."""
+    acceptance, truth = falling(0.7), COSTS[cost]
+    _, most = best_fixed(truth, acceptance, 4)
+    rates = []
+    for seed in range(12):
+        window, pace = new_window(profile=Exact(truth)), changing(seed)
+        serve(window, truth, acceptance, 4, 200, seed, pace)
+        rates.append(serve(window, truth, acceptance, 4, 400, seed + 50, pace)[0] / most)
+    assert statistics.mean(rates) > 0.98
+    assert min(rates) > 0.965
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["no profile", "profile"])
