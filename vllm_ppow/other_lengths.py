@@ -7,8 +7,8 @@ The first K positions of long drafts therefore undervalue drafts of K tokens, on
 accepted tokens (examples/benchmarks/draft_lengths.py).
 
 What shorter drafts would have made of the same text can be counted, though: where j tokens were accepted, drafts of K
-tokens would have been whole every K + 1 tokens, and the last one of them ended with the long one. Pure Python, a few
-microseconds. Left out: counting (acceptance.py), what steps cost (step_cost.py).
+tokens would have been whole every K + 1 tokens, and the last one of them ended with the long one. Pure Python, some
+twenty microseconds. Left out: counting (acceptance.py), what steps cost (step_cost.py).
 """
 
 from __future__ import annotations

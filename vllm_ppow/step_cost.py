@@ -6,7 +6,7 @@ stray prefill, which only ever add, do no harm, and a length that was timed two 
 doubt. Between and beyond cells stands a base, a ridge regression with no negative coefficient (so it grows in each): on
 [profile, 1] where there is a cost profile, since a server adds time of its own to every step, else on
 [1, B, K, K·B, context]. A cell shifts the base by what it saw. Left out: acceptance (acceptance.py) and the choice
-(window.py). Pure Python: some twenty microseconds for a table of eleven lengths, a few for an observation, fits aside.
+(window.py). Pure Python: some 25 microseconds for a table of eleven lengths, ten for an observation, fits included.
 """
 
 from __future__ import annotations
