@@ -19,7 +19,7 @@ from ppow_train import cli
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-# A command stands at the start of a line of a code block, behind a prompt of `. activate &&` or of variables, or in `…`.
+# A command stands at the start of a line of a code block, perhaps behind `&&` or variables, or inline in `…`.
 IN_LINE = re.compile(r"`([^`\n]+)`")
 VARIABLES = re.compile(r"^(?:[A-Z_]+=\S+ |taskset -c \d+ )*")
 # Other options of `ppow serve` are vLLM's; `…` stands for options left out.
@@ -52,11 +52,13 @@ def dead_links(path: Path, text: str) -> list[str]:
             continue
         file, _, anchor = link.partition("#")
         aim = (path.parent / file) if file else path
-        if not aim.exists():
-            dead.append(link)
-        elif anchor and anchor not in anchors(text if aim == path else aim.read_text("utf-8")):
+        if not aim.exists() or (anchor and anchor not in anchors(_text(aim, path, text))):
             dead.append(link)
     return dead
+
+
+def _text(aim: Path, path: Path, text: str) -> str:
+    return text if aim == path else aim.read_text("utf-8")
 
 
 def commands(text: str) -> Iterator[str]:
@@ -87,11 +89,8 @@ def unknown_options(command: str) -> list[str]:
 
 
 def wrong_ppow(text: str) -> list[str]:
-    wrong = []
-    for command in commands(text):
-        if re.match(r"ppow [a-z]", command) and (unknown := unknown_options(command)):
-            wrong.append(f"{command}: {unknown}")
-    return wrong
+    shown = [command for command in commands(text) if re.match(r"ppow [a-z]", command)]
+    return [f"{command}: {unknown}" for command in shown if (unknown := unknown_options(command))]
 
 
 def wrong_scripts(text: str) -> list[str]:
