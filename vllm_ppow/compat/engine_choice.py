@@ -1,6 +1,6 @@
 """What can be decided only on vLLM's finished config, and then needs another one: the model runner, and the window.
 
-Two things that a GPU showed (0.26.0, H200; examples/benchmarks/README.md):
+Two things that a GPU showed (0.26.0, H200; examples/benchmarks/gpu.md):
 
 - The V2 model runner (of 0.26; 0.31's does not) draws the token in place of a rejected one with the noise that drew the
   draft (vllm-project/vllm#54282): sampled drafts change the output's distribution. The V1 runner does not.
