@@ -197,7 +197,7 @@ def test_layers_wrapped_for_lora_are_unwrapped():
 
 
 def test_on_a_cpu_requests_without_lora_get_that_of_their_neighbours():
-    """A fault of vLLM with and without speculation (vllm_ppow/README.md, Works with). When this fails, mix the cases."""
+    """A fault of vLLM itself (vllm_ppow/README.md, Works with). When this fails, mix the cases."""
     from vllm.lora.ops.torch_ops import bgmv_expand
 
     output = torch.zeros(1, 2)
@@ -206,7 +206,7 @@ def test_on_a_cpu_requests_without_lora_get_that_of_their_neighbours():
     assert output.tolist() != [[0.0, 0.0]]
 
 
-# ---------------------------------------------------------------- options that speculation refuses (vllm_ppow/README.md, Works with)
+# ------------------------------------ options that speculation refuses (vllm_ppow/README.md, Works with)
 
 
 def test_custom_logits_processors_are_refused_at_start_up():

@@ -110,7 +110,8 @@ class PPOWOptions:
         "where the target's states along the training trajectories are kept, not computed at every update: none, "
         "memory, disk (under --cache), or auto (memory if they take 2 GiB at most; ppow, which needs more: none)",
     )
-    # examples/benchmarks/objectives.md ("How large an adapter"): with text enough 128 is clearly above 32, in short runs seldom below it.
+    # objectives.md of the benchmarks ("How large an adapter"): with text enough 128 is clearly above 32, in short
+    # runs seldom below it.
     lora_rank: int = _option(
         128, "LoRA rank r (>= 1); costs time and memory in training, none in serving, where it is merged"
     )
