@@ -23,7 +23,7 @@ from vllm_ppow.artifact import (
     read_model_config,
 )
 from vllm_ppow.merge import Merger
-from vllm_ppow.resolve import resolve_base_drafter, resolve_directory
+from vllm_ppow.resolve import existing, resolve_base_drafter, resolve_directory
 
 METHOD = "ppow"
 LOAD_FORMAT = "ppow"
@@ -85,7 +85,7 @@ class PPOWOptions:
                 raise PPOWServingError(f'"ppow": {name} must be true or false, got {value!r}.')
         directory = self.hot_swap_directory
         if directory is not None and not (
-            isinstance(directory, str) and Path(directory).is_dir() and self.hot_swap
+            isinstance(directory, str) and _is_directory(directory) and self.hot_swap
         ):
             raise PPOWServingError(
                 f'"ppow": hot_swap_directory must be an existing directory, and "hot_swap" true, got {directory!r}.'
@@ -94,6 +94,11 @@ class PPOWOptions:
             raise PPOWServingError(f'"ppow": window must be one of {list(WINDOWS)}, got {self.window!r}.')
         if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
             raise PPOWServingError(f'"ppow": min_tokens must be an integer >= 0, got {self.min_tokens!r}.')
+
+
+def _is_directory(name: str) -> bool:
+    path = existing(name)
+    return path is not None and path.is_dir()
 
 
 def parse_options(raw: Any) -> PPOWOptions:
@@ -187,7 +192,7 @@ def _checked_length(length: Any) -> int:
 
 def _swappable(directory: str | None, repo: str | None) -> dict[str, str | None]:
     """Where adapters may be swapped from: a directory that the operator named, or the Hub repo of the first one."""
-    return {"directory": os.path.abspath(directory) if directory else None, "repo": repo}
+    return {"directory": os.path.abspath(Path(directory).expanduser()) if directory else None, "repo": repo}
 
 
 def _refuse_unknown(spec: dict[str, Any], known_fields: Collection[str] | None) -> None:
@@ -224,7 +229,12 @@ def _load_config(adapter: Adapter, given: Any, window: dict[str, Any] | None) ->
             "Method ppow reads the drafter's safetensors itself: draft_load_config must be an object with load_format "
             f"auto or safetensors, got {given!r}."
         )
-    extra = dict(load_config.get("model_loader_extra_config") or {})
+    extra = load_config.get("model_loader_extra_config") or {}
+    if not isinstance(extra, dict):
+        raise PPOWServingError(
+            f"draft_load_config: model_loader_extra_config must be an object, got {extra!r}: leave it out."
+        )
+    extra = dict(extra)
     extra[ADAPTER_KEY] = os.path.abspath(adapter.directory)
     extra[FINGERPRINT_KEY] = adapter.config.adapter_fingerprint
     if window is not None:

@@ -94,14 +94,31 @@ class CostProfile:
         """Time of one step of `batch` requests whose drafts have `num_draft_tokens` tokens.
 
         The sum of the three grids, made monotone in each axis (grid.py), linear between the measured points and beyond
-        the last ones.
+        the last ones. Beyond the longest context every draft length is given the same slope (`_context_slopes`).
 
         Args:
             batch: requests in the step (>= 1).
             num_draft_tokens: tokens per draft (>= 0).
             context: tokens in each request's KV cache; None for the mean over the measured context lengths.
         """
-        return self._at(self._step_grid, batch, num_draft_tokens, context)
+        longest = self.context_lengths[-1]
+        if context is None or context <= longest:
+            return self._at(self._step_grid, batch, num_draft_tokens, context)
+        slope = grid.interpolate([self.batch_sizes], self._context_slopes, [batch])
+        return self._at(self._step_grid, batch, num_draft_tokens, longest) + (context - longest) * slope
+
+    @functools.cached_property
+    def _context_slopes(self) -> tuple[float, ...]:
+        """Seconds per token of context beyond the longest (>= 0), by batch size; the mean over draft lengths.
+
+        Of one draft length alone it is a difference of two noisy times. Carried on to a context many times as long it
+        would say which K is cheap, and together with a batch beyond the largest that a step takes less than no time.
+        """
+        if len(self.context_lengths) < 2:
+            return (0.0,) * len(self.batch_sizes)
+        before, last = self._step_grid[-2:]
+        distance = self.context_lengths[-1] - self.context_lengths[-2]
+        return tuple((sum(b) - sum(a)) / len(a) / distance for a, b in zip(before, last, strict=True))
 
     def draft_cost_ratio(self, batch: int = 1, context: int | None = None) -> float:
         """γ: time of one draft step / one target step, both at `batch` requests (>= 0; ours).

@@ -50,7 +50,8 @@ def _merge(combine: Any, a: Any, b: Any) -> Any:
 def interpolate(axes: Sequence[Sequence[int]], grid: Grid, point: Sequence[float]) -> float:
     """The grid's value at a point: linear between neighbours, axis by axis.
 
-    Beyond the last value of an axis the last slope goes on; before the first, the first value stands.
+    Beyond the last value of an axis the last slope goes on, unless it falls: a fall is noise, and carried on it would
+    end below zero. Before the first value the first stands.
 
     Args:
         axes: increasing coordinates of each axis, outermost first.
@@ -70,7 +71,8 @@ def interpolate(axes: Sequence[Sequence[int]], grid: Grid, point: Sequence[float
     below = above - 1
     share = (at - places[below]) / (places[above] - places[below])
     low = value(below)
-    return low + share * (value(above) - low)
+    rise = value(above) - low
+    return low + share * (max(0.0, rise) if share > 1 else rise)
 
 
 def slope(places: Sequence[float], values: Sequence[float]) -> float:

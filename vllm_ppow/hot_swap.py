@@ -172,6 +172,11 @@ class HotSwap:
             )
 
     async def _load(self, method: str, what: str) -> Reply:
+        try:
+            await self._check_awake()  # staging takes seconds, and an engine may be sent to sleep meanwhile
+        except SwapError:
+            await self._rpc("ppow_discard", ())
+            raise
         loaded = await self._rpc(method, ())
         if error := _error(loaded):
             restored = await self._rpc("ppow_restore", ())

@@ -310,14 +310,26 @@ def _pattern_value(patterns: Any, module: str, default: Any) -> Any:
     """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the name's end wins."""
     try:
         for key, value in dict(patterns or {}).items():
-            if re.match(rf"(.*\.)?({key})$", module):
+            if _ends_with(module, key):
                 return value
     except (re.error, TypeError, ValueError) as error:
         raise MergeError(
             f"rank_pattern or alpha_pattern of the adapter's adapter_config.json is not readable ({error}): copy the "
-            "directory again as a whole."
+            "directory again as a whole, or name modules there."
         ) from error
     return default
+
+
+def _ends_with(module: str, key: str) -> bool:
+    """Whether a key of a pattern, a regular expression that an adapter brings, matches the end of a module's name.
+
+    Raises:
+        ValueError: it may take longer than a server can wait: groups, and quantifiers in a row, are tried in
+            exponentially many ways.
+    """
+    if re.search(r"[()]", key) or len(re.findall(r"[*+?{]", key)) > 2:
+        raise ValueError(f"{key[:80]!r} has groups or more than two quantifiers")
+    return re.match(rf"(.*\.)?({key})$", module) is not None
 
 
 def _some(names: list[str]) -> str:

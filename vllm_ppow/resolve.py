@@ -28,12 +28,12 @@ def resolve_directory(
     Raises:
         ArtifactError: it is neither a directory nor a repo that can be had.
     """
-    path = Path(name_or_path).expanduser()
-    if path.exists():
+    path = existing(name_or_path)
+    if path is not None:
         return path, False
     looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1
     if looks_like_path:
-        raise ArtifactError(f"{name_or_path} does not exist: check the path.")
+        raise ArtifactError(f"{name_or_path[:200]} does not exist: check the path.")
     from huggingface_hub import snapshot_download
 
     try:
@@ -57,6 +57,15 @@ def resolve_directory(
             f"({type(error).__name__}): check the name, the network and HF_TOKEN."
         ) from error
     return Path(fetched), True
+
+
+def existing(name: str) -> Path | None:
+    """The file or directory of that name, `~` expanded; None where there is none, or can be none of such a name."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long; a null byte; the home of a user who is not there
+        return None
 
 
 def is_offline() -> bool:
@@ -95,18 +104,19 @@ def resolve_base_drafter(adapter: Adapter, from_hub: bool, override: str | None 
 
 def _recorded_drafter(adapter: Adapter, from_hub: bool) -> Path:
     name = adapter.config.base_drafter.name_or_path
-    inside = (adapter.directory / name).resolve()
+    inside = existing(str(adapter.directory / name))
     if (
         not Path(name).is_absolute()
-        and inside.is_relative_to(adapter.directory.resolve())
+        and inside is not None
+        and inside.resolve().is_relative_to(adapter.directory.resolve())
         and inside.is_dir()
     ):
-        return inside
+        return inside.resolve()
     escapes = (
-        Path(name).expanduser().is_absolute()
+        Path(name).is_absolute()
         or ".." in Path(name).parts
         or name.startswith("~")
-        or Path(name).exists()
+        or existing(name) is not None
     )
     if from_hub and escapes:
         raise ArtifactError(

@@ -204,6 +204,10 @@ def test_options_refused(raw, message):
     assert_sentence(caught.value)
 
 
+# Names of which some systems ask no file: a home that is not there, too long, a null byte.
+UNUSABLE = ["~nobody-of-that-name/x", "x" * 300, "/a\0b"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -215,10 +219,29 @@ def test_options_refused(raw, message):
         ({"draft_load_config": {"load_format": "dummy"}}, "load_format auto or safetensors, got"),
         ({"draft_load_config": "auto"}, "must be an object"),
         ({"ppow": {"base_drafter": "/nowhere"}}, "/nowhere does not exist"),
+        (
+            {"draft_load_config": {"model_loader_extra_config": "x"}},
+            "model_loader_extra_config must be an object",
+        ),
+        *(({"model": name}, "does not exist: check the path") for name in UNUSABLE),
+        *(({"ppow": {"base_drafter": name}}, "does not exist: check the path") for name in UNUSABLE),
+        *(
+            ({"ppow": {"hot_swap": True, "hot_swap_directory": name}}, "must be an existing directory")
+            for name in UNUSABLE
+        ),
     ],
 )
 def test_bad_specs(pair, causal_adapter, change, message):
     assert message in refusal(spec_of(causal_adapter) | change, pair.target, known_fields=FIELDS)
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_an_unusable_name_recorded_by_an_adapter(pair, causal_adapter, tmp_path, name):
+    copy = shutil.copytree(causal_adapter.directory, tmp_path / "copy")
+    config = json.loads((copy / "ppow_config.json").read_text("utf-8"))
+    config["base_drafter"]["name_or_path"] = name
+    (copy / "ppow_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "Name it yourself" in refusal({"method": "ppow", "model": str(copy)}, pair.target)
 
 
 def test_our_key_without_our_method(pair):

@@ -6,11 +6,13 @@ import itertools
 import json
 import random
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from serving_profile import BATCHES, CONTEXTS, LENGTHS, PROFILE, draft, overhead, plain_adapter, target
 
 from vllm_ppow import grid
+from vllm_ppow.acceptance import AcceptanceEstimate
 from vllm_ppow.artifact import read_adapter
 from vllm_ppow.cost_profile import (
     COST_PROFILE_FILE,
@@ -20,6 +22,8 @@ from vllm_ppow.cost_profile import (
     write_cost_profile,
 )
 from vllm_ppow.speedup import expected_speedup
+from vllm_ppow.step_cost import StepCost
+from vllm_ppow.window import DraftWindow
 
 # ---------------------------------------------------------------- what is read off it
 
@@ -72,6 +76,34 @@ def test_steps_never_get_cheaper_however_noisy_the_figures():
             point = {"batch": 3, "num_draft_tokens": 2, "context": 100}
             found = [profile.step_seconds(**point | {name: at}) for at in range(1, size)]
             assert all(a <= b + 1e-15 for a, b in itertools.pairwise(found)), name
+
+
+RECORDED = Path(__file__).parents[2] / "examples" / "benchmarks"
+
+
+@pytest.mark.parametrize("run", ["turns-2026-11-27", "within-2026-11-27", "within-2026-11-27-quiet"])
+def test_far_beyond_what_was_measured_steps_take_time_and_longer_drafts_more(run):
+    """Profiles as measured, noise and all, at loads and contexts many times theirs: 32 requests, 256 tokens."""
+    profile = read_profile_file(RECORDED / run / COST_PROFILE_FILE)
+    for batch, context in itertools.product((1, 16, 48, 256), (257, 512, 2048, 131072)):
+        by_length = [profile.step_seconds(batch, length, context) for length in range(11)]
+        assert by_length[0] > 0
+        assert by_length == sorted(by_length)
+        assert by_length[0] >= profile.step_seconds(batch, 0, 256)
+
+
+def test_beyond_the_longest_context_drafts_cost_what_they_do_there():
+    rise = (step(256, 4, 0) - step(64, 4, 0)) / 192
+    assert PROFILE.step_seconds(4, 0, 448) == pytest.approx(step(256, 4, 0) + 192 * rise, rel=0.05)
+    for length in LENGTHS:
+        more = PROFILE.step_seconds(4, length, 448) - PROFILE.step_seconds(4, 0, 448)
+        assert more == pytest.approx(step(256, 4, length) - step(256, 4, 0))
+
+
+def test_a_window_chooses_far_beyond_its_profile():
+    profile = read_profile_file(RECORDED / "turns-2026-11-27" / COST_PROFILE_FILE)
+    window = DraftWindow(list(range(11)), AcceptanceEstimate(10), StepCost(profile))
+    assert 0 <= window.choose(48, 48 * 2048) <= 10
 
 
 def test_monotone_keeps_order_and_mends_disorder():

@@ -227,8 +227,17 @@ def test_refuses_a_sum_that_its_dtype_cannot_hold(pair, adapter, tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("rank_pattern", {"(": 4}), ("rank_pattern", ["q_proj"]), ("alpha_pattern", 3)],
+    [
+        ("rank_pattern", {"(": 4}),
+        ("rank_pattern", ["q_proj"]),
+        ("alpha_pattern", 3),
+        # Tried in exponentially many ways: seconds for a name of 25 characters, hours for most.
+        ("rank_pattern", {"(?:[a-z0-9._]+)+!": 4}),
+        ("alpha_pattern", {"(.|.)" * 30 + "!": 4}),
+        ("rank_pattern", {".*" * 20 + "!": 4}),
+    ],
 )
+@pytest.mark.timeout(20)
 def test_refuses_patterns_that_cannot_be_read(adapter, tmp_path, option, value):
     with pytest.raises(MergeError, match=r"rank_pattern or alpha_pattern .* is not readable"):
         Merger(variant(adapter, tmp_path / "a", **{option: value}))

@@ -66,6 +66,20 @@ def test_a_failure_of_one_rank_takes_all_back(adapter, rank):
     assert ranks.asked == ["stage", "load", "restore"]
 
 
+@pytest.mark.parametrize("call", ["swap", "undo"])
+def test_an_engine_sent_to_sleep_while_workers_stage_is_not_written(adapter, call):
+    ranks = Ranks()
+    answers = iter([False, True])  # awake when the swap begins, asleep when it is to be written
+
+    async def asleep():
+        return next(answers)
+
+    engine = HotSwap(ranks.rpc, asleep)
+    with pytest.raises(SwapError, match="wake it, then swap"):
+        asyncio.run(engine.swap(adapter.directory) if call == "swap" else engine.undo("asked to"))
+    assert ranks.asked == ["stage" if call == "swap" else "stage_previous", "discard"]
+
+
 def test_going_back_that_fails_says_so(adapter):
     with pytest.raises(SwapError, match=r"so did going back \(planted\): restart the server"):
         Ranks(load=0, restore=1).swap(adapter.directory)

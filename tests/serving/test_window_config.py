@@ -44,6 +44,8 @@ def built(pair, adapter):
 
 @pytest.fixture
 def log(caplog, monkeypatch):
+    import vllm.logger  # noqa: F401  # which sets up logging when it is first imported
+
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     caplog.set_level(logging.INFO, logger="vllm.ppow.compat")
     return caplog
@@ -132,6 +134,14 @@ def test_what_forbids_it_is_said_once_and_the_window_is_fixed(built, log, option
     (warning,) = warnings(log)
     assert reason in warning
     assert "stays fixed" in warning
+
+
+def test_a_drafter_that_makes_all_tokens_in_one_pass_has_a_fixed_window(built, log):
+    config = built(spec={"parallel_drafting": True})
+    assert not is_adaptive(config)
+    assert getattr(config.speculative_config, TABLE) is None
+    (warning,) = warnings(log)
+    assert "parallel_drafting" in warning
 
 
 def test_a_table_of_the_users_is_followed(built, log):

@@ -28,7 +28,7 @@ from vllm_ppow.artifact import (
 )
 from vllm_ppow.compat.capabilities import installed_distribution, probe
 from vllm_ppow.cost_profile import CostProfileError, read_cost_profile
-from vllm_ppow.resolve import is_offline, resolve_base_drafter, resolve_directory
+from vllm_ppow.resolve import existing, is_offline, resolve_base_drafter, resolve_directory
 
 Status = Literal["ok", "warn", "fail"]
 _LOW_DISK = 2**30
@@ -199,7 +199,7 @@ def _hub(diagnosis: Diagnosis, question: Question) -> None:
     named = [
         name
         for name in (question.target, question.adapter, question.base_drafter)
-        if name and not Path(name).expanduser().exists() and name.count("/") == 1 and name[0] not in "./~"
+        if name and existing(name) is None and name.count("/") == 1 and name[0] not in "./~"
     ]
     if not named:
         return

@@ -52,6 +52,7 @@ def _asking_for_the_first_pass_only(original: Callable[..., Any]) -> Callable[..
             or common_attn_metadata is None
             or not serves_ppow(self.speculative_config)
             or self.effective_drafter_max_model_len < self.max_model_len
+            or self.speculative_config.parallel_drafting  # whose one pass takes K tokens as inputs
             or not clamps(self.device)
         ):
             return original(self, common_attn_metadata)
@@ -73,7 +74,7 @@ def longest_drafted(vllm_config: Any) -> int | None:
     is_draft_model = speculative.uses_draft_model()
     if vllm_config.use_v2_model_runner and not is_draft_model:
         return None
-    if drafter < target or not _can_install():
+    if drafter < target or speculative.parallel_drafting or not _can_install():
         return drafter - speculative.num_speculative_tokens
     return target - (1 if is_draft_model else 0)
 

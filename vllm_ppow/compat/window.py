@@ -115,7 +115,7 @@ def prepare(native: dict[str, Any], engine_args: Any, known_fields: list[str]) -
         seams.logger.info("The draft window follows the table %s that was given, and is not adaptive.", TABLE)
         del extra[WINDOW_KEY]
         return
-    if (reason := _forbidden(engine_args, known_fields)) is not None:
+    if (reason := _forbidden(native, engine_args, known_fields)) is not None:
         seams.logger.warning("The draft window stays fixed at its maximum: %s", reason)
         del extra[WINDOW_KEY]
         return
@@ -123,7 +123,7 @@ def prepare(native: dict[str, Any], engine_args: Any, known_fields: list[str]) -
     native[TABLE] = table(ladder, engine_args.max_num_seqs or _BATCH_SIZES)
 
 
-def _forbidden(engine_args: Any, known_fields: list[str]) -> str | None:
+def _forbidden(native: dict[str, Any], engine_args: Any, known_fields: list[str]) -> str | None:
     """Why draft lengths must not change from step to step here; None if they may."""
     if engine_args.scheduler_cls is not None:
         return "--scheduler-cls names another scheduler, and the adaptive window is one."
@@ -131,6 +131,8 @@ def _forbidden(engine_args: Any, known_fields: list[str]) -> str | None:
         return "data-parallel ranks must draft alike, and each has a scheduler of its own."
     if engine_args.pipeline_parallel_size > 1:
         return "pipeline stages work on several steps at a time, so that none has a time of its own."
+    if native.get("parallel_drafting"):
+        return "with parallel_drafting one pass makes all tokens of a draft, however long it is to be."
     if TABLE not in known_fields:
         return f"this vLLM's speculative config has no {TABLE}."
     try:
