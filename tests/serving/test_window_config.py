@@ -44,11 +44,13 @@ def built(pair, adapter):
 
 @pytest.fixture
 def log(caplog, monkeypatch):
-    import vllm.logger  # noqa: F401  # which sets up logging when it is first imported
-
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    caplog.set_level(logging.INFO, logger="vllm.ppow.compat")
-    return caplog
+    """What our hooks say, once, whether or not vLLM has set up its loggers, which then hand nothing on to caplog."""
+    logger = logging.getLogger("vllm.ppow")
+    monkeypatch.setattr(logger, "propagate", False)
+    caplog.set_level(logging.INFO, logger="vllm.ppow")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 def is_adaptive(config) -> bool:
