@@ -149,6 +149,21 @@ def test_commands_are_seen(file, start):
     assert any(command.startswith(start) for command in commands((ROOT / file).read_text("utf-8")))
 
 
+INTERVAL = re.compile(r"[-+]\d+\.\d \([-+]\d+\.\d … [-+]\d+\.\d\)")
+STUDIES = "examples/benchmarks/study*/table.md"
+
+
+@pytest.mark.parametrize("name", ["README.md", "examples/benchmarks/objectives.md"])
+def test_intervals_in_tables_of_objectives_are_those_that_studies_printed(name):
+    printed = {
+        interval for path in ROOT.glob(STUDIES) for interval in INTERVAL.findall(path.read_text("utf-8"))
+    }
+    rows = [line for line in (ROOT / name).read_text("utf-8").splitlines() if line.startswith("| ")]
+    shown = [interval for row in rows for interval in INTERVAL.findall(row)]
+    assert len(shown) > 20
+    assert [interval for interval in shown if interval not in printed] == []
+
+
 def test_what_is_wrong_is_found(tmp_path):
     text = (
         "# A `b`: c\n[here](#a-b-c) [gone](gone.md) [no](#nowhere)\n`pytest tests/gone.py`\n"

@@ -1,10 +1,11 @@
 """What a difference is worth: means and 95 % intervals over seeds and prompts at once, paired by both.
 
-Two things are chance: which prompts were held out, and the seed of a run (trajectories, initialisation, windows). Both
-are resampled, the same draw for every arm, so that what the arms have in common drops out of a difference (two-way
-bootstrap, ours). n − 1 of n are drawn (Rao and Wu 1988): n of n would make a mean of few seeds look surer than it is.
-One seed says nothing of what another would have given: there the spread over seeds is taken from the arms beside it
-that have several (`SeedSpread`). Left out: how results are laid out (table.py).
+Two things are chance: which prompts were held out, and the seed of a run (trajectories, initialisation, windows).
+Prompts are many, and resampled, the same draw for every arm, so that what the arms have in common drops out of a
+difference (bootstrap; n − 1 of n are drawn, Rao and Wu 1988: n of n look a little surer than they are). Seeds are
+two to five: resampled they would find differences where there are none, in up to half of all studies. Their part is
+Student's t instead, of the spread over seeds pooled over the arms of a cell (`SeedSpread`), which also tells what
+another seed might have given where there is one (ours). Left out: how results are laid out (table.py).
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from ppow_train.study.results import Measured
 
 _RESAMPLES = 4_000
 _SEED = 0
-_DEGREES = (
-    3  # of freedom, at least: with fewer, Student's t makes an interval several times as wide as the spread
-)
+# Degrees of freedom below which a spread is not lent to an arm of one seed: t would make it several times as wide.
+_DEGREES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,24 +59,25 @@ class SeedSpread:
 
     @classmethod
     def pooled(cls, by_arm: Iterable[Sequence[float]]) -> SeedSpread | None:
-        """From figures of each arm by seed; None with fewer than `_DEGREES` degrees of freedom."""
+        """From figures of each arm by seed; None where no arm has several."""
         several = [np.asarray(values) for values in by_arm if len(values) > 1]
         degrees = sum(len(values) - 1 for values in several)
-        if degrees < _DEGREES:
+        if degrees == 0:
             return None
         squares = sum(float(((values - values.mean()) ** 2).sum()) for values in several)
         return cls((squares / degrees) ** 0.5, degrees)
 
-    def draws(self) -> np.ndarray:
-        """Deviations of a figure of one seed, one for each resampling; Student's t, the spread being estimated."""
-        return self.sd * np.random.default_rng(_SEED + 1).standard_t(self.degrees, size=_RESAMPLES)
+    def draws(self, num_seeds: int) -> np.ndarray:
+        """Deviations of a mean over seeds, one for each resampling; Student's t, the spread being estimated."""
+        deviations = np.random.default_rng(_SEED + 1).standard_t(self.degrees, size=_RESAMPLES)
+        return self.sd / num_seeds**0.5 * deviations
 
 
 NOTHING = Interval(float("nan"), float("nan"), float("nan"))  # to compare with
 
 
 class Resampled:
-    """Accepted tokens per draft of an arm under every resampling of S seeds and B prompts.
+    """Accepted tokens per draft of an arm on S seeds: of each, of all, and of all under every resampling of B prompts.
 
     Args:
         measured: of each seed, in the same order for all arms that are compared; one alone for an untrained drafter.
@@ -88,25 +89,25 @@ class Resampled:
         )
         if len(measured) == 1:  # the same whatever the seed
             drafts, accepted = (values.repeat(num_seeds, axis=0) for values in (drafts, accepted))
-        random = np.random.default_rng(_SEED)
-        # How often each seed and each prompt is drawn: [resamples, S] and [resamples, B].
-        seeds, prompts = (
-            random.multinomial(max(1, count - 1), np.full(count, 1 / count), size=_RESAMPLES)
-            for count in drafts.shape
+        num_prompts = drafts.shape[1]
+        # How often each prompt is drawn: [resamples, B].
+        prompts = np.random.default_rng(_SEED).multinomial(
+            max(1, num_prompts - 1), np.full(num_prompts, 1 / num_prompts), size=_RESAMPLES
         )
         self.num_seeds = num_seeds
+        self.by_seed = _over(accepted.sum(1), drafts.sum(1))
         self.mean = float(accepted.sum() / drafts.sum())
-        self.draws = _over(*(((seeds @ values) * prompts).sum(-1) for values in (accepted, drafts)))
+        self.draws = _over(prompts @ accepted.sum(0), prompts @ drafts.sum(0))
 
 
 def gain(arm: Resampled, start: Resampled, spread: SeedSpread | None = None) -> Interval:
     """Accepted tokens per draft over the start's, minus 1; nan where the start has none accepted.
 
     Args:
-        spread: of gains over seeds, for an arm with one; without, its interval is of prompts alone.
+        spread: of gains over seeds, of this arm and those beside it; without, the arm's own is taken.
     """
     mean, draws = _over(arm.mean, start.mean) - 1.0, _over(arm.draws, start.draws) - 1.0
-    return _interval(mean, draws, arm, spread)
+    return _interval(mean, draws, _over(arm.by_seed, start.by_seed), spread)
 
 
 def difference(
@@ -115,10 +116,13 @@ def difference(
     """Gain of an arm minus that of the reference, both over the same start.
 
     Args:
-        spread: of such differences over seeds, for an arm with one; without, its interval is of prompts alone.
+        spread: of such differences over seeds, of this arm and those beside it; without, the arm's own is taken.
     """
-    mean = _over(arm.mean - reference.mean, start.mean)
-    return _interval(mean, _over(arm.draws - reference.draws, start.draws), arm, spread)
+    mean, draws = (
+        _over(arm.mean - reference.mean, start.mean),
+        _over(arm.draws - reference.draws, start.draws),
+    )
+    return _interval(mean, draws, _over(arm.by_seed - reference.by_seed, start.by_seed), spread)
 
 
 def _over(values: np.ndarray | float, start: np.ndarray | float) -> np.ndarray:
@@ -126,9 +130,14 @@ def _over(values: np.ndarray | float, start: np.ndarray | float) -> np.ndarray:
     return np.divide(values, start, out=np.full(values.shape, np.nan), where=start > 0)
 
 
-def _interval(mean: np.ndarray, draws: np.ndarray, arm: Resampled, spread: SeedSpread | None) -> Interval:
-    if arm.num_seeds == 1:
-        draws = draws + spread.draws() if spread is not None else draws
+def _interval(
+    mean: np.ndarray, draws: np.ndarray, by_seed: np.ndarray, spread: SeedSpread | None
+) -> Interval:
+    num_seeds = len(by_seed)
+    spread = spread or SeedSpread.pooled([by_seed.tolist()])
+    of_prompts_alone = spread is None or (num_seeds == 1 and spread.degrees < _DEGREES)
+    if spread is not None and not of_prompts_alone:
+        draws = draws + spread.draws(num_seeds)
     kept = draws[~np.isnan(draws)]  # a resampling without any draft says nothing
     low, high = np.quantile(kept, (0.025, 0.975)) if len(kept) else (np.nan, np.nan)
-    return Interval(float(mean), float(low), float(high), arm.num_seeds == 1 and spread is None)
+    return Interval(float(mean), float(low), float(high), of_prompts_alone)
