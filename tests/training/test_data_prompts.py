@@ -67,8 +67,13 @@ def texts(tokenizer: Any, path: Path) -> list[str]:
             ["<user>a\nb<assistant>"],
         ),
         (
-            {"messages": [{"role": "tool", "content": "", "tool_calls": [{"function": {"arguments": '{"x": 7}'}}]}]},
-            ["<tool>7<assistant>"],
+            {
+                "messages": [
+                    {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": '{"x": 7}'}}]},
+                    {"role": "tool", "content": "of"},
+                ]
+            },
+            ["<assistant>7<tool>of<assistant>"],
         ),
     ],
 )  # fmt: skip
@@ -136,12 +141,12 @@ def test_an_answer_that_the_request_wants_continued_is_kept(tmp_path, chat_token
     kept = [chat_tokenizer.decode(list(ids)) for ids in prompts.ids]
     assert kept == ["<user>draft<assistant>windows", "<user>draft<assistant>"]
     assert prompts.answered == 1
-    # As vLLM has it: what the request gives to the template goes before what its other fields say.
+    # As vLLM has it: the request's own fields go before what it gives to the template, even where they are left out.
     own = {
         "messages": begun,
         "chat_template_kwargs": {"continue_final_message": True, "add_generation_prompt": False},
     }
-    assert texts(chat_tokenizer, write(tmp_path, own)) == kept[:1]
+    assert texts(chat_tokenizer, write(tmp_path, own)) == kept[1:]
 
 
 def test_an_answer_that_the_template_would_drop_cannot_be_continued(tmp_path, tokenizer):
@@ -176,10 +181,10 @@ def test_an_answer_that_the_template_would_drop_cannot_be_continued(tmp_path, to
         (
             {
                 "messages": [
-                    {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": "{"}}]}
+                    {"role": "assistant", "content": "", "tool_calls": [{"type": "custom", "custom": {}}]}
                 ]
             },
-            ["JSON arguments"],
+            ["tool call must be one of a function", "custom"],
         ),
     ],
 )
@@ -212,8 +217,7 @@ def test_messages_that_the_template_refuses(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("template", "more", "part"),
     [
-        # What a template says of content that is null, as beside tool calls it may be.
-        ("{% for m in messages %}{{ '<' + m.content }}{% endfor %}", {}, "NoneType"),
+        ("{{ '<' + messages }}", {}, "concatenate"),
         ("{{ messages }}", {"chat_template_kwargs": {"documents": 5}}, "not iterable"),
         ("{{ messages }}", {"chat_template_kwargs": {"messages": []}}, "multiple values"),
         ("{{ messages }}", {"chat_template_kwargs": {"return_assistant_tokens_mask": True}}, "requires"),

@@ -1,7 +1,7 @@
 """The target continues the prompts: how trajectories come to be.
 
 Behind one Protocol: Hugging Face generate, batched, or a vLLM engine in a process of its own; a server (endpoint.py)
-fits it too. Left out: storage (data.py, trajectory_store.py), chat templates (prompts.py).
+fits it too. Left out: storage (data.py, trajectory_store.py), chat templates (chat.py).
 """
 
 from __future__ import annotations

@@ -2,14 +2,13 @@
 
 One JSON object per line holds `prompt` or `messages`, itself or inside a `body` or `request` object as servers log
 them. `tokenize`, which `ppow data` uses, drops duplicates by token ids, because that is what the target sees;
-`read_prompts` keeps them. A chat template that asks for today's date is told `PROMPT_DATE`, on every day. Left out:
-what continues the prompts (generation.py), and messages with pictures or sound.
+`read_prompts` keeps them. Left out: what the chat template is handed (chat.py), what continues the prompts
+(generation.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import hashlib
 import json
 from array import array
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ppow_train.chat import CONTINUE, render, served_message, template_options
 from ppow_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,12 +27,6 @@ if TYPE_CHECKING:
 # A prompt to continue: text, or token ids where special tokens are settled.
 Text = str | list[int]
 _HOLDERS, _WRAPPERS = ("prompt", "messages"), ("body", "request")
-# What chat templates print as today (Llama 3.2, gpt-oss). Were it the day itself, every chat would have other ids after
-# midnight: what was interrupted could not go on, caches would be lost, other prompts would be held out. An adapter is
-# served on other days than it is trained on in any case.
-PROMPT_DATE = datetime.datetime(2026, 6, 15, 12)
-# A request's field by which its last message is one to go on with, not to answer.
-_CONTINUE = "continue_final_message"
 _EXAMPLE = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
 
 
@@ -44,9 +38,8 @@ class Prompt:
         where: for messages to the user, such as "prompts.jsonl, line 3".
         text: continued as it is, special tokens as in `text_ids`.
         ids: token ids, continued as they are.
-        messages: a chat up to where the assistant speaks, or goes on speaking; the target's chat template is applied.
-        template_options: what the request gives to the template besides (tools, chat_template_kwargs,
-            continue_final_message).
+        messages: a chat up to where the assistant speaks, or goes on speaking, as `chat.served_message` has it.
+        template_options: what the request gives to the chat template besides (`chat.template_options`).
         answered: whether the chat ended with the assistant's answer, which was dropped.
     """
 
@@ -155,21 +148,7 @@ def _request(line: str, where: str) -> Iterator[Prompt]:
     if len(found) != 1:
         what = "both" if found else f"neither in {line[:60]!r}"
         raise UserError(f"{where}: expected `prompt` or `messages`, got {what}: give {_EXAMPLE}.")
-    yield from prompts_of(value[found[0]], where, _template_options(value, where))
-
-
-def _template_options(value: dict[str, Any], where: str) -> dict[str, Any]:
-    """What a request gives to the chat template; as vLLM has it, not the template itself, nor what comes out of it."""
-    options = value.get("chat_template_kwargs") or {}
-    if not isinstance(options, dict) or {"chat_template", "tokenize"} & options.keys():
-        raise UserError(
-            f"{where}: chat_template_kwargs must be an object without chat_template and tokenize, got {options!r:.60}."
-        )
-    tools = value.get("tools") or options.get("tools")
-    if tools and not _all(tools, dict):
-        raise UserError(f"{where}: tools must be a list of objects, got {tools!r:.60}.")
-    own = {"tools": tools, _CONTINUE: value.get(_CONTINUE) is True}
-    return {**options, **{name: given for name, given in own.items() if given}}
+    yield from prompts_of(value[found[0]], where, template_options(value, where))
 
 
 def _innermost(value: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +161,7 @@ def _innermost(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def prompts_of(value: Any, where: str, template_options: dict[str, Any] | None = None) -> Iterator[Prompt]:
+def prompts_of(value: Any, where: str, options: dict[str, Any] | None = None) -> Iterator[Prompt]:
     """The prompts in a value: a text, token ids, messages, or a list of texts or of token ids (OpenAI's batch).
 
     Raises:
@@ -193,7 +172,7 @@ def prompts_of(value: Any, where: str, template_options: dict[str, Any] | None =
     elif _all(value, int):
         yield Prompt(where, ids=value)
     elif _all(value, dict):
-        yield _chat([_message(message, where) for message in value], where, template_options or {})
+        yield _chat([served_message(message, where) for message in value], where, options or {})
     elif _all(value, (str, list)):
         for item in value:
             if _all(item, dict):
@@ -216,45 +195,13 @@ def _chat(messages: list[dict[str, Any]], where: str, options: dict[str, Any]) -
     A request that has the beginning of the answer continued keeps it.
     """
     asked = list(messages)
-    while asked and not options.get(_CONTINUE) and asked[-1]["role"] == "assistant":
+    while asked and not options.get(CONTINUE) and asked[-1]["role"] == "assistant":
         asked.pop()
     if not asked:
         raise UserError(
             f"{where}: all messages are the assistant's: give what it answers to, or leave it out."
         )
     return Prompt(where, messages=asked, template_options=options, answered=len(asked) < len(messages))
-
-
-def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """A message as chat templates expect it: parts of text joined, arguments of tool calls as objects."""
-    content, calls = message.get("content"), message.get("tool_calls")
-    if calls and not _all(calls, dict):
-        raise UserError(f"{where}: tool_calls must be a list of objects, got {calls!r:.60}.")
-    may_lack = calls or message.get("role") == "assistant"  # whose refused answers have none
-    whole = isinstance(content, (str, list)) or (content is None and may_lack)
-    if not whole or not isinstance(message.get("role"), str):
-        raise UserError(
-            f"{where}: a message needs a role and, unless it has tool_calls, a content: texts, got {message!r:.60}."
-        )
-    if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise UserError(f"{where}: only parts of text can be drafted for, got {repr(content)[:60]}.")
-        content = "\n".join(part["text"] for part in content)  # as vLLM joins them for text-only templates
-    done = {"tool_calls": [_tool_call(call, where) for call in calls]} if calls else {}
-    return {**message, "content": content, **done}
-
-
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    """OpenAI sends arguments as a text of JSON, templates print an object."""
-    try:
-        arguments = call["function"].get("arguments")
-        if isinstance(arguments, str):
-            arguments = json.loads(arguments or "{}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{where}: a tool call needs a function with JSON arguments, got {repr(call)[:60]}."
-        ) from error
-    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 # ---------------------------------------------------------------- a dataset of the Hub or a directory
@@ -367,34 +314,11 @@ def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return prompt.ids
     if prompt.messages is not None:
         # As servers do: the template writes its own special tokens, the tokenizer must not add them again.
-        ids = tokenizer(_render(prompt, tokenizer), add_special_tokens=False)["input_ids"]
+        text = render(prompt.messages, prompt.template_options, tokenizer, prompt.where)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         assert prompt.text is not None
         [ids] = text_ids([prompt.text], tokenizer)
     if not ids:
         raise UserError(f"{prompt.where}: the tokenizer makes no token of this prompt: leave it out.")
     return ids
-
-
-def _strftime_now(form: str) -> str:
-    """What chat templates call for the date, as transformers' own function of that name, but on `PROMPT_DATE`."""
-    return PROMPT_DATE.strftime(form)
-
-
-def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
-    from jinja2.exceptions import TemplateError
-
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{prompt.where}: messages need a chat template, and the tokenizer of this target has none: give "
-            '{"prompt": "…"} with the text that the target shall continue.'
-        )
-    begins = not prompt.template_options.get(_CONTINUE)
-    options = {"add_generation_prompt": begins, **prompt.template_options, "strftime_now": _strftime_now}
-    try:
-        return tokenizer.apply_chat_template(prompt.messages, tokenize=False, **options)
-    except (TemplateError, TypeError, ValueError) as error:
-        why = f"refuses this request ({' '.join(str(error).split())[:200]}): correct it, or leave it out"
-        if isinstance(error, ValueError) and not begins:
-            why = f"does not print the message that is to be continued: leave {_CONTINUE} out"
-        raise UserError(f"{prompt.where}: the target's chat template {why}.") from error
