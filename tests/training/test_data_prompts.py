@@ -59,6 +59,7 @@ def texts(tokenizer: Any, path: Path) -> list[str]:
         ({"custom_id": "1", "url": "/v1", "body": {"model": "m", "messages": CHAT}}, ["<user>draft<assistant>"]),
         ({"request": {"prompt": "of", "max_tokens": 3}, "response": {"choices": []}}, ["of"]),
         ({"request": {"body": {"prompt": "of"}}}, ["of"]),
+        ({"prompt": None, "messages": None, "request": {"prompt": None, "messages": CHAT}}, ["<user>draft<assistant>"]),
         ({"body": {"prompt": ["of", "windows"]}}, ["of", "windows"]),
         ({"messages": CHAT, "tools": [{"name": "f"}]}, ["<user>draft[f]<assistant>"]),
         ({"messages": CHAT, "chat_template_kwargs": {"tools": [{"name": "g"}]}}, ["<user>draft[g]<assistant>"]),
@@ -168,6 +169,7 @@ def test_an_answer_that_the_template_would_drop_cannot_be_continued(tmp_path, to
         ({"text": "a"}, ["line 1", "`prompt` or `messages`", "neither"]),
         ({"prompt": "a", "messages": CHAT}, ["line 1", "both"]),
         ({"body": {"input": "a"}}, ["neither"]),
+        ({"prompt": None, "request": {"input": "a"}}, ["neither"]),
         (["prompt"], ["JSON object"]),
         ({"prompt": ""}, ["line 1", "non-empty"]),
         ({"prompt": 3}, ["non-empty text", "got 3"]),
@@ -201,6 +203,13 @@ def test_a_line_that_is_no_json_and_an_empty_file(tmp_path):
     path.write_text("\n", encoding="utf-8")
     with refused("is empty", "messages"):
         read_requests(path)
+
+
+def test_a_byte_order_mark_begins_no_line(tmp_path):
+    """Editors and spreadsheets of some systems write one."""
+    path = write(tmp_path, {"prompt": "of"})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [prompt.text for prompt in read_requests(path)] == ["of"]
 
 
 def test_messages_without_a_chat_template(tmp_path, tokenizer):

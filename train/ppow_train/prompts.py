@@ -115,8 +115,8 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Numbered lines that are not blank."""
     try:
-        # splitlines() also breaks at signs that JSON may hold
-        lines = path.read_text(encoding="utf-8").split("\n")
+        # utf-8-sig: some editors begin a file with a mark. splitlines() also breaks at signs that JSON may hold.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"Prompts {path} cannot be read ({error}): give a UTF-8 file with one JSON object per line."
@@ -153,7 +153,7 @@ def _request(line: str, where: str) -> Iterator[Prompt]:
 
 def _innermost(value: dict[str, Any]) -> dict[str, Any]:
     """The object with the prompt: the line itself, or what a log wraps it in."""
-    while not any(key in value for key in _HOLDERS):
+    while all(value.get(key) is None for key in _HOLDERS):
         inner = [value[key] for key in _WRAPPERS if isinstance(value.get(key), dict)]
         if not inner:
             break
