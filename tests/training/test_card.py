@@ -108,6 +108,14 @@ def test_what_was_measured(tmp_path):
     assert CURVE not in card(tmp_path).text, "no picture that is not there"
 
 
+def test_the_last_adapter_is_not_called_the_best(tmp_path):
+    last = SELECTION | {"keep_best": False, "written_after_updates": 20}
+    write_curve(tmp_path / CURVE, last)
+    text = card(tmp_path, with_training(selection=last)).text
+    assert "the adapter after the last of 20 updates (`keep_best: false`), which need not be the best" in text
+    assert "by its expected acceptance" not in text
+
+
 def test_what_was_not_measured_or_failed(tmp_path):
     assert "not checked" in card(tmp_path).text
     assert "**differs**" in card(tmp_path, parity=PARITY | {"holds": False}).text

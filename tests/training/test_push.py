@@ -242,6 +242,21 @@ def test_an_adapter_that_gains_nothing_fails_and_stays_here(hub, train, tmp_path
     assert read_adapter(tmp_path / "out").directory == tmp_path / "out"
 
 
+def test_the_last_adapter_is_judged_where_it_is_the_one_that_is_written(
+    hub, train, tmp_path, monkeypatch, capsys
+):
+    """Not the best of the curve, which gained: that one is on no disk."""
+    monkeypatch.setattr("ppow_train.selection.Judge.__call__", _seeing(0.5, 0.6, 0.7, 0.4, 0.55))
+    held_out = ("--held-out", str(train.held_out), "--eval-steps", "5")
+    assert train(*held_out, "--no-keep-best") == 1
+    captured = capsys.readouterr()
+    training = json.loads(captured.out)["training"]
+    assert [accepted for _, accepted in training["selection"]["curve"]] == [0.6, 0.7, 0.4]
+    assert training["gain_above_zero"] is False
+    assert "the one after 5 updates accepted more (0.700): drop --no-keep-best. It was not" in captured.err
+    assert hub.repos == {}
+
+
 @pytest.mark.parametrize("holds", [True, False])
 def test_a_run_that_diverges_fails_and_says_which_adapter_it_kept(
     hub, train, tmp_path, monkeypatch, capsys, holds
@@ -266,6 +281,16 @@ def test_a_run_that_diverges_fails_and_says_which_adapter_it_kept(
     assert hub.repos == {}
     assert read_adapter(tmp_path / "out").directory == tmp_path / "out"
     assert not (tmp_path / "out.checkpoints").exists()
+
+
+def _seeing(*accepted: float) -> Any:
+    """A judge that sees so many accepted tokens per draft, call by call."""
+    calls = iter(accepted)
+
+    def judge(self: Any) -> ExpectedWalk:
+        return ExpectedWalk(torch.ones(1), torch.tensor([[next(calls)]]))
+
+    return judge
 
 
 def _rising() -> Any:

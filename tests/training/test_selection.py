@@ -193,18 +193,41 @@ def test_what_counts_as_a_gain():
     assert (state.best_updates, state.beats_untrained, state.evaluations_without_gain) == (8, True, 0)
 
 
-def test_a_gain_must_be_seen_on_the_prompts_that_did_not_choose():
+def walk(accepted: float) -> ExpectedWalk:
+    """One draft of one token."""
+    return ExpectedWalk(torch.ones(1), torch.tensor([[accepted]]))
+
+
+def chooser(tmp_path: Path, curve: list[tuple[int, float]], **options: Any) -> BestOnHeldOut:
+    """After a run with these evaluations."""
+    judge = SimpleNamespace(digest="", runner=SimpleNamespace(trajectories=range(60)))
+    best = BestOnHeldOut(judge, config_of(tmp_path, **options), lambda name, value: None)
+    best.state.curve = curve
+    return best
+
+
+def test_a_gain_must_be_seen_on_the_prompts_that_did_not_choose(tmp_path):
     """The best of several evaluations is above the untrained drafter by chance alone."""
-
-    def walk(accepted: float) -> ExpectedWalk:
-        return ExpectedWalk(torch.ones(1), torch.tensor([[accepted]]))
-
-    best = SimpleNamespace(state=SelectionState([(0, 1.0), (2, 1.1)], ""), facts=dict)
+    best = chooser(tmp_path, [(0, 1.0), (2, 1.1)])
     assert held_out_facts(walk(0.5), walk(0.6), best)["gain_above_zero"] is True
     assert held_out_facts(walk(0.5), walk(0.4), best)["gain_above_zero"] is False
     best.state.curve[1] = (2, 0.9)
     assert held_out_facts(walk(0.5), walk(0.6), best)["gain_above_zero"] is False
     assert held_out_facts(walk(0.5), walk(0.4), None)["gain_above_zero"] is False
+
+
+def test_a_gain_is_that_of_the_adapter_that_is_written(tmp_path):
+    """Which was above the untrained drafter on the way only, and is the last one where that one is wanted."""
+    curve = [(0, 1.0), (2, 1.2), (4, 0.9)]
+    for keep_best, updates in ((True, 2), (False, 4)):
+        facts = held_out_facts(walk(1.0), walk(1.001), chooser(tmp_path, curve, keep_best=keep_best))
+        assert facts["gain_above_zero"] is keep_best, "what is written decides"
+        assert facts["selection"]["keep_best"] is keep_best
+        assert facts["selection"]["written_after_updates"] == updates
+    last = chooser(tmp_path, [(0, 1.0), (2, 1.2), (4, 1.1)], keep_best=False)
+    assert held_out_facts(walk(1.0), walk(1.1), last)["gain_above_zero"] is True
+    last.diverged_at = 5  # then the best is written in any case
+    assert last.facts()["keep_best"] is True
 
 
 # ---------------------------------------------------------------- diverging

@@ -96,6 +96,25 @@ def test_nothing_accepted_before_is_no_division(capsys):
     assert "0.000 -> 0.500\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("keep_best", "told"),
+    [
+        (True, "the adapter after 2 of 4 updates, by 9 other held-out prompts (a/selection.png)"),
+        (
+            False,
+            "the adapter after the last of 4 updates, best or not (--no-keep-best); the curve is of 9 other",
+        ),
+    ],
+)
+def test_which_adapter_was_written(keep_best, told, capsys):
+    chosen = {"prompts": 9, "keep_best": keep_best, "written_after_updates": 2 if keep_best else 4}
+    training = {"peak_memory_bytes": 1, "updates": 4, "selection": chosen}
+    config = SimpleNamespace(training=training, target=SimpleNamespace(name_or_path="t"))
+    adapter = SimpleNamespace(config=config, directory=Path("a"))
+    train_command._report(SimpleNamespace(adapter=adapter, before=None, after=None), None, False)
+    assert f"Written: {told}" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- before it begins
 
 

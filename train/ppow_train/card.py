@@ -111,9 +111,14 @@ def _selection(config: AdapterConfig) -> str:
     selection = config.training["selection"]
     diverged = selection.get("diverged_at_update")
     ended = "" if diverged is None else f" (update {diverged} diverged and ended the run)"
+    updates = config.training["updates"]
+    written = (
+        f"after {selection['written_after_updates']} of {updates} updates{ended}, by its expected"
+        if selection.get("keep_best", True)  # adapters of earlier versions do not say
+        else f"after the last of {updates} updates (`keep_best: false`), which need not be the best. Expected"
+    )
     return (
-        f"Written is the adapter after {selection['written_after_updates']} of {config.training['updates']} updates"
-        f"{ended}, by its expected acceptance on {selection['prompts']} other held-out prompts:\n\n"
+        f"Written is the adapter {written} acceptance on {selection['prompts']} other held-out prompts:\n\n"
         f"![accepted tokens per draft over updates]({CURVE})"
     )
 
@@ -160,6 +165,6 @@ def _limits(config: AdapterConfig) -> str:
     ]
     if config.training.get("gain_above_zero") is False:
         lines.insert(
-            0, "**On held-out prompts nothing accepted more than the drafter alone: do not serve it.**"
+            0, "**On held-out prompts it accepted no more than the drafter alone: do not serve it.**"
         )
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)

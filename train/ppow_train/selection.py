@@ -155,6 +155,10 @@ class SelectionState:
         """Whether any adapter accepted more than the untrained drafter."""
         return max((_worth(value) for _, value in self.curve[1:]), default=-math.inf) > self.curve[0][1]
 
+    def gains(self, updates: int) -> bool:
+        """Whether the adapter of this evaluation accepted more than the untrained drafter."""
+        return dict(self.curve)[updates] > self.curve[0][1]
+
     @property
     def evaluations_without_gain(self) -> int:
         """How many evaluations ago the most was accepted, the untrained drafter's included."""
@@ -258,7 +262,7 @@ class BestOnHeldOut(TrainerCallback):
 
     def restore(self, model: torch.nn.Module) -> None:
         """Put the tensors of the adapter that is to be written back into the model."""
-        written = self.state.best if self._writes_best else self._at_stop
+        written = self.state.best if self.keeps_best else self._at_stop
         if written:
             with torch.no_grad():
                 for name, parameter in _trained(model).items():
@@ -268,21 +272,31 @@ class BestOnHeldOut(TrainerCallback):
         """Of the updates made, those of the run: not one made after it had stopped."""
         return self.state.curve[-1][0] if self._at_stop else updates
 
+    @property
+    def written_after_updates(self) -> int:
+        """Updates after which the adapter stood that is to be written."""
+        return self.state.best_updates if self.keeps_best else self.state.curve[-1][0]
+
+    @property
+    def gains(self) -> bool:
+        """Whether that adapter, not some other of the curve, accepted more than the untrained drafter."""
+        return self.state.gains(self.written_after_updates)
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best adapter is written, not the last one, which of a run that diverged is none."""
+        return self.config.keep_best or self.diverged_at is not None
+
     def facts(self) -> dict[str, Any]:
         """What the adapter records of its selection."""
         return {
             "prompts": len(self.judge.runner.trajectories),
             "curve": [(updates, round(value, 4)) for updates, value in self.state.curve],
-            "written_after_updates": self.state.best_updates
-            if self._writes_best
-            else self.state.curve[-1][0],
+            "keep_best": self.keeps_best,
+            "written_after_updates": self.written_after_updates,
             "stopped_early": self.diverged_at is None and self.state.curve[-1][0] < self.config.max_steps,
             **({} if self.diverged_at is None else {"diverged_at_update": self.diverged_at}),
         }
-
-    @property
-    def _writes_best(self) -> bool:
-        return self.config.keep_best or self.diverged_at is not None  # the last one is no adapter
 
     @property
     def _is_over(self) -> bool:

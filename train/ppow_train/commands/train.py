@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,9 +215,20 @@ def _failure(outcome: Outcome) -> str | None:
     if adapter.config.training.get("gain_above_zero") is False:
         return (
             "on held-out prompts it accepts no more than the drafter alone: the adapter is written, do not serve it; "
-            "--eval-steps and a lower --learning-rate may find one that gains."
+            f"{_better(adapter.config.training)}."
         )
     return None
+
+
+def _better(training: dict[str, Any]) -> str:
+    """Where an adapter may be found that gains, when the one that was written does not."""
+    chosen = training.get("selection")
+    if chosen is not None and not chosen["keep_best"]:
+        numbers = [point for point in chosen["curve"] if not math.isnan(point[1])]
+        updates, accepted = max(numbers, key=lambda point: point[1], default=(0, 0.0))
+        if updates not in (0, chosen["written_after_updates"]):
+            return f"the one after {updates} updates accepted more ({accepted:.3f}): drop --no-keep-best"
+    return "--eval-steps and a lower --learning-rate may find one that gains"
 
 
 def _take_push(values: dict[str, Any], output: Path, parity: bool, has_held_out: bool) -> Push | None:
@@ -269,10 +281,14 @@ def _report(result: TrainingResult, parity: Parity | None, as_json: bool) -> Non
             f"{before:.3f} -> {after:.3f}" + (f" ({100 * (after / before - 1):+.1f} %)" if before else "")
         )
     if (chosen := config.training.get("selection")) is not None:
-        click.echo(
-            f"Written: the adapter after {chosen['written_after_updates']} of {config.training['updates']} updates, by "
-            f"{chosen['prompts']} other held-out prompts ({result.adapter.directory / CURVE})"
+        updates = config.training["updates"]
+        which = (
+            f"after {chosen['written_after_updates']} of {updates} updates, by"
+            if chosen["keep_best"]
+            else f"after the last of {updates} updates, best or not (--no-keep-best); the curve is of"
         )
+        curve = result.adapter.directory / CURVE
+        click.echo(f"Written: the adapter {which} {chosen['prompts']} other held-out prompts ({curve})")
     if parity:
         _report_parity(parity)
     click.echo(f"Peak memory: {config.training['peak_memory_bytes'] / 2**20:,.0f} MiB")
