@@ -160,7 +160,49 @@ def test_switches_are_read(switches, extra, directories, tmp_path):
         assert getattr(config, name) == flat.get(name, False), name
 
 
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("norm_before_residual", True),
+        ("norm_before_fc", False),
+        ("fc_norm", False),
+        ("norm_output", False),
+        ("draft_vocab_size", VOCAB),
+    ],
+)
+@pytest.mark.parametrize("null", [False, True])
+def test_what_a_head_of_the_librarys_format_leaves_out_is_read_as_vllm_reads_it(
+    name, read, null, directories, tmp_path
+):
+    """Which the library would not do; tests/contracts/test_head_config.py asks vLLM."""
+    head = shutil.copytree(directories.drafter["eagle3"], tmp_path / "head")
+    config = json.loads((head / "config.json").read_text())
+    config[name] = None
+    if not null:
+        del config[name]
+    (head / "config.json").write_text(json.dumps(config))
+    wanted = False if null and isinstance(read, bool) else read
+    assert getattr(load_drafter(head).model.config, name) == wanted
+
+
+def test_a_layer_without_head_dim_divides_its_width(directories, tmp_path):
+    head = shutil.copytree(directories.drafter["eagle3"], tmp_path / "head")
+    config = json.loads((head / "config.json").read_text())
+    assert config["transformer_layer_config"].pop("head_dim") == 32
+    (head / "config.json").write_text(json.dumps(config))
+    assert load_drafter(head).model.config.transformer_layer_config.head_dim == 64 // 2
+
+
 # ---------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "original"])
+def test_a_scale_that_only_vllm_would_apply(kind, directories, tmp_path):
+    head = shutil.copytree(directories.drafter[kind], tmp_path / "head")
+    config = json.loads((head / "config.json").read_text())
+    config.get("transformer_layer_config", config)["logit_scale"] = 0.5
+    (head / "config.json").write_text(json.dumps(config))
+    assert "logit_scale 0.5, which vLLM would do and training would not" in refusal(head, directories.target)
 
 
 def prefixed(tensors: dict[str, torch.Tensor]) -> None:

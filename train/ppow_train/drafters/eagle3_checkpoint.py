@@ -28,6 +28,13 @@ logger = logging.getLogger(__name__)
 
 _EMBEDDING = "embed_tokens.weight"
 
+# What vLLM reads where a config of the library's format is silent (its transformers_utils/configs/speculators/algos.py
+# and models/qwen3.py). The library's own defaults are others: no norm before the residual, a draft vocabulary of
+# 32,000, Qwen3 layers, heads of 128 in them and a base of 10,000.
+_SWITCHES = {"norm_before_residual": True, "norm_before_fc": False, "fc_norm": False, "norm_output": False}
+_LAYERS = "llama"
+_QWEN3_ROPE_THETA = 1e6
+
 
 def read_head(directory: Path, target: Path | None = None) -> Any:
     """The head in a directory as an `Eagle3DraftModel` on the CPU, its taps recorded in its config.
@@ -45,7 +52,8 @@ def read_head(directory: Path, target: Path | None = None) -> Any:
     if is_original:
         _check_original(raw, directory)
     with refused(directory, "no EAGLE-3 head", "speculators"):
-        config = _original_config(raw) if is_original else Eagle3SpeculatorConfig.from_pretrained(directory)
+        config = _original_config(raw) if is_original else _library_config(raw)
+    _check_logit_scale(config, directory)
     config.eagle_aux_hidden_state_layer_ids = _taps(
         config.eagle_aux_hidden_state_layer_ids, directory, target
     )
@@ -80,6 +88,36 @@ def _check_original(raw: dict[str, Any], directory: Path) -> None:
             f"{directory} is an EAGLE-3 head with model_type {raw.get('model_type')!r} and eagle_config {eagle}: only "
             "Llama layers that read hidden states of the target are supported in the original format."
         )
+
+
+def _check_logit_scale(config: Any, directory: Path) -> None:
+    """Refuse the one key that vLLM's heads read and the library's model does not."""
+    scale = getattr(config.transformer_layer_config, "logit_scale", 1.0)
+    if scale != 1.0:
+        raise UserError(
+            f"The head {directory} multiplies its logits by logit_scale {scale!r}, which vLLM would do and training "
+            "would not: multiply the weights of its lm_head by it instead, and drop the key."
+        )
+
+
+def _library_config(raw: dict[str, Any]) -> Any:
+    """A config of the library's format, absent values as vLLM reads them: what is trained is what is served."""
+    layer = {"model_type": _LAYERS, **raw["transformer_layer_config"]}
+    heads = layer.get("num_attention_heads")
+    if layer.get("head_dim") is None and heads and "hidden_size" in layer:
+        layer["head_dim"] = layer["hidden_size"] // heads
+    named = {"rope_parameters", "rope_scaling", "rope_theta"} & set(layer)
+    if layer["model_type"] == "qwen3" and not named:
+        layer["rope_theta"] = _QWEN3_ROPE_THETA
+    switches = {name: raw.get(name, default) for name, default in _SWITCHES.items()}
+    filled = {
+        **raw,
+        **{name: False if value is None else value for name, value in switches.items()},
+        "transformer_layer_config": layer,
+    }
+    if draft_vocab_size := raw.get("draft_vocab_size") or layer.get("vocab_size"):
+        filled["draft_vocab_size"] = draft_vocab_size
+    return Eagle3SpeculatorConfig.from_dict(filled)
 
 
 def _original_config(raw: dict[str, Any]) -> Any:
