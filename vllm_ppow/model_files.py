@@ -19,6 +19,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 # What belongs to a model besides its weights; nothing that could be executed.
 SMALL_FILES: tuple[str, ...] = ("*.json", "*.txt", "*.model", "*.jinja")
 
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _INDEX = "model.safetensors.index.json"
 _CONSOLIDATED = "consolidated"  # how files in a model maker's own format begin, beside those of transformers
 
@@ -102,11 +103,19 @@ def model_weight_files(directory: str | os.PathLike[str]) -> list[Path]:
     elif others := [p for p in files if not p.name.startswith(_CONSOLIDATED)]:
         files = others
     if not files:
-        raise ArtifactError(
-            f"{directory} holds no *.safetensors weights: convert the checkpoint with save_pretrained() "
-            "(pickled weights are not read)."
-        )
+        raise ArtifactError(_without_weights(path))
     return files
+
+
+def _without_weights(directory: Path) -> str:
+    """What is told of a directory without safetensors; no class has a save_pretrained() that would convert a head."""
+    pickled = sorted(file.name for pattern in _PICKLED for file in directory.glob(pattern))
+    if pickled:
+        return (
+            f"{directory} holds no *.safetensors weights, and {pickled[0]} is not read, as pickled weights can run "
+            'code: convert it, see "pickled weights" under "When something is in the way" in the README.'
+        )
+    return f"{directory} holds no *.safetensors weights: give the directory of a model, or copy it again as a whole."
 
 
 def _indexed_files(index: Path) -> set[str]:

@@ -26,10 +26,12 @@ def resolve_directory(
         The directory, and whether it came from the Hub.
 
     Raises:
-        ArtifactError: it is neither a directory nor a repo that can be had.
+        ArtifactError: it is a file, or neither a directory nor a repo that can be had.
     """
     path = existing(name_or_path)
     if path is not None:
+        if not path.is_dir():
+            raise ArtifactError(f"{name_or_path} is a file: give the directory that it belongs to.")
         return path, False
     looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1
     if looks_like_path:

@@ -267,6 +267,32 @@ def test_an_index_that_names_no_files(tmp_path, content):
         fingerprint_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (
+            "pytorch_model.bin",
+            'pytorch_model.bin is not read, .*see "pickled weights" under "When something is in',
+        ),
+        ("config.json", r"holds no \*.safetensors weights: give the directory of a model"),
+    ],
+)
+def test_directories_without_safetensors(file, message, tmp_path):
+    (tmp_path / file).write_bytes(b"")
+    with pytest.raises(ArtifactError, match=message) as caught:
+        model_weight_files(tmp_path)
+    assert "save_pretrained" not in str(caught.value), "EAGLE heads have no class that has it"
+
+
+def test_a_file_is_no_directory_of_a_model(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text("{}")
+    with pytest.raises(
+        ArtifactError, match=r"config.json is a file: give the directory that it belongs to\."
+    ):
+        resolve_directory(str(file))
+
+
 def test_model_configs(tmp_path):
     with pytest.raises(ArtifactError, match="is not readable JSON"):
         read_model_config(tmp_path)

@@ -218,7 +218,7 @@ def copied_head(directories, tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (lambda tensors: tensors.pop("fc.weight"), ["lacks the tensors", "fc.weight", "save_pretrained"]),
+        (lambda tensors: tensors.pop("fc.weight"), ["lacks the tensors", "fc.weight", "copy the head again"]),
         (
             lambda tensors: tensors.update(midlayer=torch.zeros(2)),
             ["has the tensors", "midlayer", "check the key names"],

@@ -202,10 +202,9 @@ def _fitting_tensors(model: Any, directory: Path, target: Path | None) -> dict[s
     state = model.state_dict()
     expected = {name for name in state if not name.startswith("verifier_")}
     if missing := sorted(expected - set(tensors)):
-        remedy = " (name the target, whose embeddings it shares)" if missing == [_EMBEDDING] else ""
-        raise UserError(
-            f"{directory} lacks the tensors {missing}: save the head again with save_pretrained(){remedy}."
-        )
+        shared = missing == [_EMBEDDING]
+        remedy = "name the target, whose embeddings it shares" if shared else "copy the head again"
+        raise UserError(f"{directory} lacks the tensors {missing}: {remedy}, or give another head.")
     if unknown := sorted(set(tensors) - set(state)):
         raise UserError(
             f"{directory} has the tensors {unknown}, which an EAGLE-3 head with a draft vocabulary of "
