@@ -2,7 +2,8 @@
 
 `rewrite` is a pure function of a dict: the adapter directory comes in, a native `eagle3` or `draft_model` config whose
 drafter is loaded by our loader comes out. Every refusal that can be made from file headers is made here, in the process
-the user started, so that it reaches the user as one sentence. Left out: where vLLM calls it (compat/), and loading.
+the user started, so that it reaches the user as one sentence; `check` makes those that need no torch before vLLM is
+started. Left out: where vLLM calls `rewrite` (compat/), and loading.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from vllm_ppow.artifact import (
     read_adapter,
     read_model_config,
 )
-from vllm_ppow.merge import Merger
-from vllm_ppow.resolve import existing, resolve_base_drafter, resolve_directory
+from vllm_ppow.resolve import NotHereError, existing, resolve_base_drafter, resolve_directory
 
 METHOD = "ppow"
 LOAD_FORMAT = "ppow"
@@ -138,7 +138,7 @@ def rewrite(
         target: directory or Hub repo id of the target being served.
         target_revision: Hub revision of the target.
         download_dir: where Hub downloads of the target go; None for the Hub client's own cache.
-        known_fields: fields that this vLLM's SpeculativeConfig has; None to skip the check for unknown keys.
+        known_fields: fields that this vLLM's SpeculativeConfig has; None to skip the check for keys unknown to it.
 
     Returns:
         A new dict of native fields. Rewriting it again changes nothing.
@@ -152,20 +152,81 @@ def rewrite(
                 f'The key "ppow" needs "method": "ppow", got method {spec.get("method")!r}.'
             )
         return spec
+    native, adapter = _translated(
+        spec, target, target_revision=target_revision, download_dir=download_dir, known_fields=known_fields
+    )
+    from vllm_ppow.merge import Merger  # here, as it needs torch
+
+    Merger(adapter).check_base(Path(native["model"]))
+    return native
+
+
+def check(
+    spec: dict[str, Any],
+    target: str | None,
+    *,
+    target_revision: str | None = None,
+    download_dir: str | None = None,
+    download: bool = True,
+) -> None:
+    """Make the refusals of `rewrite` that need neither torch nor vLLM; of a speculative config of method ppow.
+
+    Args:
+        spec, target_revision, download_dir: as in `rewrite`.
+        target: as in `rewrite`; None where it is not known at which revision it will be served.
+        download: fetch what the Hub cache lacks, as serving will.
+
+    Raises:
+        NotHereError: what is next to be checked would have to be downloaded.
+        ArtifactError: as `rewrite`.
+    """
+    _translated(spec, target, target_revision=target_revision, download_dir=download_dir, download=download)
+
+
+def check_keys(
+    spec: dict[str, Any], known_fields: Collection[str] | None = None
+) -> tuple[dict[str, Any], PPOWOptions]:
+    """Make the refusals of `rewrite` that need no files.
+
+    Returns:
+        What of the speculative config is vLLM's, in its spelling, and what stands under "ppow".
+
+    Raises:
+        PPOWServingError: an unknown key, or a value that cannot be.
+    """
     native = {key.replace("-", "_"): value for key, value in spec.items() if value is not None}
     options = parse_options(native.pop("ppow", None))
     _refuse_unknown(native, known_fields)
+    if "num_speculative_tokens" in native:
+        _check_length(native["num_speculative_tokens"])
+    return native, options
+
+
+def _translated(
+    spec: dict[str, Any],
+    target: str | None,
+    *,
+    target_revision: str | None,
+    download_dir: str | None,
+    known_fields: Collection[str] | None = None,
+    download: bool = True,
+) -> tuple[dict[str, Any], Adapter]:
+    """The native config, and the adapter, whose tensors have not been looked at."""
+    native, options = check_keys(spec, known_fields)
     name = native.pop("model", None)
     if not isinstance(name, str) or not name:
         raise PPOWServingError(
             f'Method ppow needs "model", the directory or Hub repo id of an adapter, got {name!r}.'
         )
 
-    directory, from_hub = resolve_directory(name, native.pop("revision", None))
+    directory, from_hub = resolve_directory(name, native.pop("revision", None), download=download)
     adapter = read_adapter(directory)
-    base = Path(os.path.abspath(resolve_base_drafter(adapter, from_hub, options.base_drafter)))
-    Merger(adapter).check_base(base)
-    target_directory, fingerprint = _check_target(adapter, target, target_revision, download_dir, options)
+    drafter = resolve_base_drafter(adapter, from_hub, options.base_drafter, download=download)
+    base = Path(os.path.abspath(drafter))
+    target_directory = fingerprint = None
+    if target is not None:
+        where = {"revision": target_revision, "cache_dir": download_dir, "download": download}
+        target_directory, fingerprint = _check_target(adapter, target, options, where)
     if adapter.config.drafter_type == "eagle3":
         _check_taps(base, target_directory)
     else:
@@ -174,20 +235,19 @@ def rewrite(
     native["method"] = NATIVE_METHOD[adapter.config.drafter_type]
     native["model"] = str(base)
     native.setdefault("num_speculative_tokens", adapter.config.num_speculative_tokens)
-    window = _window_options(options, _checked_length(native["num_speculative_tokens"]))
+    window = _window_options(options, native["num_speculative_tokens"])
     native["draft_load_config"] = _load_config(adapter, native.get("draft_load_config"), window)
     extra = native["draft_load_config"]["model_loader_extra_config"]
     extra[TARGET_KEY] = fingerprint
     if options.hot_swap:
         extra[HOT_SWAP_KEY] = _swappable(options.hot_swap_directory, name if from_hub else None)
     native.setdefault("draft_sample_method", adapter.config.draft_sample_method)
-    return native
+    return native, adapter
 
 
-def _checked_length(length: Any) -> int:
+def _check_length(length: Any) -> None:
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise PPOWServingError(f"num_speculative_tokens must be an integer >= 1, got {length!r}.")
-    return length
 
 
 def _swappable(directory: str | None, repo: str | None) -> dict[str, str | None]:
@@ -196,12 +256,10 @@ def _swappable(directory: str | None, repo: str | None) -> dict[str, str | None]
 
 
 def _refuse_unknown(spec: dict[str, Any], known_fields: Collection[str] | None) -> None:
-    if known_fields is None:
-        return
-    unknown = sorted(set(spec) - set(known_fields))
+    unknown = sorted(set(spec) - set(known_fields or ()))
     if misplaced := sorted(set(unknown) & {field.name for field in dataclasses.fields(PPOWOptions)}):
         raise PPOWServingError(f'The speculative config keys {misplaced} belong under the key "ppow": {{…}}.')
-    if unknown:
+    if unknown and known_fields is not None:
         raise PPOWServingError(
             f'The speculative config has keys {unknown} that this vLLM does not know: known are "ppow" and '
             f"{sorted(known_fields)}."
@@ -243,14 +301,20 @@ def _load_config(adapter: Adapter, given: Any, window: dict[str, Any] | None) ->
 
 
 def _check_target(
-    adapter: Adapter, target: str, revision: str | None, download_dir: str | None, options: PPOWOptions
+    adapter: Adapter, target: str, options: PPOWOptions, where: dict[str, Any]
 ) -> tuple[Path | None, str | None]:
-    """Check that the adapter was trained for this target; its directory and fingerprint, None if it has none here."""
+    """Check that the adapter was trained for this target; its directory and fingerprint, None if it has none here.
+
+    Args:
+        where: of the target, for `resolve_directory`.
+    """
     recorded = adapter.config.target
     directory = found = None
     try:
-        directory, _ = resolve_directory(target, revision, download_dir)
+        directory, _ = resolve_directory(target, **where)
         found, problem = compare_fingerprint(directory, recorded.fingerprint)
+    except NotHereError:
+        raise
     except ArtifactError as error:
         problem = f"it cannot be looked at: {str(error).rstrip('.')}"
     if not problem:

@@ -1,13 +1,15 @@
-"""`ppow serve`: the command it becomes, what it refuses, and that it hands the process over."""
+"""`ppow serve`: the command it becomes, what it refuses before vLLM starts, and that it hands the process over."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
+import subprocess
 import sys
 
 import pytest
+from serving_hub import add_to_cache
 from serving_pair import random_adapter
 
 from ppow_train import cli
@@ -27,7 +29,26 @@ def dry(capsys, *argv):
     return command[2], json.loads(command[4]), command[5:]
 
 
-def test_options_of_vllm_pass_through_in_order(capsys):
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Models that need not be there: what a command is made of does not depend on them."""
+    monkeypatch.setattr("vllm_ppow.config.check", lambda *_, **__: None)
+
+
+@pytest.fixture(scope="module")
+def adapter(pair, tmp_path_factory):
+    """Directory of an adapter for the pair's causal LM."""
+    return str(random_adapter(tmp_path_factory.mktemp("serve"), "causal_lm", pair).directory)
+
+
+@pytest.fixture
+def no_vllm(monkeypatch):
+    """vLLM is neither started nor imported."""
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("vLLM was started"))
+    monkeypatch.setitem(sys.modules, "vllm", None)  # an import of it fails
+
+
+def test_options_of_vllm_pass_through_in_order(capsys, unchecked):
     vllm_options = [
         "--port",
         "80",
@@ -45,7 +66,7 @@ def test_options_of_vllm_pass_through_in_order(capsys):
     assert spec == {"method": "ppow", "model": "A", "num_speculative_tokens": 4}
 
 
-def test_every_option_of_ours_has_its_key(capsys):
+def test_every_option_of_ours_has_its_key(capsys, unchecked):
     _, spec, rest = dry(
         capsys,
         *("org/target", "--adapter", "org/adapter", "--adapter-revision", "v1", "--drafter", "D"),
@@ -64,7 +85,7 @@ def test_every_option_of_ours_has_its_key(capsys):
 
 
 @pytest.mark.parametrize(("given", "kept"), [(None, "lora_filesystem_resolver"), ("other", "other")])
-def test_hot_swap_names_a_directory_and_our_routes(capsys, monkeypatch, tmp_path, given, kept):
+def test_hot_swap_names_a_directory_and_our_routes(capsys, monkeypatch, tmp_path, unchecked, given, kept):
     """vLLM adds routes only for plugins that VLLM_PLUGINS names, and then loads no others."""
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if given:
@@ -124,34 +145,114 @@ def test_wrong_usage(capsys, argv, message):
     assert message in err
 
 
-def test_a_bad_adapter_is_refused_before_vllm_is_imported(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("vLLM was started"))
-    monkeypatch.setitem(sys.modules, "vllm", None)  # an import of it fails
-    code, _, err = run(capsys, "T", "--adapter", str(tmp_path))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ppow": {"windw": "fixed"}}, "\"ppow\" has unknown keys ['windw']: known are"),
+        ({"ppow": {"window": "wide"}}, '"ppow": window must be one of'),
+        ({"window": "fixed"}, "['window'] belong under the key \"ppow\""),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens must be an integer >= 1, got 0."),
+        ({"num-speculative-tokens": "8"}, "num_speculative_tokens must be an integer >= 1, got '8'."),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_keys_and_values_are_looked_at_first(capsys, no_vllm, options, message, more):
+    code, out, err = run(capsys, "T", "--adapter", "A", "--speculative-options", json.dumps(options), *more)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_what_could_not_be_served_is_refused_before_vllm_is_imported(
+    capsys, pair, adapter, tmp_path, no_vllm, more
+):
+    def refused(target, *argv):
+        code, out, err = run(capsys, str(target), *argv, *more)
+        assert (code, out) == (1, "")
+        assert err.count("\n") == 1
+        return err
+
+    assert "nothere does not exist" in refused(pair.target, "--adapter", "nothere")
+    assert "lacks ppow_config.json" in refused(pair.target, "--adapter", str(tmp_path))
+    assert f"not for {pair.causal_lm} (its fingerprint" in refused(pair.causal_lm, "--adapter", adapter)
+    other = ["--drafter", str(pair.eagle3)]
+    assert "was trained on another drafter than" in refused(pair.target, "--adapter", adapter, *other)
+    wide = ["--speculative-options", '{"ppow": {"min_tokens": 9}}']
+    assert "min_tokens must be at most" in refused(pair.target, "--adapter", adapter, *wide)
+
+
+def test_the_check_needs_neither_torch_nor_vllm(pair, adapter):
+    code = (
+        "import sys; from ppow_train.cli import run; code = run(sys.argv[1:]); "
+        "assert not {'torch', 'vllm'} & set(sys.modules); sys.exit(code)"
+    )
+    argv = ["serve", str(pair.target), "--adapter", adapter, "--dry-run"]
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("vllm serve ")
+
+
+def test_a_dry_run_downloads_nothing(capsys, pair, adapter, tmp_path, monkeypatch):
+    """What the Hub's cache holds is looked at; of a target whose configuration alone is there nothing can be said."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    fetch = huggingface_hub.snapshot_download
+
+    def local_only(*args, local_files_only, **kwargs):
+        assert local_files_only, "asked the Hub"
+        return fetch(*args, local_files_only=True, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", local_only)
+    told = "Not checked whether it can be served: org/target is not a directory here, and the Hub cache does not hold"
+    argv = ["org/target", "--adapter", adapter, "--dry-run"]
+    code, out, err = run(capsys, *argv)
+    assert (code, out.startswith("vllm serve org/target ")) == (0, True)
+    assert told in err
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text("{}")
+    add_to_cache(tmp_path / "hub", "org/target", tmp_path / "config")
+    assert told in run(capsys, *argv)[2]
+    add_to_cache(tmp_path / "hub", "org/target", pair.target, branch="v1")
+    assert dry(capsys, *argv[:-1], "--revision", "v1")
+    assert dry(capsys, *argv[:-1], "--revision=v1")
+    add_to_cache(tmp_path / "hub", "org/target", pair.causal_lm, branch="v2")
+    code, _, err = run(capsys, *argv, "--revision", "v2")
     assert code == 1
-    assert "lacks ppow_config.json" in err
+    assert "not for org/target (its fingerprint" in err
 
 
-def test_the_process_becomes_vllms(capsys, pair, tmp_path, monkeypatch):
-    adapter = random_adapter(tmp_path, "causal_lm", pair)
+def test_the_target_is_vllms_affair_where_a_file_may_name_its_revision(capsys, pair, adapter):
+    argv = [str(pair.causal_lm), "--adapter", adapter]
+    assert dry(capsys, *argv, "--config", "vllm.yaml")[0] == str(pair.causal_lm)
+    assert run(capsys, *argv, "--dry-run")[0] == 1
+
+
+@pytest.mark.parametrize("argv", [["-h"], ["T", "--adapter", "A", "-h"], ["--help"]])
+def test_help(capsys, argv):
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    assert out.startswith("Usage: ppow serve TARGET")
+
+
+def test_the_process_becomes_vllms(capsys, pair, adapter, monkeypatch):
     started = []
     monkeypatch.setattr(os, "execv", lambda program, argv: started.append((program, argv)))
-    assert run(capsys, "T", "--adapter", str(adapter.directory), "--port", "80")[0] == 0
+    assert run(capsys, str(pair.target), "--adapter", adapter, "--port", "80")[0] == 0
     ((program, argv),) = started
     assert program == argv[0] == sys.executable
-    assert argv[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "T"]
+    assert argv[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", str(pair.target)]
     assert argv[-2:] == ["--port", "80"]
 
 
-def test_without_vllm_it_says_what_to_install(capsys, pair, tmp_path, monkeypatch):
+def test_without_vllm_it_says_what_to_install(capsys, pair, adapter, monkeypatch):
     import importlib.util
 
-    adapter = random_adapter(tmp_path, "causal_lm", pair)
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest)
     )
-    capsys.readouterr()
-    code, _, err = run(capsys, "T", "--adapter", str(adapter.directory))
+    code, _, err = run(capsys, str(pair.target), "--adapter", adapter)
     assert code == 1
     assert err.startswith("Error: vllm is not installed: pip install '.[cpu]'")

@@ -1,17 +1,20 @@
 """`ppow serve`: `vllm serve` with the speculative config spelled out. Left out: everything that vLLM does.
 
-vLLM's own options pass through as they are. The process becomes vLLM's, so signals and exit codes are its own.
+vLLM's own options pass through as they are. What would be refused half a minute later, in the middle of a traceback of
+vLLM's, is refused first. The process becomes vLLM's, so signals and exit codes are its own.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -20,8 +23,16 @@ import click
 _OURS = re.compile(r"^(--speculative-config|--spec-(method|model|tokens)|-sc)([.=+].*)?$")
 
 
+class _Serve(click.Command):
+    """vLLM has short options of several letters, such as -dph, in which -h must not be found: only by itself."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does, -h taken for --help."""
+        return super().parse_args(ctx, ["--help" if arg == "-h" else arg for arg in args])
+
+
 @click.command(
-    # Only --help: vLLM has short options of several letters, among which -h must not be found.
+    cls=_Serve,
     context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]},
     options_metavar="",  # after TARGET, see vllm_options
 )
@@ -74,13 +85,13 @@ def serve(target: str, dry_run: bool, vllm_options: tuple[str, ...], **ours: Any
                 "Further keys go into --speculative-options."
             )
     spec = speculative_config(**ours)
+    _check_files(spec, target, vllm_options, dry_run)
     command = ["serve", target, "--speculative-config", json.dumps(spec), *vllm_options]
     plugins = _plugins() if ours["hot_swap"] else None
     if dry_run:
         prefix = f"VLLM_PLUGINS={shlex.quote(plugins)} " if plugins else ""
         click.echo(prefix + shlex.join(["vllm", *command]))
         return
-    _check_adapter(ours["adapter"], ours["adapter_revision"])
     if importlib.util.find_spec("vllm") is None:
         raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
     if plugins:
@@ -102,8 +113,11 @@ def speculative_config(
     """The speculative config that the options stand for.
 
     Raises:
-        click.UsageError: --speculative-options is no JSON object, or says again what another option says.
+        click.UsageError: --speculative-options is no JSON object, says again what another option says, or has keys or
+            values that method ppow does not take.
     """
+    from vllm_ppow.config import PPOWServingError, check_keys
+
     try:
         more = json.loads(speculative_options)
     except ValueError as error:
@@ -126,6 +140,10 @@ def speculative_config(
     spec = _joined({key.replace("-", "_"): value for key, value in more.items() if key != "ppow"}, own)
     if ppow := _joined(more.get("ppow", {}), under_ppow):
         spec["ppow"] = ppow
+    try:
+        check_keys(spec)
+    except PPOWServingError as error:
+        raise click.UsageError(str(error)) from error
     return spec
 
 
@@ -138,12 +156,37 @@ def _joined(more: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return {**given, **more}
 
 
-def _check_adapter(adapter: str, revision: str | None) -> None:
-    """Say what is wrong with an adapter now, not after half a minute of imports."""
-    from vllm_ppow.artifact import read_adapter
-    from vllm_ppow.resolve import resolve_directory
+def _check_files(spec: dict[str, Any], target: str, vllm_options: Sequence[str], dry_run: bool) -> None:
+    """Refuse an adapter that vLLM would not be able to serve with this target; a dry run downloads nothing for it.
 
-    read_adapter(resolve_directory(adapter, revision)[0])
+    Raises:
+        ArtifactError: with the remedy.
+    """
+    from vllm_ppow.config import check
+    from vllm_ppow.resolve import NotHereError
+
+    told = {flag: _value(vllm_options, flag) for flag in ("--revision", "--download-dir", "--config")}
+    try:
+        check(
+            spec,
+            # A file of vLLM's options may name another revision of the target.
+            target if told["--config"] is None else None,
+            target_revision=told["--revision"],
+            download_dir=told["--download-dir"],
+            download=not dry_run,
+        )
+    except NotHereError as error:
+        click.echo(f"Not checked whether it can be served: {error}", err=True)
+
+
+def _value(vllm_options: Sequence[str], flag: str) -> str | None:
+    """The value of one of vLLM's options, if it is given; its parser takes underscores for dashes."""
+    value = None
+    for option, following in itertools.zip_longest(vllm_options, vllm_options[1:]):
+        name, equals, given = option.partition("=")
+        if name.replace("_", "-") == flag:
+            value = given if equals else following
+    return value
 
 
 def _plugins() -> str:
