@@ -267,6 +267,12 @@ def test_numbers_that_nothing_can_be_measured_with_are_wrong_usage(option, value
     assert option in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [*COMMANDS, "data"])
+def test_a_dtype_that_there_is_not_is_wrong_usage(command, capsys):
+    assert cli.run([command, "--prompts", "p", "--dtype", "foo"]) == 2
+    assert "'foo' is not one of 'auto', 'bfloat16', 'float16', 'float32'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_negative_temperature_is_wrong_usage(command, capsys):
     assert cli.run([command, "--adapter", "a", "--prompts", "p", "--temperature", "-0.5"]) == 2

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ppow_train.commands.engine_arguments import engine_argument_option
+from ppow_train.commands.options import dtype_option
 
 if TYPE_CHECKING:
     from ppow_train.benchmark import ArmResult
@@ -86,7 +87,7 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     help="tokens of prompt and output at most  [default: what these prompts need]",
 )
-@click.option("--dtype", default="auto", show_default=True, help="of the target, as in vLLM")
+@dtype_option("of the target, as in vLLM")
 @engine_argument_option()
 @click.option(
     "--compile/--eager",

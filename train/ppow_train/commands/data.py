@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ppow_train.commands.engine_arguments import engine_argument_option
-from ppow_train.commands.options import device_option
+from ppow_train.commands.options import device_option, dtype_option
 from ppow_train.options import PPOWOptions
 
 if TYPE_CHECKING:
@@ -90,10 +90,7 @@ if TYPE_CHECKING:
 @click.option(
     "--tensor-parallel-size", type=click.IntRange(1), default=1, show_default=True, help="vllm: GPUs of the target"
 )  # fmt: skip
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
-    help="of hf and vllm; auto is the target's own",
-)  # fmt: skip
+@dtype_option("of hf and vllm; auto is the target's own")
 @engine_argument_option()
 @device_option("hf: ")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")

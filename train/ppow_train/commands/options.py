@@ -12,8 +12,14 @@ from ppow_train.options import CHOICES, PPOWOptions
 
 _KINDS = {"int": int, "float": float, "bool": bool, "str": str}
 
-
 DEVICES = ("cpu", "cuda")
+# vLLM's names; it takes "half" and "float" for two of them as well.
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def dtype_option(help: str) -> Callable[[Callable], Callable]:
+    """`--dtype`, the same everywhere: a name that is none is refused before an engine starts."""
+    return click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help=help)
 
 
 def device_option(prefix: str = "") -> Callable[[Callable], Callable]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ppow_train.commands.engine_arguments import engine_argument_option
+from ppow_train.commands.options import dtype_option
 
 if TYPE_CHECKING:
     from ppow_train.profile_engine import Measured
@@ -67,7 +68,7 @@ class _Numbers(click.ParamType):
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), default=64, show_default=True, help="prompts at most")
 @click.option("--temperature", type=click.FloatRange(0), help="of acceptance  [default: the adapter's]")
-@click.option("--dtype", default="auto", show_default=True, help="of the target, as in vLLM")
+@dtype_option("of the target, as in vLLM")
 @click.option("--tensor-parallel-size", type=click.IntRange(1), default=1, show_default=True)
 @engine_argument_option()
 @click.option(
