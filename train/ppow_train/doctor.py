@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from ppow_train.context_length import UNDRAFTED, context_length, inner_config
 from vllm_ppow.artifact import (
     Adapter,
     ArtifactError,
@@ -245,7 +246,7 @@ def _models(diagnosis: Diagnosis, question: Question) -> tuple[Adapter | None, P
 
 def _target(question: Question, adapter: Adapter | None) -> tuple[Path, str]:
     directory, _ = resolve_directory(question.target)
-    layers = _inner(read_model_config(directory)).get("num_hidden_layers")
+    layers = inner_config(read_model_config(directory)).get("num_hidden_layers")
     trained_for = ""
     if adapter:
         same = fingerprint_model(directory) == adapter.config.target.fingerprint
@@ -269,18 +270,10 @@ def _drafter(adapter: Adapter, from_hub: bool, override: str | None) -> tuple[Pa
     return base, f"{base}: the adapter changes {len(merger.modules)} of its tensors, all of them are there"
 
 
-def _inner(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that describes the layers: nested in multimodal models and in speculators' format."""
-    for key in ("text_config", "transformer_layer_config"):
-        if isinstance(config.get(key), dict):
-            return config[key]
-    return config
-
-
 def _vocabularies(diagnosis: Diagnosis, adapter: Adapter, base: Path, target: Path) -> None:
-    of_target = _inner(read_model_config(target)).get("vocab_size")
+    of_target = inner_config(read_model_config(target)).get("vocab_size")
     config = read_model_config(base)
-    of_drafter = _inner(config).get("vocab_size")
+    of_drafter = inner_config(config).get("vocab_size")
     if adapter.config.drafter_type == "causal_lm":
         same = of_target == of_drafter
         diagnosis.add(
@@ -312,9 +305,8 @@ def _vocabularies(diagnosis: Diagnosis, adapter: Adapter, base: Path, target: Pa
 
 
 def _context_lengths(diagnosis: Diagnosis, base: Path, target: Path) -> None:
-    key = "max_position_embeddings"
-    drafter, whole = (_inner(read_model_config(directory)).get(key) for directory in (base, target))
-    if not isinstance(drafter, int) or not isinstance(whole, int):
+    drafter, whole = (context_length(directory) for directory in (base, target))
+    if drafter is None or whole is None:
         diagnosis.add(
             "context", "ok", f"config.json of {base if drafter is None else target} does not say its length"
         )
@@ -324,8 +316,7 @@ def _context_lengths(diagnosis: Diagnosis, base: Path, target: Path) -> None:
         diagnosis.add(
             "context",
             "warn",
-            f"the drafter takes {drafter} tokens, the target {whole}: longer requests are served without drafts, and "
-            "with a draft model, or on vLLM's V1 model runner, so are all others while one of them runs",
+            f"the drafter takes {drafter} tokens, the target {whole}: {UNDRAFTED}",
             f"--max-model-len {drafter} if requests are never longer.",
         )
 

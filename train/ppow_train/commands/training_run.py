@@ -96,6 +96,7 @@ def run(request: Request) -> Outcome | None:
             trajectories, held_out = _splits(request, pair, config, progress)
         if is_main:
             _tell_passes(config, trajectories)
+            _tell_longer(pair, trajectories, held_out)
         source = request.data or request.prompts
         result = train_adapter(
             pair,
@@ -136,6 +137,7 @@ def estimate(request: Request) -> RunEstimate | None:
                 trajectories, held_out = _splits(request, pair, config, progress)
             if is_main:
                 _tell_passes(config, trajectories)
+                _tell_longer(pair, trajectories, held_out)
             estimated = estimate_run(
                 pair, trajectories, config, Path(scratch), held_out, cache=request.cache, progress=progress
             )
@@ -155,6 +157,16 @@ def _tell_passes(config: PPOWConfig, trajectories: Trajectories) -> None:
     elif passes < 1:
         text += f"; --max-steps {math.ceil(config.max_steps / passes)} would read them all"
     click.echo(f"{text}.", err=True)
+
+
+def _tell_longer(pair: Pair, trajectories: Trajectories, held_out: Trajectories | None) -> None:
+    """What will not be drafted when it is served: the drafter was made for shorter texts."""
+    from ppow_train.context_length import tell_longer
+    from vllm_ppow.resolve import resolve_directory
+
+    drafter, _ = resolve_directory(pair.drafter_ref.name_or_path, pair.drafter_ref.revision)
+    if warning := tell_longer(drafter, [trajectories, *([] if held_out is None else [held_out])]):
+        click.echo(warning, err=True)
 
 
 def _config(request: Request, state: Path) -> PPOWConfig:
