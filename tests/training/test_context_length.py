@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving_profile import plain_adapter
 from training_pair import K
 
 from ppow_train import cli
+from ppow_train.commands.profile import _plan
 from ppow_train.context_length import context_length, tell_longer
 from ppow_train.data import collate
 from ppow_train.errors import UserError
@@ -83,3 +85,18 @@ def test_training_says_what_will_not_be_drafted(more, command, capsys):
     assert "began" in said
     assert "Warning: the drafter takes 64 tokens, 2 of 4 prompts with their continuations (50 %)" in said
     assert "longer requests are served without drafts" in said
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_profile_does_not_measure_beyond_what_the_target_takes(nested, tmp_path):
+    """Also of a multimodal target, which says it of its text model."""
+    config = {"max_position_embeddings": 600}
+    target = model(tmp_path / "target", {"text_config": config} if nested else config)
+    asked = {"num_speculative_tokens": 2, "temperature": None, "batch_sizes": (1,), "steps": 2, "rounds": 1}
+    asked |= {"max_tokens": 16, "context_lengths": None}
+    adapter = plain_adapter(tmp_path / "adapter")
+    options, longest = _plan(adapter, target, asked, 10)
+    assert options.context_lengths == (128,), "not also 1024"
+    assert longest <= 600
+    with pytest.raises(UserError, match="the target takes 600"):
+        _plan(adapter, target, asked | {"context_lengths": (1024,)}, 10)

@@ -162,11 +162,11 @@ def _plan(
     Raises:
         UserError: the target does not take that many.
     """
+    from ppow_train.context_length import context_length
     from ppow_train.errors import UserError
     from ppow_train.profiling import ProfileOptions, draft_lengths
-    from vllm_ppow.artifact import read_model_config
 
-    limit = read_model_config(target).get("max_position_embeddings")
+    limit = context_length(target)
     k = arguments["num_speculative_tokens"] or adapter.config.num_speculative_tokens
     temperature = arguments["temperature"]
 
