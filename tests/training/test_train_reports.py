@@ -177,7 +177,8 @@ def test_a_gpu_that_is_full_while_the_target_writes_is_told_what_helps(command, 
 
 @pytest.mark.parametrize(("line", "code"), [("target_cache: disk", 0), ("", 2)])
 def test_a_cache_on_disk_may_be_asked_for_in_a_file(line, code, command, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("ppow_train.trajectory_store.read_manifest", lambda data: None)
+    manifest = SimpleNamespace(facts={})
+    monkeypatch.setattr("ppow_train.trajectory_store.read_manifest", lambda data: manifest)
     monkeypatch.setattr("ppow_train.commands.training_run.estimate", lambda request: None)
     (tmp_path / "run.yaml").write_text(line, encoding="utf-8")
     call = ["train", *command[1:5], "--data", str(tmp_path), "--output", str(tmp_path / "out"), "--estimate"]

@@ -13,7 +13,6 @@ from training_pair import K
 
 from ppow_train import cli
 from ppow_train.generation import Round, load_tokenizer
-from ppow_train.objectives.names import unused_options
 from ppow_train.trajectory_store import derive_seed
 from vllm_ppow.cost_profile import write_cost_profile
 
@@ -237,22 +236,6 @@ def test_lists_with_holes_are_refused(given, command, capsys):
 
 
 # ---------------------------------------------------------------- options that change nothing
-
-
-@pytest.mark.parametrize(
-    ("objective", "unused"),
-    [
-        ("cst:jsd", ["draft_cost_ratio", "survival_smoothing", "beta"]),
-        ("drafts", ["draft_cost_ratio", "beta", "position_decay"]),
-        ("exact", ["survival_smoothing", "beta", "position_decay"]),
-        ("overlap + 4 * cst:tv", ["survival_smoothing", "beta"]),
-        ("drafts + exact + cst:tv", ["beta"]),
-        ("ppow", ["survival_smoothing", "position_decay"]),
-    ],
-)
-def test_options_that_an_objective_does_not_use(objective, unused):
-    given = ["draft_cost_ratio", "survival_smoothing", "beta", "position_decay", "max_steps", "lora_rank"]
-    assert unused_options(given, objective) == unused
 
 
 def test_a_measured_cost_that_nothing_uses_is_said(command, tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from ppow_train.errors import UserError
 from ppow_train.generation import Round, continuation_rounds
 from ppow_train.microbatches import divide_step, num_processes
 from ppow_train.objectives import check_dpace, parse_objective
-from ppow_train.options import PPOWOptions
+from ppow_train.options import PPOWOptions, spelled
 from ppow_train.ranges import check_ranges, require
 
 silence_import_warnings()
@@ -71,8 +71,7 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
 
     def __post_init__(self) -> None:
         self.objective = parse_objective(self.objective)
-        if isinstance(self.adaptive_windows, bool):  # YAML reads `true` as one
-            self.adaptive_windows = "true" if self.adaptive_windows else "false"
+        self.adaptive_windows = spelled(self.adaptive_windows)
         self._check()
         self.lora_alpha = self.resolved_lora_alpha  # as it is recorded
         self.max_completion_length = self.num_speculative_tokens  # a completion is one window
@@ -114,12 +113,6 @@ class PPOWConfig(PPOWOptions, GRPOConfig):
     def is_rollout(self) -> bool:
         """Whether the objective drafts windows (ppow) or works on the target's own paths."""
         return self.objective == "ppow"
-
-    @property
-    def adaptive_from(self) -> float:
-        """First update with adaptive windows, inf if there is none."""
-        wanted = self.is_rollout if self.adaptive_windows == "auto" else self.adaptive_windows == "true"
-        return self.adaptive_after * self.max_steps if wanted and self.uniform_share < 1 else math.inf
 
     @property
     def windows_per_trajectory(self) -> int:

@@ -6,6 +6,7 @@ Plain Python, so that `ppow train --help` lists them without importing torch or 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -14,6 +15,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
+
+
+def spelled(choice: str | bool) -> Any:
+    """A choice as it is written: YAML reads `true` and `false` as no text."""
+    return str(choice).lower() if isinstance(choice, bool) else choice
 
 
 @dataclass
@@ -171,6 +177,24 @@ class PPOWOptions:
     def training_temperature(self) -> float:
         """Temperature of p and q in training."""
         return self.serving_temperature or self.greedy_sampling_temperature
+
+    @property
+    def wants_adaptive_windows(self) -> bool:
+        """Whether windows are to be drawn by criticality at all."""
+        if self.adaptive_windows == "auto":
+            return self.objective == "ppow"
+        return self.adaptive_windows == "true"
+
+    @property
+    def adaptive_from(self) -> float:
+        """First update with adaptive windows, inf if there is none."""
+        is_on = self.wants_adaptive_windows and self.uniform_share < 1
+        return self.adaptive_after * self.max_steps if is_on else math.inf
+
+    @property
+    def draws_by_criticality(self) -> bool:
+        """Whether the run comes to an update with adaptive windows."""
+        return self.adaptive_from <= self.max_steps - 1
 
     @property
     def acceptance_form(self) -> Literal["trajectory", "greedy", "sampled"]:

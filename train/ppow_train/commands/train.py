@@ -122,7 +122,7 @@ def train(
     if cost_profile is not None:
         values["draft_cost_ratio"] = _measured_cost(ctx, cost_profile)
     check_keys(values, "the command line")
-    _tell_unused(values)
+    _tell_unused(values, data)
     output = arguments["output"]
     push = _take_push(values, output, arguments["parity"], held_out is not None or data is not None)
     rest = {field.name for field in dataclasses.fields(Request)} - {"values", "checkpoints"}
@@ -137,15 +137,15 @@ def train(
         _finish(request, push, as_json)
 
 
-def _tell_unused(values: dict[str, Any]) -> None:
+def _tell_unused(values: dict[str, Any], data: Path | None) -> None:
     """Say which of the given options change nothing; they are recorded all the same."""
-    from ppow_train.objectives.names import unused_options
-    from ppow_train.options import PPOWOptions
+    from ppow_train.trajectory_store import read_manifest
+    from ppow_train.unused_options import unused_options
 
-    objective = values.get("objective", PPOWOptions.objective)
-    if unused := unused_options(values, objective):
-        verb = "is" if len(unused) == 1 else "are"
-        click.echo(f"{', '.join(unused)} {verb} not used by objective {objective}.", err=True)
+    settled = {} if data is None else {"continuations": read_manifest(data).facts.get("continuations", 1)}
+    for reason, names in unused_options(values | settled).items():
+        verb = "is" if len(names) == 1 else "are"
+        click.echo(f"{', '.join(names)} {verb} not used {reason}.", err=True)
 
 
 def _measured_cost(ctx: click.Context, path: Path) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 from ppow_train.errors import UserError
 
@@ -11,16 +10,6 @@ WINDOW_OBJECTIVES = ("exact", "overlap", "drafts")
 CST_LOSSES = ("ce", "kl_div", "rkl", "jsd", "tv", "nla", "lk_hybrid")
 CST_ALIASES = {"kl": "kl_div"}
 DPACE_LOSSES = ("ce", "tv")
-
-# Options that only some objectives use.
-_PAYING, _DRAFTING, _SUPERVISED = ("ppow", "exact", "overlap"), ("ppow",), ("cst",)
-_USED_BY = {
-    **dict.fromkeys(("draft_cost_ratio", "cost_reading"), _PAYING),
-    **dict.fromkeys(("ppow_credit", "num_generations", "beta"), _DRAFTING),
-    **dict.fromkeys(("proximity_weight", "proximity_quantile", "proximity_epsilon"), _DRAFTING),
-    **dict.fromkeys(("position_weights", "position_decay", "dpace_alpha"), _SUPERVISED),
-    "survival_smoothing": ("drafts",),
-}
 
 _TERM = re.compile(r"\s*(?:(?P<weight>[^*\s]+)\s*\*)?\s*(?P<name>[^*\s]*)\s*")
 _PLUS = re.compile(r"(?<!\d[eE])\+")  # but not that of 1e+3
@@ -54,12 +43,6 @@ def parse_objective(text: str) -> str:
 def parts_of(objective: str) -> dict[str, float]:
     """The weight of each part: `overlap + 4 * cst:tv` -> {"overlap": 1, "cst:tv": 4}. Raises as `parse_objective`."""
     return dict(_term(term, objective) for term in _PLUS.split(parse_objective(objective)))
-
-
-def unused_options(names: Iterable[str], objective: str) -> list[str]:
-    """Those of the options that no part of the objective uses. Raises as `parse_objective`."""
-    kinds = {part.partition(":")[0] for part in parts_of(objective)}
-    return [name for name in names if name in _USED_BY and not kinds & set(_USED_BY[name])]
 
 
 def check_dpace(objective: str) -> None:
