@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_pair import KINDS, VOCAB, K, load, qwen3, widen
-from unpacked import causal_window
+from training_pair import KINDS, VOCAB, K, load, qwen3
 
 from ppow_train.config import PPOWConfig
 from ppow_train.data import (
@@ -24,7 +22,6 @@ from ppow_train.data import (
 from ppow_train.drafters import detect_drafter_type, load_drafter
 from ppow_train.errors import UserError
 from ppow_train.generation import generate, load_tokenizer
-from ppow_train.packing import window_tokens
 from ppow_train.pair import load_pair
 from ppow_train.rollout import WindowRunner
 from ppow_train.target import Target
@@ -277,40 +274,13 @@ def test_directories_that_hold_no_drafter(config, parts, tmp_path):
 # ---------------------------------------------------------------- attention that windows cannot share
 
 
-def sliding_target(tmp_path: Path, span: int) -> Target:
-    """A target whose odd layers attend to `span` tokens."""
-    from transformers import Qwen3ForCausalLM
-
-    config = qwen3(4)
-    config.layer_types = ["full_attention", "sliding_attention"] * 2
-    config.use_sliding_window, config.sliding_window = True, span
-    model = Qwen3ForCausalLM(config)
-    widen(model, 11)
-    model.save_pretrained(tmp_path / "sliding")
-    return Target(tmp_path / "sliding")
-
-
-def test_sliding_attention_serves_while_it_spans_the_trajectory(trajectories, tmp_path):
-    """Packed keys may outnumber its span: they belong to many windows."""
-    target = sliding_target(tmp_path, span=24)
-    starts = torch.tensor([[4, 9, 16, 12]] * 3)
-    encoded = target.encode(trajectories)
-    for _ in range(2):  # the second pass finds the cache as it was
-        scores = target.score(encoded, starts, window_tokens(trajectories.input_ids, starts, K))
-    with torch.no_grad():
-        ids = trajectories.input_ids[0]
-        alone = causal_window(target.model, ids[:9], ids[9 : 9 + K])
-    torch.testing.assert_close(scores[0, 1], alone, atol=2e-4, rtol=1e-4)
-
-
-def test_trajectories_longer_than_sliding_attention_spans(trajectories, tmp_path):
-    with refused("attends to 12 tokens", "have 20", "--max-new-tokens"):
-        sliding_target(tmp_path, span=12).encode(trajectories)
-
-
-def test_layers_without_attention(directories):
+def test_layers_without_attention(directories, tmp_path):
     pair = load(directories, "causal_lm")
     pair.target.model.config.layer_types = ["linear_attention", "full_attention"] * 4
+    with refused("linear_attention", "attention in every layer"):
+        check_trainable(
+            pair, PPOWConfig(output_dir=str(tmp_path), use_cpu=True)
+        )  # before anything is generated
     with refused("linear_attention", "attention in every layer"):
         pair.target.encode(
             Trajectories(torch.ones(1, 8, dtype=torch.long), torch.tensor([1]), torch.tensor([8]))

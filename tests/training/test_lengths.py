@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_bad_input import refused, sliding_target
+from test_bad_input import refused
+from test_sliding_attention import sliding_target
 from training_pair import K, load
 
 from ppow_train.drafters.causal_lm import CausalLMDrafter
@@ -26,11 +27,12 @@ def test_one_prompt_too_long_is_refused_before_the_first_batch(directories, monk
 
 
 def test_the_longest_trajectory_is_checked_before_training(directories, trajectories, tmp_path):
-    """Against target and drafter; an update would notice only when it draws that one."""
+    """Against target and drafter where windows are drafted; an update would notice only when it draws that one."""
     sliding, pair = sliding_target(tmp_path, span=19), load(directories, "causal_lm")
     spanned = trajectories.select(torch.tensor([1, 2]))
     own, drafter = CausalLMDrafter(sliding.model), pair.drafter
     for target, drafts in ((sliding, drafter), (pair.target, own)):
-        WindowRunner(target, drafts, spanned, K, 1.0)
-        with refused("attends to 19 tokens", "have 20", "--max-new-tokens"):
-            WindowRunner(target, drafts, trajectories, K, 1.0)
+        WindowRunner(target, drafts, spanned, K, 1.0, drafts=True)
+        WindowRunner(target, drafts, trajectories, K, 1.0)
+        with refused("attend to 19 tokens", "have 20", "objective ppow", "--max-new-tokens"):
+            WindowRunner(target, drafts, trajectories, K, 1.0, drafts=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from test_study import measured
+from training_pair import sliding_copy
 
 from ppow_train.cli import run
 from ppow_train.errors import UserError
@@ -155,3 +157,15 @@ def test_layers_that_a_drafter_lacks_are_told_before_anything_is_generated(
     study.arms["cst:tv"]["lora_targets"] = ["qkv_proj"]
     with pytest.raises(UserError, match="lora_targets must name linear layers"):
         CellBench(study, study.cells[0], tmp_path / "trajectories")
+
+
+def test_drafting_beyond_sliding_attention_is_told_before_anything_is_generated(
+    small_study, directories, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(study_run, "load_or_generate", lambda *_, **__: pytest.fail("generated"))
+    target = sliding_copy(directories.target, tmp_path / "sliding", span=12)
+    study = dataclasses.replace(read_plan(small_study), target=str(target))
+    with pytest.raises(UserError, match="attend to 12 tokens at a time"):
+        CellBench(study, study.cells[0], tmp_path / "trajectories")
+    del study.arms["ppow"]
+    CellBench(study, study.cells[0], tmp_path / "trajectories")

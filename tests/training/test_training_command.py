@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from serving_profile import PROFILE
-from training_pair import K
+from training_pair import K, sliding_copy
 
 from ppow_train import cli
 from ppow_train.generation import Round, load_tokenizer
@@ -154,6 +154,23 @@ def test_a_held_out_prompt_that_is_too_long_is_told_before_any_is_continued(
     assert cli.run([*command, "--held-out", str(held_out)]) == 1
     assert "need 129 tokens" in capsys.readouterr().err
     assert not continued
+
+
+def test_drafting_beyond_sliding_attention_is_told_before_any_is_continued(
+    command, continued, tmp_path, capsys
+):
+    """Of the target or of the drafter; what reads along the path trains."""
+    for option in ("--target", "--drafter"):
+        at = command.index(option) + 1
+        sliding = str(sliding_copy(Path(command[at]), tmp_path / f"sliding{option}", span=12))
+        changed = [*command[:at], sliding, *command[at + 1 :]]
+        assert cli.run([*changed, "--objective", "ppow", "--num-generations", "2"]) == 1
+        error = capsys.readouterr().err
+        assert "attend to 12 tokens" in error
+        assert "take another objective" in error
+        assert not continued
+        assert cli.run([*changed, "--output", str(tmp_path / f"adapter{option}")]) == 0
+        continued.clear()
 
 
 # ---------------------------------------------------------------- flag, file, default

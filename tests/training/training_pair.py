@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,14 @@ def load(directories: Directories, kind: str) -> LoadedPair:
     """A fresh pair."""
     drafter = load_drafter(directories.drafter[kind], target=directories.target)
     return LoadedPair(Target(directories.target, drafter.tap_layers), drafter)
+
+
+def sliding_copy(model: Path, to: Path, span: int) -> Path:
+    """A model of `qwen3` whose odd layers attend to `span` tokens."""
+    shutil.copytree(model, to)
+    config = json.loads((to / "config.json").read_text())
+    kinds = ["full_attention", "sliding_attention"] * config["num_hidden_layers"]
+    config |= {"use_sliding_window": True, "sliding_window": span}
+    config["layer_types"] = kinds[: config["num_hidden_layers"]]
+    (to / "config.json").write_text(json.dumps(config))
+    return to

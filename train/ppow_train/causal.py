@@ -142,7 +142,7 @@ def encode(
     Returns:
         `Encoded` with S = L slots; slot n−1 predicts position n.
     """
-    check_attention(model, trajectories.input_ids.shape[1])
+    check_layers(model)
     # Given the config it would drop what sliding attention has passed, which packed windows still read.
     cache = DynamicCache()
     with feed_forward_at(_last_layer(model), read):
@@ -162,24 +162,43 @@ def _last_layer(model: PreTrainedModel) -> torch.nn.Module:
     return model.base_model if layers is None else layers[-1]
 
 
-def check_attention(model: PreTrainedModel, length: int) -> None:
-    """Refuse a model whose layers do not attend to whole trajectories of so many tokens.
+def check_layers(model: PreTrainedModel) -> None:
+    """Refuse a model with layers that are no attention.
 
     Raises:
-        UserError: a layer without attention, or one that spans fewer tokens.
+        UserError: with their kinds.
     """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if other := sorted(kinds - {"full_attention", "sliding_attention"}):
         raise UserError(
             f"{model.config.name_or_path} has layers of kind {', '.join(other)}, whose state windows cannot share: "
             "use a model with attention in every layer."
         )
-    span = getattr(config, "sliding_window", None) if kinds != {"full_attention"} else None
+
+
+def _sliding_span(model: PreTrainedModel) -> int | None:
+    """Tokens that layers with sliding attention attend to; None where every layer attends to all."""
+    config = model.config.get_text_config()
+    if set(getattr(config, "layer_types", None) or ()) == {"full_attention"}:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def check_span(model: PreTrainedModel, length: int) -> None:
+    """Refuse to run windows behind the cache of so many tokens where sliding attention spans fewer.
+
+    Their mask is that of full attention. A whole pass over a trajectory is right in any case: there the model makes the
+    masks.
+
+    Raises:
+        UserError: a layer spans fewer.
+    """
+    span = _sliding_span(model)
     if span is not None and length > span:
         raise UserError(
-            f"{model.config.name_or_path} attends to {span} tokens at a time, the trajectories have {length}: shorten "
-            "the prompts or lower --max-new-tokens."
+            f"{model.config.name_or_path} has layers that attend to {span} tokens at a time, the trajectories have "
+            f"{length}, and objective ppow drafts behind all of them: take another objective, shorten the prompts or "
+            "lower --max-new-tokens."
         )
 
 
@@ -190,7 +209,13 @@ def extend(
     positions: torch.Tensor,
     mask: torch.Tensor,
 ) -> torch.Tensor:
-    """Append Q tokens to the cache: int64 [B, Q] each, additive mask [B, 1, Q, keys] -> hidden [B, Q, H]."""
+    """Append Q tokens to the cache: int64 [B, Q] each, additive mask [B, 1, Q, keys] -> hidden [B, Q, H].
+
+    Raises:
+        UserError: as `check_span`.
+    """
+    if _sliding_span(model) is not None:  # else nobody waits for a GPU to tell its positions
+        check_span(model, int(positions.max()) + 1)
     output = model.base_model(
         input_ids=tokens,
         position_ids=positions,
@@ -221,6 +246,9 @@ def block_logits(
 
     Returns:
         logits [B, W, K, V]. The cache is as before.
+
+    Raises:
+        UserError: as `check_span`.
     """
     batch, windows, length = tokens.shape
     anchors = starts - encoded.first_slot

@@ -111,7 +111,8 @@ def estimate_run(
     """
     from ppow_train.trainer import PPOWTrainer
 
-    runner = make_runner(pair, keep_long_enough(trajectories, config.num_speculative_tokens), config)
+    trajectories = keep_long_enough(trajectories, config.num_speculative_tokens)
+    runner = make_runner(pair, trajectories, config, drafts=config.is_rollout)
     config = copy.copy(config)
     selecting, reporting = make_judges(pair, held_out, config)
     judges = [judge for judge in (selecting, reporting) if judge]

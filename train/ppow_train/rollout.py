@@ -64,9 +64,10 @@ class WindowRunner:
         plain: read all trajectories of a call whole and at once, and every hidden state: the oracle of what is saved.
         sampled_paths: with `greedy`, some trajectories are not the target's greedy ones, so that what it would have
             said is its argmax after each prefix, not their tokens.
+        drafts: windows will be rolled out, not only read along the trajectories.
 
     Raises:
-        UserError: target or drafter cannot read the longest trajectory.
+        UserError: `drafts`, and target or drafter cannot behind the longest trajectory.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class WindowRunner:
         cache: TargetCache | None = None,
         plain: bool = False,
         sampled_paths: bool = False,
+        drafts: bool = False,
     ) -> None:
         self.target, self.drafter, self.trajectories, self.cache = target, drafter, trajectories, cache
         self.num_speculative_tokens, self.temperature, self.greedy = (
@@ -88,9 +90,10 @@ class WindowRunner:
             greedy,
         )
         self.plain, self.sampled_paths = plain, sampled_paths
-        longest = int(trajectories.lengths.max())  # here, not at the update that happens to draw it
-        target.check_length(longest)
-        drafter.check_length(longest)
+        if drafts:
+            longest = int(trajectories.lengths.max())  # here, not at the update that happens to draw it
+            target.check_length(longest)
+            drafter.check_length(longest)
 
     # ------------------------------------------------------------ station 2: windows
 

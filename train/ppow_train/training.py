@@ -15,7 +15,7 @@ import torch
 from rich.progress import Progress, TaskID
 
 from ppow_train.adapter import adapter_config, held_out_facts, training_facts, write_files
-from ppow_train.causal import check_windows
+from ppow_train.causal import check_layers, check_windows
 from ppow_train.checkpoints import (
     CheckpointState,
     finish_run,
@@ -28,7 +28,7 @@ from ppow_train.config import PPOWConfig
 from ppow_train.data import keep_long_enough, read_prompts
 from ppow_train.divergence import Diverged, Divergence
 from ppow_train.errors import UserError
-from ppow_train.generation import Round, load_or_generate, load_tokenizer
+from ppow_train.generation import Round, check_length, load_or_generate, load_tokenizer
 from ppow_train.lora_targets import check_lora_targets
 from ppow_train.machine import peak_bytes
 from ppow_train.microbatches import choose_windows_per_forward, divide_step
@@ -48,16 +48,31 @@ def check_trainable(pair: Pair, config: PPOWConfig) -> None:
     """Refuse what would end a run only after its trajectories are generated.
 
     Raises:
-        UserError: layers to adapt are not there, or sizes of a model are not known.
+        UserError: layers to adapt are not there, layers are no attention, or sizes of a model are not known.
     """
     drafter = pair.drafter
     check_lora_targets(drafter.model, config.lora_targets or drafter.lora_targets, drafter.has_own_output)
     for model in (pair.target.model, pair.drafter.model):
         Shapes.of(model)
+    for model in (pair.target.model, *([drafter.model] if drafter.drafter_type == "causal_lm" else [])):
+        check_layers(model)
+        if config.is_rollout:
+            check_windows(model)
+
+
+def check_lengths(pair: Pair, config: PPOWConfig, longest: int) -> None:
+    """Refuse trajectories that are to be generated and could not be trained on.
+
+    Args:
+        longest: tokens of a prompt and its continuation at most.
+
+    Raises:
+        UserError: the target has no positions for them, or `ppow` cannot draft behind them.
+    """
+    check_length(longest, pair.target.model.config)
     if config.is_rollout:
-        check_windows(pair.target.model)
-        if pair.drafter.drafter_type == "causal_lm":
-            check_windows(pair.drafter.model)
+        pair.target.check_length(longest)
+        pair.drafter.check_length(longest)
 
 
 def get_trajectories(
@@ -157,7 +172,7 @@ def train_adapter(
     """
     check_output(output)
     trajectories = keep_long_enough(trajectories, config.num_speculative_tokens)
-    runner = make_runner(pair, trajectories, config)
+    runner = make_runner(pair, trajectories, config, drafts=config.is_rollout)
     selecting, reporting = make_judges(pair, held_out, config)
     _divide(runner, config, [judge for judge in (selecting, reporting) if judge])
     with _state_of_run(pair, trajectories, config, resume) as checkpoint, restored(pair.drafter.model):
@@ -285,8 +300,10 @@ def make_judges(
     return selecting, reporting
 
 
-def make_runner(pair: Pair, trajectories: Trajectories, config: PPOWConfig) -> WindowRunner:
-    """A pair on trajectories, as a configuration wants them."""
+def make_runner(
+    pair: Pair, trajectories: Trajectories, config: PPOWConfig, *, drafts: bool = False
+) -> WindowRunner:
+    """A pair on trajectories, as a configuration wants them; `drafts` as in `WindowRunner`."""
     return WindowRunner(
         pair.target,
         pair.drafter,
@@ -295,6 +312,7 @@ def make_runner(pair: Pair, trajectories: Trajectories, config: PPOWConfig) -> W
         config.training_temperature,
         greedy=config.serving_temperature == 0,
         sampled_paths=config.needs_argmax,
+        drafts=drafts,
     )
 
 

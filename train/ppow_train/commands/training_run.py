@@ -228,7 +228,7 @@ def _splits(
     assert request.prompts is not None
     # K tokens longer: the last draft of a simulated serving walk must fit.
     longer = request.max_new_tokens + config.num_speculative_tokens
-    texts, held_out = _texts(request, pair, longer, tell=config.process_index == 0)
+    texts, held_out = _texts(request, pair, config, longer)
     trajectories = generated(request.prompts, texts, config.continuation_rounds(), request.max_new_tokens)
     if request.held_out is None:
         return trajectories, None
@@ -236,7 +236,9 @@ def _splits(
     return trajectories, generated(request.held_out, held_out, once, longer)
 
 
-def _texts(request: Request, pair: Pair, held_out_tokens: int, tell: bool) -> tuple[list[Text], list[Text]]:
+def _texts(
+    request: Request, pair: Pair, config: PPOWConfig, held_out_tokens: int
+) -> tuple[list[Text], list[Text]]:
     """Texts to train on and texts that are held out, none in both; all of them fit the target.
 
     Args:
@@ -248,6 +250,7 @@ def _texts(request: Request, pair: Pair, held_out_tokens: int, tell: bool) -> tu
     from ppow_train.errors import UserError
     from ppow_train.generation import check_length, load_tokenizer
     from ppow_train.prompts import prompt_hash, read_prompts, text_ids
+    from ppow_train.training import check_lengths
 
     assert request.prompts is not None
     tokenizer = load_tokenizer(pair.target.directory)
@@ -263,12 +266,13 @@ def _texts(request: Request, pair: Pair, held_out_tokens: int, tell: bool) -> tu
             f"All {len(texts)} prompts of {request.prompts} are held out by {request.held_out}: give others to train "
             "on, or other --held-out."
         )
-    if tell and len(kept) < len(texts):
+    if config.process_index == 0 and len(kept) < len(texts):
         click.echo(
             f"{len(texts) - len(kept)} of {len(texts)} prompts are held out too: they are not trained on.",
             err=True,
         )
-    needed = [len(ids[number]) + request.max_new_tokens for number in kept]
-    needed += [len(one) + held_out_tokens for one in held_out_ids]
-    check_length(max(needed), pair.target.model.config)  # both files, before the first is continued
+    # Both files, before the first is continued; held-out texts are read whole, never drafted behind.
+    check_lengths(pair, config, max(len(ids[number]) for number in kept) + request.max_new_tokens)
+    if held_out_ids:
+        check_length(max(map(len, held_out_ids)) + held_out_tokens, pair.target.model.config)
     return [texts[number] for number in kept], held_out

@@ -48,7 +48,7 @@ class Drafter(Protocol):
     def vocab_size(self) -> int: ...
 
     def check_length(self, length: int) -> None:
-        """Raise UserError if it cannot read trajectories of so many tokens."""
+        """Raise UserError if it cannot draft behind trajectories of so many tokens."""
         ...
 
     def encode(
@@ -123,7 +123,7 @@ class ChainDrafter(abc.ABC):
     vocabulary: DraftVocabulary = FULL_VOCABULARY
 
     def check_length(self, length: int) -> None:  # noqa: B027  (most read any)
-        """Raise UserError if it cannot read trajectories of so many tokens."""
+        """Raise UserError if it cannot draft behind trajectories of so many tokens."""
 
     @abc.abstractmethod
     def extend(

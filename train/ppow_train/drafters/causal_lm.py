@@ -49,8 +49,8 @@ class CausalLMDrafter(ChainDrafter):
         return self.model.get_output_embeddings().weight.shape[0]
 
     def check_length(self, length: int) -> None:
-        """Raise UserError if it does not attend to whole trajectories of so many tokens."""
-        causal.check_attention(self.model, length)
+        """Raise UserError if windows cannot be drafted behind trajectories of so many tokens (`causal.check_span`)."""
+        causal.check_span(self.model, length)
 
     def encode(
         self,

@@ -24,7 +24,7 @@ from ppow_train.microbatches import choose_windows_per_forward, divide_step
 from ppow_train.options import PPOWOptions
 from ppow_train.pair import Pair, load_pair
 from ppow_train.progress import make_progress
-from ppow_train.prompts import check_apart
+from ppow_train.prompts import Text, check_apart, text_ids
 from ppow_train.rollout import WindowRunner
 from ppow_train.selection import Judge
 from ppow_train.study.costs import Costs, read_costs, write_costs
@@ -35,7 +35,7 @@ from ppow_train.study.schedule import runs
 from ppow_train.study.timing import cost_ratios
 from ppow_train.target_cache import TargetCache, open_cache, resolve_kind
 from ppow_train.trainer import PPOWTrainer
-from ppow_train.training import check_trainable, quiet_trainer, restored
+from ppow_train.training import check_lengths, check_trainable, quiet_trainer, restored
 from ppow_train.types import Trajectories
 from ppow_train.walk import ExpectedWalk
 
@@ -56,20 +56,31 @@ class CellBench:
         self.plan, self.cell, self.cache = plan, cell, cache
         dtype = str(plan.options.get("target_dtype", PPOWConfig.target_dtype))
         self.pair: Pair = load_pair(plan.target, cell.drafter, device, dtype)
-        for arm in plan.arms:  # before anything is generated
-            check_trainable(self.pair, self.config(arm, cache))
+        configs = [self.config(arm, cache) for arm in plan.arms]
+        for config in configs:  # before anything is generated
+            check_trainable(self.pair, config)
         self.tokenizer = load_tokenizer(self.pair.target.directory)
         self.length = int(plan.options.get("num_speculative_tokens", PPOWConfig.num_speculative_tokens))
+        self._check_lengths(configs)
         self.training = functools.lru_cache(maxsize=1)(self._training)
         self.target_cache = functools.lru_cache(maxsize=1)(self._target_cache)
         self.judge = functools.lru_cache(maxsize=2)(self._judge)  # each keeps a tenth of the memory at most
+
+    def _prompts(self, file: str) -> list[Text]:
+        return read_prompts(Path(file), self.tokenizer)
+
+    def _check_lengths(self, configs: Sequence[PPOWConfig]) -> None:
+        """Refuse prompts that an arm could not train on once they are continued."""
+        longest = max(map(len, text_ids(self._prompts(self.cell.prompts), self.tokenizer)))
+        for config in configs:
+            check_lengths(self.pair, config, longest + self.plan.max_new_tokens)
 
     def _trajectories(self, file: str, drawn: Round, new_tokens: int) -> Trajectories:
         return load_or_generate(
             self.cache,
             self.pair.target.model,
             self.tokenizer,
-            read_prompts(Path(file), self.tokenizer),
+            self._prompts(file),
             target_fingerprint=self.pair.target_ref.fingerprint,
             max_new_tokens=new_tokens,
             temperature=drawn.temperature,
@@ -134,6 +145,7 @@ class CellBench:
             config.training_temperature,
             greedy=self.cell.temperature == 0,
             sampled_paths=config.needs_argmax,
+            drafts=config.is_rollout,
         )
         config.windows_per_forward = choose_windows_per_forward(runner, config, judges)
         divide_step(config, config.windows_per_forward)
