@@ -142,6 +142,23 @@ def raising(monkeypatch):
             "device (out/x): free some room",
         ),
         (
+            PermissionError(errno.EPERM, "Operation not permitted", "out.checkpoints"),
+            1,
+            "Error: Operation not permitted (out.checkpoints): you have no access there, name another path.",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "out"), 1, "no access there, name another path"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "no access there, name another path"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "out/x"),
+            1,
+            "Error: No such file or directory (out/x): check the path, or name another.",
+        ),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "out"),
+            1,
+            "Error: File name too long (out): name another path.",
+        ),
+        (
             RuntimeError(
                 "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598\nframe #0: x"
             ),
@@ -239,6 +256,7 @@ def test_success_is_zero(raising):
         SafetensorError("Error while deserializing header: header too large"),
         OSError(errno.EIO, "strange"),
         OSError("no number"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory"),
         ModuleNotFoundError("No module", name="ppow_train.nope"),
     ],
 )

@@ -219,12 +219,14 @@ def whole_place(directory: str | os.PathLike[str]) -> Path:
     """Where a directory is put as a whole under that name, by renaming: symbolic links are followed.
 
     Raises:
-        ArtifactError: a mount point, which cannot be renamed.
+        ArtifactError: a mount point, which cannot be renamed, or "." and "..", which have no name to rename.
     """
     path = Path(directory)
     final = path.resolve() if path.is_symlink() else path
     if os.path.ismount(final):
         raise ArtifactError(f"{final} is a mount point: name a directory inside it.")
+    if final.name in ("", ".."):
+        raise ArtifactError(f"{final} cannot be replaced as a whole: name a directory inside it.")
     return final
 
 

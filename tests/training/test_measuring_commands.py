@@ -226,6 +226,12 @@ def test_a_place_that_takes_no_file_is_refused_before_an_engine_starts(place, co
     assert f"Nothing can be written to {place / 'out'} (Permission denied): name another place" in told
 
 
+def test_what_fails_before_anything_is_measured_leaves_no_directory(place, capsys):
+    assert call(place, "bench", "--output", str(place / "out")) == 1
+    assert "is not the target that the adapter was trained for" in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
 def test_a_file_is_no_directory_for_results(place, capsys):
     (place / "out").write_text("")
     assert call(place, "bench", "--allow-target-mismatch", "--output", str(place / "out")) == 1

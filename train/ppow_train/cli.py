@@ -59,9 +59,12 @@ _REMEDIES = dict.fromkeys(_TRAIN_NAMES.split(), "pip install '.[train]' in vllm-
 
 # What a user can mend, and how.
 _MAKE_ROOM = "free some room or name another output; what was there is untouched"
-_DISK_TROUBLE = dict.fromkeys(
-    (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT), _MAKE_ROOM
-) | {
+_NO_ACCESS = "you have no access there, name another path"
+_DISK_TROUBLE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _MAKE_ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NO_ACCESS),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "name another path"),
+    errno.ENOENT: "check the path, or name another",
     errno.EEXIST: "name another output, or remove what is there",
     errno.ENOTDIR: "a file is where a directory is needed, name another path",
     errno.EISDIR: "a directory is where a file is needed, name another path",
@@ -163,6 +166,8 @@ def _sentence(error: Exception) -> str | None:
 
 def _disk_sentence(code: int | None, reason: str | None, path: object = None) -> str | None:
     remedy = None if code is None else _DISK_TROUBLE.get(code)
+    if code == errno.ENOENT and not path:
+        return None  # of what? A bug, then
     return remedy and f"{reason}{f' ({path})' if path else ''}: {remedy}."
 
 

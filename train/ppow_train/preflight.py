@@ -1,4 +1,4 @@
-"""What `ppow bench` and `ppow profile` make sure of before the first engine starts. Left out: vLLM's own checks."""
+"""What commands make sure of before they load a model or start an engine. Left out: vLLM's own checks."""
 
 from __future__ import annotations
 
@@ -10,20 +10,35 @@ from vllm_ppow.artifact import Adapter, compare_fingerprint
 from vllm_ppow.resolve import resolve_directory
 
 
-def check_writable(directory: Path) -> None:
-    """Make sure that results can be written to a directory, which is made where it is missing.
+def check_writable(directory: Path, option: str = "--output") -> None:
+    """Make sure that results can be written to a directory, or that it can be made; nothing is left behind.
+
+    Args:
+        option: by which the user names another.
 
     Raises:
         UserError: they cannot.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
+        with tempfile.TemporaryFile(
+            dir=_standing(directory)
+        ):  # asked of the system: root may write, but not everywhere
             pass
     except OSError as error:
         raise UserError(
-            f"Nothing can be written to {directory} ({error.strerror}): name another place with --output."
+            f"Nothing can be written to {directory} ({error.strerror}): name another place with {option}."
         ) from error
+
+
+def _standing(directory: Path) -> Path:
+    """The directory, or the nearest above it that is there."""
+    for place in (directory, *directory.parents):
+        try:
+            place.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        return place
+    return directory
 
 
 def find_target(adapter: Adapter, given: str | None, *, allow_mismatch: bool) -> tuple[Path, str | None]:

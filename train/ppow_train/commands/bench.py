@@ -106,6 +106,10 @@ def bench(output: Path | None, as_json: bool, **arguments: Any) -> None:
     Exits with 1 when greedy output differs from no speculation by more than ties: texts that part where the target's
     two best tokens are within rounding, which kernels decide by the shape of the batch.
     """
+    from ppow_train.preflight import check_writable
+
+    if output:
+        check_writable(output)
     from rich.console import Console
 
     from ppow_train.report import as_json as to_json
@@ -115,7 +119,7 @@ def bench(output: Path | None, as_json: bool, **arguments: Any) -> None:
         check_plots()
     console = Console(stderr=as_json)
     directory, num_prompts, results = _measure(
-        arguments, output, lambda text: console.print(f"  {text}", style="dim")
+        arguments, lambda text: console.print(f"  {text}", style="dim")
     )
     told = ("max_tokens", "concurrency", "dtype", "compiled", "tensor_parallel_size", "engine_arguments")
     facts = {"adapter": str(directory), "prompts": str(arguments["prompts"])}
@@ -133,15 +137,13 @@ def bench(output: Path | None, as_json: bool, **arguments: Any) -> None:
         )
 
 
-def _measure(
-    arguments: dict[str, Any], output: Path | None, say: Callable[[str], None]
-) -> tuple[Path, int, list[ArmResult]]:
+def _measure(arguments: dict[str, Any], say: Callable[[str], None]) -> tuple[Path, int, list[ArmResult]]:
     """Directory of the adapter, prompts used, and what the arms did with them."""
     import torch
 
     from ppow_train.benchmark import Work, run_benchmark
     from ppow_train.generation import load_tokenizer
-    from ppow_train.preflight import check_writable, find_target
+    from ppow_train.preflight import find_target
     from ppow_train.prompts import read_prompts, read_requests, text_ids
     from ppow_train.serving_eval import EngineOptions
     from vllm_ppow.artifact import read_adapter
@@ -153,8 +155,6 @@ def _measure(
     base = resolve_base_drafter(loaded, from_hub, arguments["drafter"])
     allowed = arguments["allow_target_mismatch"]
     target, _ = find_target(loaded, arguments["target"], allow_mismatch=allowed)
-    if output:
-        check_writable(output)
     tokenizer = load_tokenizer(target)
     prompts = text_ids(read_prompts(arguments["prompts"], tokenizer)[: arguments["limit"]], tokenizer)
     length = arguments["num_speculative_tokens"] or loaded.config.num_speculative_tokens

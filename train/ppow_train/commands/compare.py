@@ -96,6 +96,9 @@ def compare(
     device: str | None,
 ) -> None:
     """Train one adapter per objective and seed at equal windows and count accepted tokens per draft in vLLM."""
+    from ppow_train.preflight import check_writable
+
+    check_writable(output)
     from ppow_train.machine import choose_device
     from ppow_train.objectives import parse_objective
     from ppow_train.prompts import check_apart

@@ -101,7 +101,10 @@ def data(ctx: click.Context, as_json: bool, **options: Any) -> None:
     Each prompt is continued once, or --continuations times to train on; duplicates are dropped. An interrupted run
     goes on where it stopped when the same command is given again.
     """
+    from ppow_train.preflight import check_writable
+
     _check_usage(ctx, options)
+    check_writable(options["output"])
     request = _Request(**options)
     prompts = request.read()  # a malformed line is reported before anything is loaded
     _report(request, _run(request, prompts), as_json)

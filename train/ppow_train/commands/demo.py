@@ -86,13 +86,13 @@ def demo(
 
     Exits with 1 when greedy output differs from no speculation or the adapter was not applied.
     """
+    _check(tiny, drafter, costlier_layers, output)
     from rich.console import Console
 
     from ppow_train.report import as_json as to_json
     from ppow_train.report import write_json
     from ppow_train.serving_eval import ADAPTER, BASE, NONE, EngineOptions
 
-    _check(tiny, drafter, costlier_layers)
     started = time.monotonic()
     console = Console(stderr=as_json)
     console.print(
@@ -128,14 +128,17 @@ def demo(
         _judge(arms)
 
 
-def _check(tiny: Path, drafter: str, costlier_layers: int) -> None:
+def _check(tiny: Path, drafter: str, costlier_layers: int, output: Path) -> None:
     """Refuse before the training what would be refused after it.
 
     Raises:
-        UserError: no tiny pair, or a second table's target that would be smaller than the pair's.
+        UserError: no tiny pair, a second table's target that would be smaller than the pair's, or nothing can be
+            written to `output`.
     """
     from ppow_train.errors import UserError
+    from ppow_train.preflight import check_writable
 
+    check_writable(output)
     if not ((tiny / drafter).is_dir() and (tiny / "target" / "config.json").is_file()):
         raise UserError(
             f"{tiny} does not hold the tiny pair: run from a checkout, give --tiny, or `ppow tiny build`."

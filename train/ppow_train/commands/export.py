@@ -27,10 +27,13 @@ def export(adapter: str, revision: str | None, output: Path, drafter: str | None
     vLLM serves it with its own method, "eagle3" or "draft_model", with the same acceptance; the format is the base
     drafter's. Prints the speculative config.
     """
-    from ppow_train.export import export_drafter
-    from vllm_ppow.artifact import read_adapter
+    from ppow_train.preflight import check_writable
+    from vllm_ppow.artifact import read_adapter, whole_place
     from vllm_ppow.config import check_draft_model_path
     from vllm_ppow.resolve import resolve_base_drafter, resolve_directory
+
+    check_writable(whole_place(output.absolute()).parent)
+    from ppow_train.export import export_drafter
 
     directory, from_hub = resolve_directory(adapter, revision)
     loaded = read_adapter(directory)

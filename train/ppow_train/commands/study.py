@@ -32,6 +32,9 @@ def study(
     PLAN is a YAML file (examples/benchmarks/study.yaml). Acceptance is the expected serving walk on held-out prompts.
     Start the same command several times to work at one study with several processes.
     """
+    from ppow_train.preflight import check_writable
+
+    check_writable(output)
     from ppow_train.study.costs import read_costs
     from ppow_train.study.plan import read_plan
     from ppow_train.study.results import Results

@@ -24,6 +24,9 @@ def tiny() -> None:
 @click.option("--causal-lm-steps", type=int, help="updates of the causal LM drafter")
 def build(output: Path, **values: int | None) -> None:
     """Train the tiny pair from the standard library's source (about an hour on 2 cores)."""
+    from ppow_train.preflight import check_writable
+
+    check_writable(output)
     from ppow_train.tiny.build import build as run
     from ppow_train.tiny.recipe import TinyRecipe
 
@@ -52,6 +55,9 @@ def costlier(source: Path, output: Path, layers: int, intermediate_size: int, ad
 
     Its added layers and neurons compute and add nothing: drafters are accepted as before, and pay for themselves.
     """
+    from ppow_train.preflight import check_writable
+
+    check_writable(output.parent)
     from ppow_train.tiny.costlier import carry_over, make_costlier
     from vllm_ppow.artifact import read_adapter
 

@@ -15,6 +15,8 @@ from ppow_train.commands import training_run
 from ppow_train.commands.engine_arguments import engine_argument_option
 from ppow_train.commands.options import device_option, given, training_options
 from ppow_train.commands.training_run import Outcome, Request
+from ppow_train.preflight import check_writable
+from vllm_ppow.artifact import check_output
 
 if TYPE_CHECKING:
     from ppow_train.parity import Parity
@@ -102,6 +104,12 @@ def train(
         raise click.UsageError(
             "--engine-arg is for parity, which takes --held-out or --data: drop it, or --no-parity."
         )
+    output, cache = arguments["output"], arguments["cache"]
+    checkpoints = checkpoints or output.parent / f"{output.name}.checkpoints"
+    if not estimate:
+        _check_places(output, checkpoints)
+    if prompts is not None:
+        check_writable(cache, "--cache")
     from ppow_train.prompts import read_requests
 
     for file in (prompts, held_out):
@@ -117,24 +125,31 @@ def train(
     if "seed" not in values or ctx.get_parameter_source("seed") is not click.core.ParameterSource.DEFAULT:
         values["seed"] = arguments["seed"]
     _check_cache(ctx, data, values.get("target_cache"))
+    if values.get("target_cache") == "disk":
+        check_writable(cache, "--cache")
     if data is not None and "continuations" in values:
         raise click.UsageError("continuations were settled by `ppow data`: drop them, or give --prompts.")
     if cost_profile is not None:
         values["draft_cost_ratio"] = _measured_cost(ctx, cost_profile)
     check_keys(values, "the command line")
     _tell_unused(values, data)
-    output = arguments["output"]
     push = _take_push(values, output, arguments["parity"], held_out is not None or data is not None)
     rest = {field.name for field in dataclasses.fields(Request)} - {"values", "checkpoints"}
     request = Request(
         values=values,
-        checkpoints=checkpoints or output.with_name(f"{output.name}.checkpoints"),
+        checkpoints=checkpoints,
         **{name: arguments[name] for name in rest},
     )
     if estimate:
         _tell_estimate(request, as_json)
     else:
         _finish(request, push, as_json)
+
+
+def _check_places(output: Path, checkpoints: Path) -> None:
+    """Refuse now what the run would not be able to write after the target has continued all prompts."""
+    check_writable(check_output(output).parent)
+    check_writable(checkpoints, "--checkpoints")
 
 
 def _tell_unused(values: dict[str, Any], data: Path | None) -> None:
