@@ -1,8 +1,10 @@
-"""A text that brings its own BOS token gets no second one, wherever it is tokenized."""
+"""A text that brings its own BOS token gets no second one, wherever it is tokenized; any token will do as padding."""
 
 from __future__ import annotations
 
 import ast
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,14 @@ from tokenizers.processors import TemplateProcessing
 from training_pair import load
 
 import ppow_train
-from ppow_train.generation import generate, load_or_generate, load_tokenizer
+from ppow_train.generation import (
+    HuggingFaceBackend,
+    Sampling,
+    end_tokens,
+    generate,
+    load_or_generate,
+    load_tokenizer,
+)
 from ppow_train.prompts import Prompt, text_ids, tokenize
 
 SOURCES = Path(ppow_train.__file__).parent
@@ -62,6 +71,41 @@ def test_training_continues_the_same_ids_and_no_older_set(tokenizer, directories
     tokenizer.bos_token = "<none>"  # which the text does not begin with
     kept(text)
     assert len({path.name for path in tmp_path.iterdir()} - names) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "pad", "ends"),
+    [
+        ({"pad_token_id": 7, "eos_token_id": [9, 8]}, 7, (8, 9)),
+        ({"pad_token_id": -1, "eos_token_id": [9, 8]}, 8, (8, 9)),
+        ({"pad_token_id": None, "eos_token_id": 5}, 5, (5,)),
+        ({"pad_token_id": None, "eos_token_id": None}, 0, ()),
+    ],
+)
+def test_a_tokenizer_that_names_neither_pad_nor_eos(config, pad, ends, directories, tmp_path):
+    """What it pads with is of no account: prompts of unlike lengths are continued as with its own padding."""
+    bare = tmp_path / "bare"
+    shutil.copytree(directories.target, bare)
+    for file, dropped in (
+        ("tokenizer_config.json", ("eos_token", "pad_token")),
+        ("generation_config.json", ()),
+    ):
+        values = json.loads((bare / file).read_text()) | ({} if dropped else config)
+        (bare / file).write_text(json.dumps({name: values[name] for name in values.keys() - set(dropped)}))
+    tokenizer, own = load_tokenizer(bare), load_tokenizer(directories.target)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (pad, None)
+    assert end_tokens(bare, tokenizer) == ends
+    texts = ["windows", "of draft tokens", tokenizer.convert_ids_to_tokens(pad)]
+    assert text_ids(texts, tokenizer) == text_ids(texts, own)
+    model = load(directories, "causal_lm").target.model
+    sampling = Sampling(max_new_tokens=6, temperature=0.0, end_token_ids=(0,))
+    wanted, given = (
+        HuggingFaceBackend(model, one, sampling).continue_prompts(
+            text_ids(texts, own), seed=0, report=lambda done: None
+        )
+        for one in (own, tokenizer)
+    )
+    assert given == wanted
 
 
 ENCODING = ("__call__", "encode", "encode_plus", "batch_encode_plus", "tokenize", "apply_chat_template")

@@ -25,7 +25,12 @@ from ppow_train.trajectory_store import derive_seed
 from ppow_train.types import Trajectories
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
     from ppow_train.serving_eval import Engine, EngineOptions
 
@@ -73,8 +78,16 @@ def load_tokenizer(target: Path) -> PreTrainedTokenizerBase:
     tokenizer = read_tokenizer(target)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or _any_padding(target, tokenizer)
     return tokenizer
+
+
+def _any_padding(target: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token to pad with where the tokenizer names none: the target's, or its first; padding is never attended to."""
+    shipped = _shipped(target)
+    named = (shipped.pad_token_id, *_named_ends(shipped.eos_token_id, tokenizer), 0)
+    known = (token for token in named if type(token) is int and 0 <= token < len(tokenizer))
+    return tokenizer.convert_ids_to_tokens(next(known))
 
 
 def generate(
@@ -204,13 +217,17 @@ def open_vllm(options: EngineOptions, sampling: Sampling) -> Iterator[VllmBacken
 
 def end_tokens(target: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """End-of-text of a target that is not loaded (see `Sampling`), in ascending order."""
+    return tuple(_named_ends(_shipped(target).eos_token_id, tokenizer))
+
+
+def _shipped(target: Path) -> GenerationConfig:
+    """What a target that is not loaded says of its generation."""
     from transformers import GenerationConfig
 
     try:
-        shipped = GenerationConfig.from_pretrained(target)
+        return GenerationConfig.from_pretrained(target)
     except OSError:  # the file is optional; a loaded model falls back to its config too
-        shipped = GenerationConfig.from_model_config(read_config(target))
-    return tuple(_named_ends(shipped.eos_token_id, tokenizer))
+        return GenerationConfig.from_model_config(read_config(target))
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
