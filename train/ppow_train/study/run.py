@@ -116,6 +116,8 @@ class CellBench:
         if phase == "report":
             judges = self._trajectories(self.cell.held_out, drawn, tokens)
         else:
+            # Of all prompts, though the last ones judge: what is drawn for them depends on all before them, and a study
+            # that goes on must find the same.
             whole = self._trajectories(self.cell.prompts, drawn, tokens)
             judges = whole.select(torch.arange(len(whole) - self.plan.tuning_prompts, len(whole)))
         runner = WindowRunner(
