@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib
 import subprocess
 import sys
 import time
@@ -89,6 +90,65 @@ def test_a_value_that_an_option_does_not_have(tmp_path, capsys):
     needed = ["--target", "t", "--drafter", "d", "--prompts", str(tmp_path), "--output", str(tmp_path)]
     assert cli.run(["train", *needed, "--draft-sample-method", "tree"]) == 2
     assert "'tree' is not one of 'probabilistic', 'greedy'" in capsys.readouterr().err
+
+
+NEEDED = ["--target", "t", "--drafter", "d", "--prompts", "p", "--output", "o"]
+COMPARE = ["compare", *NEEDED, "--held-out", "h"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "option", "said"),
+    [
+        *(
+            (["train", *NEEDED], option, said)
+            for option, said in (
+                ("--num-speculative-tokens=0", "num_speculative_tokens must be >= 1, got 0"),
+                ("--learning-rate=-1", "learning_rate must be > 0, got -1.0"),
+                ("--learning-rate=nan", "learning_rate must be > 0, got nan"),
+                ("--max-steps=0", "max_steps must be in 1..10000000, got 0"),
+                ("--max-steps=99999999999999999999999", "max_steps must be in 1..10000000, got 9"),
+                ("--lora-rank=-5", "lora_rank must be >= 1, got -5"),
+                ("--windows-per-step=0", "windows_per_step must be >= 1, got 0"),
+                ("--seed=99999999999", "not in the range 0<=x<=4294967295"),
+                ("--objective=cst:foo", "objective must be one of ppow, exact"),
+            )
+        ),
+        (["tiny", "costlier", "--output", "o"], "--layers=-1", "not in the range x>=1"),
+        (["tiny", "build", "--output", "o"], "--target-steps=0", "not in the range x>=1"),
+        (COMPARE, "--seed=-1", "not in the range"),
+        (COMPARE, "--objective=foo", "objective must be one of"),
+        (COMPARE, "--learning-rate=foo=1", "expected OBJECTIVE=RATE, got 'foo=1' (objective must be one of"),
+        (COMPARE, "--learning-rate=exact=nan", "got 'exact=nan' (learning_rate must be > 0, got nan"),
+        (
+            ["data", "--target", "t", "--prompts", "p", "--output", "o"],
+            "--continuations=99999999999",
+            "1<=x<=10000",
+        ),
+    ],
+)
+def test_values_that_cannot_be_are_wrong_usage_told_without_torch(argv, option, said, tmp_path):
+    code = (
+        "import sys; from ppow_train.cli import run; code = run(sys.argv[1:]); assert 'torch' not in sys.modules; "
+        "sys.exit(code)"
+    )
+    call = [sys.executable, "-c", code, *argv, option]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert f"Invalid value for '{option.partition('=')[0]}': " in done.stderr
+    assert said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_objectives_are_given_where_they_are_asked_for():
+    """Of the package, whose names load no torch."""
+    from ppow_train import objectives
+
+    for module, names in objectives._GIVEN_BY.items():
+        home = importlib.import_module(f"ppow_train.objectives.{module}")
+        for name in names:
+            assert getattr(objectives, name) is getattr(home, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        objectives.nothing  # noqa: B018
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

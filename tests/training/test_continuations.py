@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from interrupted_writer import FACTS, PROMPTS, Continuer
 from training_pair import K
 
 from ppow_train.cli import run
+from ppow_train.commands import training_run
 from ppow_train.config import PPOWConfig
 from ppow_train.data import collate
 from ppow_train.generation import Round, continuation_rounds
@@ -163,6 +165,19 @@ def test_train_continues_prompts_again_and_reuses_what_is_there(directories, pro
     assert "would read them all" in said
     assert "by heart" not in said
     assert len(list((tmp_path / "cache").iterdir())) == 16, "the first one is the same set"
+
+
+@pytest.mark.parametrize(
+    ("passes", "advice"),
+    [
+        (320.0, "give more prompts, --continuations 64, or a"),
+        (321.0, "give more prompts, or a lower --max-steps."),
+    ],
+)
+def test_no_more_continuations_are_advised_than_would_help(passes, advice, capsys):
+    config = SimpleNamespace(passes=lambda tokens, updates: passes, continuations=1, max_steps=10)
+    training_run._tell_passes(config, collate([[1]], [[2, 3]]))
+    assert advice in capsys.readouterr().err
 
 
 def test_continuations_of_a_stored_set_are_recorded_not_asked_for(directories, prompts, tmp_path, capsys):

@@ -71,11 +71,21 @@ def untrained(monkeypatch):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--rounds", "0"), ("--prompts", "0"), ("--max-tokens", "1"), ("--costlier-layers", "-1")],
+    [
+        ("--rounds", "0"),
+        ("--prompts", "0"),
+        ("--max-tokens", "1"),
+        ("--costlier-layers", "-1"),
+        ("--steps", "0"),
+        ("--seed", "-1"),
+        ("--objective", "cst:foo"),
+    ],
 )
 def test_numbers_that_nothing_can_be_measured_with_are_wrong_usage(untrained, option, value, capsys):
     assert cli.run(["demo", "--tiny", str(TINY), option, value]) == 2
-    assert option in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert option in shown.err
+    assert shown.out == "", "the banner"
 
 
 def test_a_costlier_target_of_fewer_layers_is_refused(untrained, capsys):

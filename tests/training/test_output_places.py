@@ -55,7 +55,10 @@ def test_an_adapter_has_a_name(output, why, capsys):
 
 def test_it_is_told_before_torch_is_loaded(tmp_path):
     (tmp_path / "file").write_text("")
-    code = "import sys; from ppow_train.cli import run; code = run(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"  # noqa: E501
+    code = (
+        "import sys; from ppow_train.cli import run; code = run(sys.argv[1:]); assert 'torch' not in sys.modules; "
+        "sys.exit(code)"
+    )
     for arguments in COMMANDS.values():
         call = [sys.executable, "-c", code, *arguments, "--output", str(tmp_path / "file" / "x")]
         done = subprocess.run(call, capture_output=True, text=True, check=False)

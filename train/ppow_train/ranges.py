@@ -1,6 +1,7 @@
 """What values the options of training can have, and the words in which another one is refused.
 
-Left out: what options mean together (config.py); what they are (options.py).
+Plain Python, so that the command line asks before torch is loaded. Left out: what options mean together (config.py);
+what they are (options.py).
 """
 
 from __future__ import annotations
@@ -12,11 +13,19 @@ from typing import Any
 from ppow_train.errors import UserError
 from ppow_train.options import CHOICES
 
+MOST_SEED = 2**32 - 1
+MOST_UPDATES = 10_000_000
+MOST_CONTINUATIONS = 10_000
+
 _Range = tuple[str, Callable[[Any], bool]]
 
 
 def _at_least(least: int) -> _Range:
     return f">= {least}", lambda value: least <= value < math.inf
+
+
+def _from_to(least: int, most: int) -> _Range:
+    return f"in {least}..{most}", lambda value: least <= value <= most
 
 
 _POSITIVE: _Range = ("> 0", lambda value: 0 < value < math.inf)
@@ -29,7 +38,7 @@ _STEPS: _Range = ("a whole number >= 1, or a share of the run below 1", lambda v
 _RANGES: dict[str, _Range] = {
     "greedy_sharpness_temperature": _POSITIVE,
     "num_speculative_tokens": _at_least(1),
-    "continuations": _at_least(1),
+    "continuations": _from_to(1, MOST_CONTINUATIONS),
     "serving_temperature": _at_least(0),
     "greedy_sampling_temperature": _POSITIVE,
     "draft_cost_ratio": _at_least(0),
@@ -42,8 +51,9 @@ _RANGES: dict[str, _Range] = {
     "proximity_epsilon": _at_least(0),
     "position_decay": _UP_TO_ONE,
     "dpace_alpha": _UP_TO_ONE,
-    "max_steps": _at_least(1),
+    "max_steps": _from_to(1, MOST_UPDATES),
     "trajectories_per_step": _at_least(1),
+    "windows_per_step": _at_least(1),
     "lora_rank": _at_least(1),
     "lora_alpha": _at_least(1),
     "windows_per_forward": _at_least(1),
@@ -57,7 +67,7 @@ _RANGES: dict[str, _Range] = {
     "eval_steps": (">= 1, or absent", lambda value: value >= 1),
     "early_stop_patience": _at_least(1),
     # What NumPy takes as a seed, which transformers sets as well.
-    "seed": ("in 0..2^32 - 1", lambda value: 0 <= value < 2**32),
+    "seed": ("in 0..2^32 - 1", lambda value: 0 <= value <= MOST_SEED),
 }
 
 
@@ -70,9 +80,18 @@ def check_ranges(options: Any) -> None:
     for name, choices in CHOICES.items():
         value = getattr(options, name)
         require(value in choices, name, f"one of {', '.join(choices)}", repr(value))
-    for name, (wanted, holds) in _RANGES.items():
-        value = getattr(options, name)
-        require(value is None or holds(value), name, wanted, value)
+    for name in _RANGES:
+        check_range(name, getattr(options, name))
+
+
+def check_range(name: str, value: Any) -> None:
+    """Refuse a value of an option that cannot be; options without a range have any.
+
+    Raises:
+        UserError: names it, what it must be and what it is.
+    """
+    wanted, holds = _RANGES.get(name, ("", lambda value: True))
+    require(value is None or holds(value), name, wanted, value)
 
 
 def require(holds: bool, name: str, wanted: str, value: Any) -> None:

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ppow_train.commands.options import device_option
+from ppow_train.commands.options import SEED, ObjectiveName, device_option, parse_rates
+from ppow_train.ranges import MOST_UPDATES
 
 if TYPE_CHECKING:
     from ppow_train.config import PPOWConfig
@@ -45,22 +46,24 @@ FACTS = "compare.json"
     "--output", required=True, type=click.Path(path_type=Path), help="directory for adapters and results"
 )
 @click.option(
-    "--objective", "objectives", multiple=True, default=OBJECTIVES, show_default=True,
+    "--objective", "objectives", type=ObjectiveName(), multiple=True, default=OBJECTIVES, show_default=True,
     help="to train with; may be given several times",
 )  # fmt: skip
 @click.option(
     "--learning-rate",
     "rates",
     multiple=True,
+    callback=parse_rates,
     metavar="OBJECTIVE=RATE",
     help="instead of the default, for one",
 )
 @click.option(
-    "--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True,
+    "--seed", "seeds", multiple=True, type=SEED, default=(0, 1, 2), show_default=True,
     help="one adapter each per objective; may be given several times",
 )  # fmt: skip
 @click.option(
-    "--steps", type=click.IntRange(1), default=100, show_default=True, help="updates, the same for every objective"
+    "--steps", type=click.IntRange(1, MOST_UPDATES), default=100, show_default=True,
+    help="updates, the same for every objective",
 )  # fmt: skip
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True,
@@ -86,7 +89,7 @@ def compare(
     held_out: Path,
     output: Path,
     objectives: Sequence[str],
-    rates: Sequence[str],
+    rates: dict[str, float],
     seeds: Sequence[int],
     steps: int,
     max_new_tokens: int,
@@ -100,11 +103,10 @@ def compare(
 
     check_writable(output)
     from ppow_train.machine import choose_device
-    from ppow_train.objectives import parse_objective
     from ppow_train.prompts import check_apart
     from ppow_train.trajectory_store import only_writer
 
-    names = list(dict.fromkeys(map(parse_objective, objectives)))
+    names = list(dict.fromkeys(objectives))
     check_apart(prompts, held_out)
     where = choose_device(device)
     trainer = _Trainer(
@@ -115,7 +117,7 @@ def compare(
         steps,
         max_new_tokens,
         serving_temperature,
-        _parse_rates(rates),
+        rates,
         where,
     )
     trainer.check(names, seeds)
@@ -166,19 +168,6 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             installed[f"version of {name}"] = importlib.metadata.version(name)
     return installed
-
-
-def _parse_rates(rates: Sequence[str]) -> dict[str, float]:
-    from ppow_train.objectives import parse_objective
-
-    parsed = {}
-    for rate in rates:
-        name, _, value = rate.rpartition("=")
-        try:
-            parsed[parse_objective(name)] = float(value)
-        except ValueError as error:
-            raise click.BadParameter(f"expected OBJECTIVE=RATE, got {rate!r} ({error})") from error
-    return parsed
 
 
 def _digest(file: Path) -> str:

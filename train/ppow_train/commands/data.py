@@ -15,6 +15,7 @@ import click
 from ppow_train.commands.engine_arguments import engine_argument_option
 from ppow_train.commands.options import device_option, dtype_option
 from ppow_train.options import PPOWOptions
+from ppow_train.ranges import MOST_CONTINUATIONS
 
 if TYPE_CHECKING:
     from ppow_train.endpoint import EndpointBackend
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     help="tokens of each continuation at most",
 )  # fmt: skip
 @click.option(
-    "--continuations", type=click.IntRange(min=1), default=PPOWOptions.continuations, show_default=True,
+    "--continuations", type=click.IntRange(1, MOST_CONTINUATIONS), default=PPOWOptions.continuations, show_default=True,
     help="of each prompt to train on, sampled anew; held-out prompts have one",
 )  # fmt: skip
 @click.option(

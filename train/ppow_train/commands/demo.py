@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ppow_train.commands.engine_arguments import engine_argument_option
+from ppow_train.commands.options import SEED, ObjectiveName
 from ppow_train.options import PPOWOptions
+from ppow_train.ranges import MOST_UPDATES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,11 +43,14 @@ COSTLIER_PROMPTS = 4  # served one at a time, where speculation matters most
 @click.option("--drafter", type=click.Choice(["eagle3", "causal_lm"]), default="eagle3", show_default=True)
 @click.option(
     "--objective",
+    type=ObjectiveName(),
     default=PPOWOptions.objective,
     show_default=True,
     help="what is minimised, as in `ppow train`",
 )
-@click.option("--steps", default=100, show_default=True, help="updates of 128 windows")
+@click.option(
+    "--steps", type=click.IntRange(1, MOST_UPDATES), default=100, show_default=True, help="updates of 128 windows"
+)  # fmt: skip
 @click.option(
     "--prompts", "num_prompts", type=click.IntRange(1), default=32, show_default=True,
     help="held-out prompts to serve",
@@ -65,7 +70,9 @@ COSTLIER_PROMPTS = 4  # served one at a time, where speculation matters most
     "--costlier-layers", type=click.IntRange(0), default=32, show_default=True,
     help="layers of the second table's target, as much deeper than the drafter as real targets are; 0: no such table",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="of trajectories, initialisation and windows")
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="of trajectories, initialisation and windows"
+)
 @engine_argument_option()
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object on stdout")
 def demo(

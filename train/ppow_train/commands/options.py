@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
+from ppow_train.errors import UserError
 from ppow_train.options import CHOICES, PPOWOptions
+from ppow_train.ranges import MOST_SEED, check_range
 
 _KINDS = {"int": int, "float": float, "bool": bool, "str": str}
 
+SEED = click.IntRange(0, MOST_SEED)
 DEVICES = ("cpu", "cuda")
 # vLLM's names; it takes "half" and "float" for two of them as well.
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -44,7 +47,52 @@ class _Names(click.ParamType):
         return names
 
 
+class ObjectiveName(click.ParamType):
+    """An objective, as `parse_objective` normalises it."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from ppow_train.objectives.names import parse_objective
+
+        try:
+            return parse_objective(value)
+        except UserError as error:
+            self.fail(str(error), param, ctx)
+
+
+def parse_rates(ctx: click.Context, parameter: click.Parameter, given: Sequence[str]) -> dict[str, float]:
+    """Callback that reads OBJECTIVE=RATE, a learning rate each."""
+    from ppow_train.objectives.names import parse_objective
+
+    parsed = {}
+    for rate in given:
+        name, _, value = rate.rpartition("=")
+        try:
+            number = float(value)
+            check_range("learning_rate", number)
+            parsed[parse_objective(name)] = number
+        except ValueError as error:  # a UserError is one
+            raise click.BadParameter(f"expected OBJECTIVE=RATE, got {rate!r} ({error})") from error
+    return parsed
+
+
+def _in_range(name: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """Callback that makes a value which a training option cannot have wrong usage."""
+
+    def check(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+        try:
+            check_range(name, value)
+        except UserError as error:
+            raise click.BadParameter(str(error)) from error
+        return value
+
+    return check
+
+
 def _type_of(option: dataclasses.Field[Any]) -> Any:
+    if option.name == "objective":
+        return ObjectiveName()
     if option.name in CHOICES:
         return click.Choice(CHOICES[option.name])
     return _Names() if "list[" in str(option.type) else _KINDS[str(option.type).split(" ")[0]]
@@ -60,6 +108,7 @@ def training_options(command: Callable) -> Callable:
             option.name,
             type=kind,
             default=None,
+            callback=_in_range(option.name),
             help=f"{option.metadata['help']}  [default: {option.default}]",
         )(command)
     return command

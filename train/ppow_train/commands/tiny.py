@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from ppow_train.commands.options import SEED
+
 
 @click.group()
 def tiny() -> None:
@@ -18,10 +20,12 @@ def tiny() -> None:
     "--output", default=Path("examples/tiny"), show_default=True, type=click.Path(path_type=Path),
     help="directory to build in; parts that are already there are kept",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="of text sampling, initialisation and batches")
-@click.option("--target-steps", type=int, help="updates of the target (2,048 tokens each)")
-@click.option("--eagle-steps", type=int, help="updates of the EAGLE-3 head")
-@click.option("--causal-lm-steps", type=int, help="updates of the causal LM drafter")
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="of text sampling, initialisation and batches"
+)
+@click.option("--target-steps", type=click.IntRange(1), help="updates of the target (2,048 tokens each)")
+@click.option("--eagle-steps", type=click.IntRange(1), help="updates of the EAGLE-3 head")
+@click.option("--causal-lm-steps", type=click.IntRange(1), help="updates of the causal LM drafter")
 def build(output: Path, **values: int | None) -> None:
     """Train the tiny pair from the standard library's source (about an hour on 2 cores)."""
     from ppow_train.preflight import check_writable
@@ -42,10 +46,11 @@ def build(output: Path, **values: int | None) -> None:
     help="directory of the tiny pair",
 )  # fmt: skip
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="directory to make")
-@click.option("--layers", default=64, show_default=True, help="of the target")
+@click.option("--layers", type=click.IntRange(1), default=64, show_default=True, help="of the target")
 @click.option(
-    "--intermediate-size", default=1536, show_default=True, help="neurons of each feed-forward layer"
-)
+    "--intermediate-size", type=click.IntRange(1), default=1536, show_default=True,
+    help="neurons of each feed-forward layer",
+)  # fmt: skip
 @click.option(
     "--adapter", type=click.Path(path_type=Path),
     help="adapter for the tiny target, as `make demo` trains one, to write as OUTPUT/adapter for the costlier target",

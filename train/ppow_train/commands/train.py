@@ -13,7 +13,7 @@ import click
 
 from ppow_train.commands import training_run
 from ppow_train.commands.engine_arguments import engine_argument_option
-from ppow_train.commands.options import device_option, given, training_options
+from ppow_train.commands.options import SEED, device_option, given, training_options
 from ppow_train.commands.training_run import Outcome, Request
 from ppow_train.preflight import check_writable
 from vllm_ppow.artifact import check_output
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     "--resume", is_flag=True, help="go on with the unfinished run in --checkpoints, if there is one"
 )
 @click.option(
-    "--seed", default=0, show_default=True, help="of trajectories, initialisation and windows (0..2^32 - 1)"
+    "--seed", type=SEED, default=0, show_default=True, help="of trajectories, initialisation and windows"
 )
 @device_option()
 @click.option(

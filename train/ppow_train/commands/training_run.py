@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # Of a run over its tokens: 4 were the best in examples/benchmarks/objectives.md, 9 and 18 were worse.
 MOST_PASSES = 5
+MOST_ADVISED = 64  # continuations of a prompt; eight were enough in examples/benchmarks/objectives.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +151,10 @@ def _tell_passes(config: PPOWConfig, trajectories: Trajectories) -> None:
     text = f"{len(trajectories)} trajectories; each token is trained on {passes:.2g} times"
     if passes > MOST_PASSES:
         enough = math.ceil(config.continuations * passes / MOST_PASSES)
+        more = f"--continuations {enough}, " if enough <= MOST_ADVISED else ""
         text += (
-            f". Warning: beyond about {MOST_PASSES} times texts are learned by heart: give more prompts, "
-            f"--continuations {enough}, or a lower --max-steps"
+            f". Warning: beyond about {MOST_PASSES} times texts are learned by heart: give more prompts, {more}or a "
+            "lower --max-steps"
         )
     elif passes < 1:
         text += f"; --max-steps {math.ceil(config.max_steps / passes)} would read them all"

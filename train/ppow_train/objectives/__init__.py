@@ -4,76 +4,45 @@ Published PPOW is not here: its clipped group-relative loss is TRL's own, fed by
 objective here is a mean over windows and needs no sampling: y is the target's trajectory, p and q the target and
 draft distributions along it. Where a head drafts from a reduced vocabulary, what is about acceptance (exact, overlap,
 drafts, tv, nla) takes p as it is, what is about likeness (ce, kl_div, rkl, jsd) p renormalised on the draft vocabulary,
-and lk_hybrid each of its parts in its own form; vocabulary.py tells why. This file chooses; the formulas are in
-window.py, forms.py and supervised.py, as text for the model card in formulas.py, the names in names.py.
+and lk_hybrid each of its parts in its own form; vocabulary.py tells why. choose.py chooses; the formulas are in
+window.py, forms.py and supervised.py, as text for the model card in formulas.py, the names in names.py. What is given
+here is imported when it is asked for, as the command line checks names before torch is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import importlib
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    from ppow_train.objectives.choose import Objective as Objective
+    from ppow_train.objectives.choose import make_objective as make_objective
+    from ppow_train.objectives.forms import AcceptanceForm as AcceptanceForm
+    from ppow_train.objectives.forms import GreedyDrafts as GreedyDrafts
+    from ppow_train.objectives.forms import GreedyTarget as GreedyTarget
+    from ppow_train.objectives.forms import SampledDrafts as SampledDrafts
+    from ppow_train.objectives.names import CST_LOSSES as CST_LOSSES
+    from ppow_train.objectives.names import check_dpace as check_dpace
+    from ppow_train.objectives.names import parse_objective as parse_objective
+    from ppow_train.objectives.path_windows import PathWindows as PathWindows
+    from ppow_train.objectives.supervised import continued_supervised as continued_supervised
+    from ppow_train.objectives.supervised import dpace_supervised as dpace_supervised
+    from ppow_train.objectives.window import drafts_per_token as drafts_per_token
+    from ppow_train.objectives.window import exact as exact
+    from ppow_train.objectives.window import overlap_window as overlap_window
 
-from ppow_train.objectives.forms import AcceptanceForm, GreedyDrafts, GreedyTarget, SampledDrafts, make_form
-from ppow_train.objectives.names import CST_LOSSES, check_dpace, parse_objective, parts_of
-from ppow_train.objectives.path_windows import PathWindows
-from ppow_train.objectives.supervised import continued_supervised, dpace_supervised
-from ppow_train.objectives.window import drafts_per_token, exact, overlap_window
-from ppow_train.options import PPOWOptions
-
-__all__ = [
-    "CST_LOSSES",
-    "AcceptanceForm",
-    "GreedyDrafts",
-    "GreedyTarget",
-    "Objective",
-    "PathWindows",
-    "SampledDrafts",
-    "check_dpace",
-    "continued_supervised",
-    "dpace_supervised",
-    "drafts_per_token",
-    "exact",
-    "make_objective",
-    "overlap_window",
-    "parse_objective",
-]
-
-Objective = Callable[[PathWindows], torch.Tensor]
+_GIVEN_BY = {
+    "choose": ("Objective", "make_objective"),
+    "forms": ("AcceptanceForm", "GreedyDrafts", "GreedyTarget", "SampledDrafts"),
+    "names": ("CST_LOSSES", "check_dpace", "parse_objective"),
+    "path_windows": ("PathWindows",),
+    "supervised": ("continued_supervised", "dpace_supervised"),
+    "window": ("drafts_per_token", "exact", "overlap_window"),
+}
 
 
-def make_objective(options: PPOWOptions) -> Objective:
-    """The function to minimise for an objective that works on target paths (all but `ppow`): Σ_j w_j · part_j.
-
-    Raises:
-        UserError: unknown name.
-    """
-    parts = [(weight, _part(name, options)) for name, weight in parts_of(options.objective).items()]
-
-    def objective(windows: PathWindows) -> torch.Tensor:
-        return torch.stack([weight * part(windows) for weight, part in parts]).sum()
-
-    return objective
-
-
-def _part(name: str, options: PPOWOptions) -> Objective:
-    if name.startswith("cst:"):
-        return _supervised(name.removeprefix("cst:"), options)
-    form = make_form(options)
-    if name == "drafts":
-        return lambda windows: drafts_per_token(form.acceptance(windows), options.survival_smoothing)
-    if name not in ("exact", "overlap"):
-        raise ValueError(f"{name} is not an objective on target paths")
-    return partial(
-        exact if name == "exact" else overlap_window,
-        draft_cost_ratio=options.draft_cost_ratio,
-        num_charged_tokens=options.num_charged_tokens,
-        form=form,
-    )
-
-
-def _supervised(loss: str, options: PPOWOptions) -> Objective:
-    if options.position_weights == "dpace":
-        return partial(dpace_supervised, loss_name=loss, alpha=options.dpace_alpha)
-    return partial(continued_supervised, loss_name=loss, position_decay=options.position_decay)
+def __getattr__(name: str) -> Any:
+    for module, names in _GIVEN_BY.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -47,6 +47,7 @@ def make_costlier(source: Path, output: Path, num_layers: int, intermediate_size
         raise UserError(f"{output} exists already: give another directory, or remove it.")
     if not (source / "target" / "model.safetensors").is_file():
         raise UserError(f"{source} does not hold the tiny pair: give --tiny.")
+    _check_size(source / "target", num_layers, intermediate_size)
     temporary = output.with_name(f".{output.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source / "target", temporary / "target")
@@ -80,9 +81,7 @@ def carry_over(adapter: Path, pair: Path) -> Path:
     return write_adapter(pair / "adapter", dataclasses.replace(old.config, target=ref), write_peft).directory
 
 
-def _grow(directory: Path, num_layers: int, intermediate_size: int) -> None:
-    from safetensors.torch import load_file, save_file
-
+def _check_size(directory: Path, num_layers: int, intermediate_size: int) -> None:
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     layers, neurons = config["num_hidden_layers"], config["intermediate_size"]
     if num_layers < layers or intermediate_size < neurons:
@@ -90,6 +89,13 @@ def _grow(directory: Path, num_layers: int, intermediate_size: int) -> None:
             f"The target has {layers} layers of {neurons} neurons, asked for are {num_layers} of {intermediate_size}: "
             "ask for at least as many."
         )
+
+
+def _grow(directory: Path, num_layers: int, intermediate_size: int) -> None:
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    layers = config["num_hidden_layers"]
     tensors = {
         name: _with_neurons(name, tensor, intermediate_size)
         for name, tensor in load_file(directory / "model.safetensors").items()
