@@ -51,19 +51,18 @@ def swap(server, *argv):
 
 def test_what_it_asks(server, capsys, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "secret")
-    server.answers = [(200, RUNNING)] * 3
+    server.answers = [(200, RUNNING)] * 4
     assert swap(server) == 0
     assert json.loads(capsys.readouterr().out) == RUNNING
-    assert (
-        swap(server, "--adapter", "b", "--revision", "v1", "--drafts", "5", "--max-drop", "0.5", "--no-watch")
-        == 0
-    )
+    assert swap(server, "--adapter", "b", "--revision", "v1", "--drafts", "5", "--max-drop", "0.5") == 0
+    assert swap(server, "--adapter", "b", "--no-watch") == 0
     assert swap(server, "--undo") == 0
     path = "/v1/ppow/adapter"
-    body = {"adapter": "b", "revision": "v1", "drafts": 5, "max_drop": 0.5, "watch": False}
+    body = {"adapter": "b", "revision": "v1", "drafts": 5, "max_drop": 0.5}
     assert server.asked == [
         ("GET", path, "Bearer secret", None),
         ("POST", path, "Bearer secret", body),
+        ("POST", path, "Bearer secret", {"adapter": "b", "watch": False}),
         ("POST", path, "Bearer secret", {"undo": True}),
     ]
 
@@ -179,8 +178,24 @@ def test_no_server(capsys):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--adapter", "b", "--undo"], ["--drafts", "5"], ["--max-drop", "1"], ["--revision", "v"]]
+    ("argv", "message"),
+    [
+        (["--adapter", "b", "--undo"], "exclude each other"),
+        (["--adapter", ""], "--adapter is empty"),
+        (["--max-drop", "1"], "not in the range"),
+        (["--drafts", "5"], "--drafts goes with --adapter"),
+        (["--max-drop", "0.5"], "--max-drop goes with --adapter"),
+        (["--revision", "v"], "--adapter-revision goes with --adapter"),
+        (["--wait"], "--wait goes with --adapter"),
+        (["--no-watch"], "--no-watch goes with --adapter"),
+        (["--undo", "--wait"], "--wait goes with --adapter"),
+        (["--undo", "--drafts", "5"], "--drafts goes with --adapter"),
+        (["--adapter", "b", "--no-watch", "--wait"], "--wait has no effect with --no-watch"),
+        (["--adapter", "b", "--no-watch", "--drafts", "5"], "--drafts has no effect with --no-watch"),
+        (["--adapter", "b", "--no-watch", "--max-drop", "0.5"], "--max-drop has no effect with --no-watch"),
+    ],
 )
-def test_wrong_usage(server, argv):
+def test_wrong_usage(server, capsys, argv, message):
     assert swap(server, *argv) == 2
+    assert message in capsys.readouterr().err
     assert not server.asked

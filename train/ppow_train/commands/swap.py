@@ -77,14 +77,15 @@ def swap(
     """
     if adapter and undo:
         raise click.UsageError("--adapter and --undo exclude each other: leave one out.")
+    _check_usage(
+        adapter, revision, no_watch, {"--max-drop": max_drop, "--drafts": drafts, "--wait": wait or None}
+    )
     asked: dict[str, Any] = {"adapter": adapter, "revision": revision, "max_drop": max_drop, "drafts": drafts}
     asked = {key: value for key, value in asked.items() if value is not None}
     if no_watch:
         asked["watch"] = False
     if undo:
         asked["undo"] = True
-    if asked and not (adapter or undo):
-        raise click.UsageError("these options go with --adapter: give it.")
     if api_key:
         from ppow_train.endpoint import clean_key
 
@@ -96,6 +97,29 @@ def swap(
     click.echo(json.dumps(answer, indent=2))
     if wait and adapter and (answer["last"] or {}).get("event") == "swapped back":
         raise click.ClickException(f"swapped back: {answer['last']['why']}.")
+
+
+def _check_usage(
+    adapter: str | None, revision: str | None, no_watch: bool, of_comparing: dict[str, Any]
+) -> None:
+    """Refuse options that would change nothing.
+
+    Args:
+        of_comparing: options of the comparison before and after, None where one is not given.
+
+    Raises:
+        click.UsageError: what to leave out.
+    """
+    if adapter == "":
+        raise click.UsageError("--adapter is empty: give the adapter's path or Hub repo id.")
+    comparing = [option for option, value in of_comparing.items() if value is not None]
+    given = [*comparing, *["--adapter-revision"] * (revision is not None), *["--no-watch"] * no_watch]
+    if given and not adapter:
+        raise click.UsageError(f"{given[0]} goes with --adapter: give that too, or leave it out.")
+    if comparing and no_watch:
+        raise click.UsageError(
+            f"{comparing[0]} has no effect with --no-watch, which compares nothing: leave one out."
+        )
 
 
 def _call(url: str, asked: dict[str, Any] | None, api_key: str | None) -> dict[str, Any]:
