@@ -15,7 +15,7 @@ from serving_hub import add_to_cache
 from serving_pair import K, random_adapter
 from serving_profile import PROFILE
 
-from ppow_train import cli
+from ppow_train import cli, doctor
 from ppow_train.doctor import Question, examine
 from vllm_ppow.compat import capabilities
 from vllm_ppow.config import rewrite
@@ -78,6 +78,16 @@ def test_command_line_and_json(pair, adapter, capsys):
     shown = capsys.readouterr().out
     assert "fail  adapter" in shown
     assert shown.endswith("It would not be served.\n")
+
+
+def test_what_was_found_stands_in_one_column(monkeypatch, capsys):
+    diagnosis = doctor.Diagnosis()
+    diagnosis.add("vLLM", "ok", "FOUND")
+    diagnosis.add("adaptive window on the V2 model runner", "warn", "FOUND", "REMEDY")
+    monkeypatch.setattr(doctor, "examine", lambda question: diagnosis)
+    assert cli.run(["doctor", "--target", "t", "--adapter", "a"]) == 0
+    first, second, remedy, _ = capsys.readouterr().out.splitlines()
+    assert first.index("FOUND") == second.index("FOUND") == remedy.index("→")
 
 
 def test_the_cost_profile_is_looked_at(pair, causal_adapter, tmp_path):

@@ -55,11 +55,12 @@ def doctor(
         value = {"serves": diagnosis.serves, "checks": checks, "speculative_config": diagnosis.native}
         click.echo(json.dumps(value, indent=2))
     else:
+        width = max(len(check.name) for check in diagnosis.checks)
         for check in diagnosis.checks:
             status = click.style(f"{check.status:<5}", fg=_COLOURS[check.status])
-            click.echo(f"{status} {check.name:<19} {check.detail}")
+            click.echo(f"{status} {check.name:<{width}} {check.detail}")
             if check.remedy:
-                click.echo(f"{'':<26}→ {check.remedy}")
+                click.echo(f"{'':<{width + 7}}→ {check.remedy}")
         if diagnosis.native:
             click.echo(f"vLLM would be given {json.dumps(diagnosis.native)}")
         click.echo("It would be served." if diagnosis.serves else "It would not be served.")
