@@ -27,6 +27,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ("zzzz: 4", ["unknown key 'zzzz'", "--help"]),
         ("- a", ["mapping", "got list"]),
         ("a: [", ["not readable YAML"]),
+        ("learning_rate: 2020-13-45", ["not readable YAML"]),
         ("num_speculative_tokens: many", ["num_speculative_tokens must be a whole number", "got 'many'"]),
         ("num_speculative_tokens: 2.5", ["num_speculative_tokens must be a whole number", "got 2.5"]),
         ("draft_cost_ratio: [1]", ["draft_cost_ratio must be a number"]),

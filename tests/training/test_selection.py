@@ -29,7 +29,7 @@ from ppow_train.trainer import PPOWTrainer
 from ppow_train.training import train_adapter
 from ppow_train.types import Trajectories
 from ppow_train.walk import ExpectedWalk
-from ppow_train.window_log import read_window_log
+from ppow_train.window_lines import read_window_log
 from vllm_ppow.artifact import read_adapter
 
 PROMPTS = [[i, 7, 3 * i % 50] for i in range(1, 41)]

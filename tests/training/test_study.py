@@ -57,6 +57,13 @@ def measured(accepted: list[float], drafts: float = 10.0) -> Measured:
 # ---------------------------------------------------------------- plan
 
 
+# A plan but for its cells.
+WHOLE = (
+    "target: t\narms: {{one: {{}}}}\nreference: one\nseeds: [0]\nlearning_rates: [0.001]\ntuning_prompts: 1\n"
+    "steps: [1]\noptions: {{}}\nmax_new_tokens: 8\nmax_tokens: 8\ncells: {}\n"
+)
+
+
 @pytest.mark.parametrize("name", ["study.yaml", "study-continuations.yaml"])
 def test_the_plans_of_the_repository_are_some(name):
     kept = read_plan(REPO / "examples" / "benchmarks" / name)
@@ -68,13 +75,19 @@ def test_the_plans_of_the_repository_are_some(name):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("cells: 1", "is not a plan of a study"),
-        ("- a", "is not a plan of a study"),
-        ("cells: [", "is not a plan of a study"),
+        ("cells: 1", r"is not a plan of a study \(it lacks target, arms, reference, seeds, learning_rates"),
         (
-            "cells: []\nseeds: []\nlearning_rates: []\nsteps: []\nspeed: 1",
-            "unexpected keyword argument 'speed'",
+            "- a",
+            r"is not a plan of a study \(it must be a mapping of names to values, got list\): see examples/",
         ),
+        ("", r"\(it is empty\)"),
+        ("cells: [", "is not a plan of a study"),
+        ("cells: 2020-13-45", "is not a plan of a study"),
+        ("cells: []\nseeds: []\nspeed: 1", r"\(it has the unknown key 'speed'\)"),
+        (WHOLE.format("1"), r"\(cells must be a list, got int\)"),
+        (WHOLE.format("[a]"), r"\(cell 1 must be a mapping of names to values, got str\)"),
+        (WHOLE.format("[{name: a, prompts: p}]"), r"\(cell 1 lacks drafter, held_out, temperature\)"),
+        (WHOLE.format("[{name: a, speed: 1}]"), r"\(cell 1 has the unknown key 'speed'\)"),
     ],
 )
 def test_what_is_no_plan_is_refused(tmp_path, text, says):

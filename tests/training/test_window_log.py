@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,8 @@ from ppow_train.errors import UserError
 from ppow_train.pair import load_pair
 from ppow_train.sampler import Draw
 from ppow_train.training import train_adapter
-from ppow_train.window_log import (
-    LOG_NAME,
-    WindowLog,
-    counted_acceptance,
-    criticality_edges,
-    expected_acceptance,
-    read_window_log,
-)
+from ppow_train.window_lines import LOG_NAME, read_window_log
+from ppow_train.window_log import WindowLog, counted_acceptance, criticality_edges, expected_acceptance
 
 
 def draw(chosen: list[float], candidates: list[float], staleness: list[int]) -> Draw:
@@ -167,10 +163,34 @@ def test_a_run_leaves_its_log_and_the_picture_is_drawn(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), ("", "no interval yet"), ("[1]\n", "not a log"), ("{x\n", "not a log")],
+    [
+        (None, "does not exist"),
+        (b"", "no interval yet"),
+        (b"[1]\n", r"is not a log of windows \(line 1 must be an object, got list\): give the directory"),
+        (b'{"step": 1}\n{x\n', r"\(line 2 is not JSON\)"),
+        (b"\xff\n", r"\(it is no UTF-8 text\)"),
+        (b'{"prompt": "a"}\n', r"\(line 1 lacks step, a number of updates\)"),
+        (b'{"step": "a"}\n', "line 1 lacks step"),
+        (b'{"step": 1, "accepted": {}}\n', "line 1 has accepted without per_position"),
+        (b'{"step": 1, "criticality": 3}\n', "line 1 has criticality without kind, edges"),
+    ],
 )
 def test_what_is_no_log_is_refused(content, message, tmp_path):
     if content is not None:
-        (tmp_path / LOG_NAME).write_text(content)
+        (tmp_path / LOG_NAME).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_window_log(tmp_path)
+
+
+def test_reading_a_log_waits_for_no_torch(tmp_path):
+    (tmp_path / LOG_NAME).write_text('{"prompt": "a"}\n')
+    code = (
+        "import sys; from ppow_train.cli import run; code = run(sys.argv[1:]); assert 'torch' not in sys.modules; "
+        "sys.exit(code)"
+    )
+    call = [sys.executable, "-c", code, "windows", str(tmp_path)]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.partition(" (")[2]) == (
+        1,
+        "line 1 lacks step, a number of updates): give the directory or the windows.jsonl that `ppow train` wrote.\n",
+    )

@@ -214,7 +214,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (
+        OSError,
+        ValueError,
+        yaml.YAMLError,
+    ) as error:  # ValueError: no UTF-8, or a date that there is not
         reason = " ".join(str(error).split())  # YAML's own runs over several lines
         raise UserError(f"Config {path} is not readable YAML ({reason}): fix it or drop --config.") from error
     if values is None:

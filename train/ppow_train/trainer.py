@@ -42,7 +42,8 @@ from ppow_train.rewards import ProximityThreshold, make_reward_funcs
 from ppow_train.rollout import WindowRunner
 from ppow_train.sampler import Draw, WindowSampler
 from ppow_train.types import Rollout
-from ppow_train.window_log import LOG_NAME, WindowLog, counted_acceptance, expected_acceptance
+from ppow_train.window_lines import LOG_NAME
+from ppow_train.window_log import WindowLog, counted_acceptance, expected_acceptance
 
 
 class PPOWTrainer(GRPOTrainer):

@@ -2,7 +2,7 @@
 
 A line holds histograms of criticality, of the drawn windows and of all that could have been drawn in the same updates,
 the age of the criticality, and accepted tokens by position. All is kept as counts and sums, divided once, when written.
-Left out: drawing (sampler.py), the plot (window_plot.py).
+Left out: drawing (sampler.py), reading the file (window_lines.py), the plot (window_plot.py).
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from ppow_train.errors import UserError
 from ppow_train.sampler import Draw
 from ppow_train.verification import overlap, survival_on_path, token_logps
+from ppow_train.window_lines import complete_lines
 
-LOG_NAME = "windows.jsonl"
 _WINDOWS_AT_ONCE = 16  # of survival: its softmaxes must not double the memory of an update
 
 
@@ -129,7 +128,7 @@ class WindowLog(TrainerCallback):
         """Begin the file, or go on with it after the checkpoint's last line."""
         if not state.is_world_process_zero:
             return
-        kept = [line for line in _complete_lines(self.path) if line["step"] <= state.global_step]
+        kept = [line for line in complete_lines(self.path) if line["step"] <= state.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.part")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -171,34 +170,3 @@ class WindowLog(TrainerCallback):
                 torch.tensor(value, dtype=current.dtype) if isinstance(current, torch.Tensor) else value
             )
             setattr(self, name, restored)
-
-
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
-    """Parsed lines of a log; a last one that a kill has cut short is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def read_window_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log, given as a file or as the directory that holds it.
-
-    Raises:
-        UserError: no such file, not such a log, or nothing in it.
-    """
-    file = path / LOG_NAME if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(
-            f"{file} does not exist: give the directory or the {LOG_NAME} that `ppow train` wrote."
-        )
-    try:
-        lines = _complete_lines(file)
-        steps = [line["step"] for line in lines]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{file} is not a log of windows ({error}): give one that `ppow train` wrote."
-        ) from error
-    if not steps:
-        raise UserError(f"{file} holds no interval yet: wait for the run's first log line.")
-    return lines

@@ -18,7 +18,7 @@ def windows(path: Path, output: Path | None) -> None:
     PATH is an adapter directory, or a windows.jsonl, of a finished or a running `ppow train`.
     """
     from ppow_train.errors import UserError
-    from ppow_train.window_log import read_window_log
+    from ppow_train.window_lines import read_window_log
     from ppow_train.window_plot import write_window_plot
 
     if output is not None and output.is_dir():

@@ -166,29 +166,49 @@ def read_plan(path: Path) -> Plan:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        cells = tuple(Cell(**_fields(Cell, cell, f"{path}, cell")) for cell in values.pop("cells"))
-        values = _fields(Plan, values, str(path))
-        if "options" in values:
-            values["options"] = _options(values["options"], f"{path}, options")
-        if "arms" in values:
-            values["arms"] = {
-                _text(arm, f"{path}: an arm"): _options(own, f"{path}, arm {arm}")
-                for arm, own in _mapping(values["arms"], f"{path}, arms").items()
-            }
-        return Plan(cells=cells, **values)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} is not a plan of a study ({reason}): see examples/benchmarks/study.yaml."
-        ) from error
+    except (
+        OSError,
+        ValueError,
+        yaml.YAMLError,
+    ) as error:  # ValueError: no UTF-8, or a date that there is not
+        raise _no_plan(path, " ".join(str(error).split())) from error
+    _check_names(path, "it", Plan, values)
+    if not isinstance(values["cells"], list):
+        raise _no_plan(path, f"cells must be a list, got {type(values['cells']).__name__}")
+    for number, cell in enumerate(values["cells"], start=1):
+        _check_names(path, f"cell {number}", Cell, cell)
+    cells = tuple(Cell(**_fields(Cell, cell, f"{path}, cell")) for cell in values.pop("cells"))
+    values = _fields(Plan, values, str(path))
+    values["options"] = _options(values["options"], f"{path}, options")
+    values["arms"] = {
+        _text(arm, f"{path}: an arm"): _options(own, f"{path}, arm {arm}")
+        for arm, own in _mapping(values["arms"], f"{path}, arms").items()
+    }
+    return Plan(cells=cells, **values)
+
+
+def _no_plan(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is not a plan of a study ({why}): see examples/benchmarks/study.yaml.")
+
+
+def _check_names(path: Path, what: str, kind: type[Cell] | type[Plan], values: Any) -> None:
+    """Refuse a plan or a cell that is no mapping, lacks a name or has one that there is not."""
+    if values is None:
+        raise _no_plan(path, f"{what} is empty")
+    if not isinstance(values, dict):
+        raise _no_plan(path, f"{what} must be a mapping of names to values, got {type(values).__name__}")
+    fields = dataclasses.fields(kind)
+    if unknown := [name for name in values if name not in {field.name for field in fields}]:
+        raise _no_plan(path, f"{what} has the unknown key {unknown[0]!r}")
+    needed = [field.name for field in fields if field.default is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise _no_plan(path, f"{what} lacks {', '.join(missing)}")
 
 
 def _fields(kind: type[Cell] | type[Plan], values: dict[str, Any], source: str) -> dict[str, Any]:
-    """Values of a cell or a plan with numbers, text and tuples where they belong; unknown names as they are."""
+    """Values of a cell or a plan, all of whose names are known, with numbers, text and tuples where they belong."""
     known = {field.name: field for field in dataclasses.fields(kind)}
-    return {
-        name: _field(value, known[name], source) if name in known else value for name, value in values.items()
-    }
+    return {name: _field(value, known[name], source) for name, value in values.items()}
 
 
 def _field(value: Any, field: dataclasses.Field[Any], source: str) -> Any:
