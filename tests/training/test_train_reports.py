@@ -128,15 +128,20 @@ def unbegun(command, monkeypatch) -> list[str]:  # noqa: F811
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--seed", "-1"], "seed must be in 0..2^32 - 1"),
-        (["--learning-rate", "-1"], "learning_rate must be > 0"),
+        (["--config", "seed: -1"], "seed must be in 0..2^32 - 1"),
+        (["--config", "learning_rate: -1"], "learning_rate must be > 0"),
         (["--lora-targets", "lm_head"], "lora_targets must name linear layers"),
-        (["--logging-steps", "0"], "logging_steps must be"),
+        (["--config", "logging_steps: 0"], "logging_steps must be"),
         (["--device", "cuda"], "--device cuda needs a CUDA device"),
     ],
 )
-def test_what_cannot_be_is_told_before_anything_is_generated(options, says, unbegun, capsys, monkeypatch):
+def test_what_cannot_be_is_told_before_anything_is_generated(
+    options, says, unbegun, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    if options[0] == "--config":
+        (tmp_path / "run.yaml").write_text(options[1])
+        options = ["--config", str(tmp_path / "run.yaml")]
     assert cli.run([*unbegun, *options]) == 1
     assert says in capsys.readouterr().err
 
@@ -152,7 +157,9 @@ def test_an_engine_argument_without_parity_is_a_usage_error(held_out, unbegun, t
     assert "tensor_parallel_size is set by this command and cannot be chosen here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [["--device", "gpu"], ["--max-new-tokens", "0"]])
+@pytest.mark.parametrize(
+    "options", [["--device", "gpu"], ["--max-new-tokens", "0"], ["--seed", "-1"], ["--logging-steps", "0"]]
+)
 def test_wrong_usage_of_train(options, unbegun):
     assert cli.run([*unbegun, *options]) == 2
 
