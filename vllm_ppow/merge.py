@@ -216,8 +216,8 @@ class Merger:
             )
         if module in self._merged:
             raise MergeError(
-                f"The drafter's checkpoint holds {module} twice, as {self._merged[module]} and {name}: save the "
-                "drafter again with save_pretrained()."
+                f"The drafter's checkpoint holds {module} twice, as {self._merged[module]} and {name}: copy "
+                "the drafter again, or leave one of the two out."
             )
         self._merged[module] = name
         return delta
