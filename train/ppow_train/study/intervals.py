@@ -3,7 +3,7 @@
 Two things are chance: which prompts were held out, and the seed of a run (trajectories, initialisation, windows).
 Prompts are many, and resampled, the same draw for every arm, so that what the arms have in common drops out of a
 difference (bootstrap; n − 1 of n are drawn, Rao and Wu 1988: n of n look a little surer than they are). Seeds are
-two to five: resampled they would find differences where there are none, in up to half of all studies. Their part is
+two to five: resampled they would find differences where there are none. Their part is
 Student's t instead, of the spread over seeds pooled over the arms of a cell (`SeedSpread`), which also tells what
 another seed might have given where there is one (ours). Left out: how results are laid out (table.py).
 """
