@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib
 import subprocess
 import sys
 import time
@@ -137,18 +136,6 @@ def test_values_that_cannot_be_are_wrong_usage_told_without_torch(argv, option, 
     assert f"Invalid value for '{option.partition('=')[0]}': " in done.stderr
     assert said in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_objectives_are_given_where_they_are_asked_for():
-    """Of the package, whose names load no torch."""
-    from ppow_train import objectives
-
-    for module, names in objectives._GIVEN_BY.items():
-        home = importlib.import_module(f"ppow_train.objectives.{module}")
-        for name in names:
-            assert getattr(objectives, name) is getattr(home, name)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        objectives.nothing  # noqa: B018
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

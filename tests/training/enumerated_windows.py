@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from enumeration import Tables
 
-from ppow_train.objectives import PathWindows
+from ppow_train.objectives.path_windows import PathWindows
 from ppow_train.vocabulary import FULL_VOCABULARY, DraftVocabulary, reduced_vocabulary
 
 # V, K, seed, tokens that can be drafted

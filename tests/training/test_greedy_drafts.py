@@ -10,14 +10,9 @@ import torch
 from enumerated_windows import CASE_NAMES, CASES, over_target_paths, windows_on
 from enumeration import Tables, agreement_survival, greedy_draft, greedy_path, random_tables
 
-from ppow_train.objectives import (
-    GreedyDrafts,
-    GreedyTarget,
-    SampledDrafts,
-    exact,
-    make_objective,
-    overlap_window,
-)
+from ppow_train.objectives.choose import make_objective
+from ppow_train.objectives.forms import GreedyDrafts, GreedyTarget, SampledDrafts
+from ppow_train.objectives.window import exact, overlap_window
 from ppow_train.options import PPOWOptions
 from vllm_ppow.speedup import speedup_increments
 

@@ -24,7 +24,7 @@ from ppow_train.memory import (
     windows_that_fit,
 )
 from ppow_train.microbatches import choose_windows_per_forward
-from ppow_train.objectives import make_objective
+from ppow_train.objectives.choose import make_objective
 from ppow_train.pair import load_pair
 from ppow_train.rollout import WindowRunner
 from ppow_train.target import Target

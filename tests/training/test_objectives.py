@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from ppow_train.objectives import CST_LOSSES, Objective, PathWindows, make_objective
+from ppow_train.objectives.choose import Objective, make_objective
+from ppow_train.objectives.names import CST_LOSSES
+from ppow_train.objectives.path_windows import PathWindows
 from ppow_train.options import PPOWOptions
 from ppow_train.vocabulary import reduced_vocabulary
 

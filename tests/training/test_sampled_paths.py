@@ -15,8 +15,10 @@ from training_pair import K, LoadedPair, load
 from ppow_train.config import PPOWConfig
 from ppow_train.data import collate
 from ppow_train.drafters.causal_lm import CausalLMDrafter
-from ppow_train.objectives import GreedyTarget, exact, make_objective, overlap_window
+from ppow_train.objectives.choose import make_objective
+from ppow_train.objectives.forms import GreedyTarget
 from ppow_train.objectives.formulas import formula
+from ppow_train.objectives.window import exact, overlap_window
 from ppow_train.options import PPOWOptions
 from ppow_train.rollout import WindowRunner
 from ppow_train.training import make_runner

@@ -20,7 +20,7 @@ from ppow_train.data import collate
 from ppow_train.drafters import load_drafter
 from ppow_train.errors import UserError
 from ppow_train.generation import generate, load_tokenizer
-from ppow_train.objectives import make_objective
+from ppow_train.objectives.choose import make_objective
 from ppow_train.options import PPOWOptions
 from ppow_train.pair import Pair, load_pair
 from ppow_train.progress import make_progress

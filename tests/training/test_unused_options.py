@@ -11,7 +11,8 @@ import torch
 from test_training_command import command, values_of  # noqa: F401  (a fixture)
 
 from ppow_train import unused_options as module
-from ppow_train.objectives import PathWindows, make_objective
+from ppow_train.objectives.choose import make_objective
+from ppow_train.objectives.path_windows import PathWindows
 from ppow_train.options import PPOWOptions
 from ppow_train.unused_options import unused_options
 

@@ -10,7 +10,8 @@ import torch
 from enumerated_windows import CASE_NAMES, CASES, over_target_paths, vocabulary_of
 from enumeration import Tables, accepted_length_distribution, random_tables, survival
 
-from ppow_train.objectives import PathWindows, exact, overlap_window
+from ppow_train.objectives.path_windows import PathWindows
+from ppow_train.objectives.window import exact, overlap_window
 from ppow_train.verification import (
     acceptance_ratio,
     greedy_accepted_length,

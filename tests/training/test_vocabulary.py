@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ppow_train.objectives import PathWindows, exact, overlap_window
+from ppow_train.objectives.path_windows import PathWindows
+from ppow_train.objectives.window import exact, overlap_window
 from ppow_train.verification import overlap, token_logps
 from ppow_train.vocabulary import FULL_VOCABULARY, reduced_vocabulary
 

@@ -16,7 +16,7 @@ from ppow_train.compat import silence_import_warnings
 from ppow_train.errors import UserError
 from ppow_train.generation import Round, continuation_rounds
 from ppow_train.microbatches import divide_step, num_processes
-from ppow_train.objectives import check_dpace, parse_objective
+from ppow_train.objectives.names import check_dpace, parse_objective
 from ppow_train.options import PPOWOptions, spelled
 from ppow_train.ranges import check_ranges, require
 

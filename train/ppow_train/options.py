@@ -117,7 +117,7 @@ class PPOWOptions:
         "memory, disk (under --cache), or auto (memory if they take 2 GiB at most; ppow, which needs more: none)",
     )
     # objectives.md of the benchmarks ("How large an adapter"): with text enough 128 is clearly above 32, in short
-    # runs seldom below it.
+    # runs it cannot be told from it.
     lora_rank: int = _option(
         128, "LoRA rank r (>= 1); costs time and memory in training, none in serving, where it is merged"
     )

@@ -20,9 +20,8 @@ def check_writable(directory: Path, option: str = "--output") -> None:
         UserError: they cannot.
     """
     try:
-        with tempfile.TemporaryFile(
-            dir=_standing(directory)
-        ):  # asked of the system: root may write, but not everywhere
+        # Asked of the system: permissions alone do not say it, of root for one.
+        with tempfile.TemporaryFile(dir=_standing(directory)):
             pass
     except OSError as error:
         raise UserError(

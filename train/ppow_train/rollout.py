@@ -14,7 +14,7 @@ import torch
 
 from ppow_train.drafters.base import Drafter
 from ppow_train.last_layer import read_slots
-from ppow_train.objectives import PathWindows
+from ppow_train.objectives.path_windows import PathWindows
 from ppow_train.packed_rows import PackedRows, in_rows, pack_in_parts, pack_rows
 from ppow_train.packing import window_tokens
 from ppow_train.shapes import batches, tokens_at_once

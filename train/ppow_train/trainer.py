@@ -37,7 +37,8 @@ from ppow_train.config import GRPOTrainer, PPOWConfig
 from ppow_train.credit import token_advantages
 from ppow_train.distributed import admit_computations, inside
 from ppow_train.lora_targets import OUTPUT_LAYER, check_lora_targets
-from ppow_train.objectives import PathWindows, make_objective
+from ppow_train.objectives.choose import make_objective
+from ppow_train.objectives.path_windows import PathWindows
 from ppow_train.rewards import ProximityThreshold, make_reward_funcs
 from ppow_train.rollout import WindowRunner
 from ppow_train.sampler import Draw, WindowSampler

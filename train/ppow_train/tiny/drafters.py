@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ppow_train.drafters import Drafter, load_drafter
-from ppow_train.objectives import PathWindows, continued_supervised
+from ppow_train.objectives.path_windows import PathWindows
+from ppow_train.objectives.supervised import continued_supervised
 from ppow_train.packing import window_tokens
 from ppow_train.target import Target
 from ppow_train.tiny.recipe import Say, TinyRecipe
