@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from test_bad_input import refused
 
 from ppow_train.config import PPOWConfig, check_keys, read_config_file
@@ -27,7 +28,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ("zzzz: 4", ["unknown key 'zzzz'", "--help"]),
         ("- a", ["mapping", "got list"]),
         ("a: [", ["not readable YAML"]),
-        ("learning_rate: 2020-13-45", ["not readable YAML"]),
+        ("learning_rate: 2020-13-45", ["learning_rate must be a number", "got '2020-13-45'"]),
         ("num_speculative_tokens: many", ["num_speculative_tokens must be a whole number", "got 'many'"]),
         ("num_speculative_tokens: 2.5", ["num_speculative_tokens must be a whole number", "got 2.5"]),
         ("draft_cost_ratio: [1]", ["draft_cost_ratio must be a number"]),
@@ -64,6 +65,15 @@ def test_what_a_config_file_may_hold(tmp_path):
     assert values["proximity_epsilon"] is None
     config = PPOWConfig(output_dir=str(tmp_path), use_cpu=True, **values)
     assert (config.objective, config.learning_rate) == ("exact", 0.003)
+
+
+@pytest.mark.parametrize("others_change", [False, True])
+def test_a_date_is_text_whatever_other_libraries_make_of_it(tmp_path, monkeypatch, others_change):
+    # lm-format-enforcer, which vLLM imports, changes PyYAML's loader for the whole process.
+    if others_change:
+        dates = "tag:yaml.org,2002:timestamp"
+        monkeypatch.setitem(yaml.SafeLoader.yaml_constructors, dates, lambda loader, node: "another's")
+    assert read_config_file(write(tmp_path, "run_name: 2026-11-24")) == {"run_name": "2026-11-24"}
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_the_plans_of_the_repository_are_some(name):
         ),
         ("", r"\(it is empty\)"),
         ("cells: [", "is not a plan of a study"),
-        ("cells: 2020-13-45", "is not a plan of a study"),
+        ("2020-13-45", r"\(it must be a mapping of names to values, got str\)"),
         ("cells: []\nseeds: []\nspeed: 1", r"\(it has the unknown key 'speed'\)"),
         (WHOLE.format("1"), r"\(cells must be a list, got int\)"),
         (WHOLE.format("[a]"), r"\(cell 1 must be a mapping of names to values, got str\)"),

@@ -19,6 +19,7 @@ from ppow_train.microbatches import divide_step, num_processes
 from ppow_train.objectives.names import check_dpace, parse_objective
 from ppow_train.options import PPOWOptions, spelled
 from ppow_train.ranges import check_ranges, require
+from ppow_train.yaml_file import read_yaml
 
 silence_import_warnings()
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402, F401  (trainer.py takes it from here: TRL is imported in one place)
@@ -210,17 +211,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
     Raises:
         UserError: unreadable, not a mapping, or unknown keys.
     """
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (
-        OSError,
-        ValueError,
-        yaml.YAMLError,
-    ) as error:  # ValueError: no UTF-8, or a date that there is not
-        reason = " ".join(str(error).split())  # YAML's own runs over several lines
-        raise UserError(f"Config {path} is not readable YAML ({reason}): fix it or drop --config.") from error
+        values = read_yaml(path)
+    except ValueError as error:
+        raise UserError(f"Config {path} is not readable YAML ({error}): fix it or drop --config.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -14,6 +14,7 @@ from typing import Any
 
 from ppow_train.errors import UserError
 from ppow_train.ranges import require
+from ppow_train.yaml_file import read_yaml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,16 +163,10 @@ def read_plan(path: Path) -> Plan:
     Raises:
         UserError: unreadable, keys that are missing or unknown, or values that cannot be.
     """
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (
-        OSError,
-        ValueError,
-        yaml.YAMLError,
-    ) as error:  # ValueError: no UTF-8, or a date that there is not
-        raise _no_plan(path, " ".join(str(error).split())) from error
+        values = read_yaml(path)
+    except ValueError as error:
+        raise _no_plan(path, str(error)) from error
     _check_names(path, "it", Plan, values)
     if not isinstance(values["cells"], list):
         raise _no_plan(path, f"cells must be a list, got {type(values['cells']).__name__}")
