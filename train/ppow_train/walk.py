@@ -297,11 +297,10 @@ def simulate_walk(
     """
     generator = torch.Generator().manual_seed(seed)
     length = runner.num_speculative_tokens
-    chunk = _windows_at_a_time(runner) if chunk is None else chunk
     per_position = [0] * length
     num_drafts = 0
     for row in range(len(runner.trajectories)):
-        accepted = _accepted_at_every_start(runner, row, greedy_drafts, generator, chunk)
+        accepted = accepted_at_every_start(runner, row, greedy_drafts, generator, chunk)
         first = 1  # output tokens before the first draft: the target's own
         while first - 1 < len(accepted) and first < max_tokens:
             kept = accepted[first - 1]
@@ -318,10 +317,19 @@ def _windows_at_a_time(runner: WindowRunner) -> int:
     return max(1, min(_WINDOWS, _LOGITS_ON_GPU // logits))
 
 
-def _accepted_at_every_start(
-    runner: WindowRunner, row: int, greedy_drafts: bool, generator: torch.Generator, chunk: int
+def accepted_at_every_start(
+    runner: WindowRunner,
+    row: int,
+    greedy_drafts: bool,
+    generator: torch.Generator | None = None,
+    chunk: int | None = None,
 ) -> list[int]:
-    """k of the window at every start of one trajectory."""
+    """k of the window at every start of one trajectory; arguments as in `simulate_walk`.
+
+    Args:
+        generator: of the acceptance draws, on the CPU; drafts that are greedy need none.
+    """
+    chunk = _windows_at_a_time(runner) if chunk is None else chunk
     room = int(runner.trajectories.num_starts(runner.num_speculative_tokens)[row])
     starts = runner.trajectories.first_starts()[row] + torch.arange(
         room, device=runner.trajectories.lengths.device

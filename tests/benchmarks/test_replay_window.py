@@ -1,0 +1,163 @@
+"""The window replayed: what an engine of real texts gives its requests, step times out of turns, and the table."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+
+import pytest
+import replay_window
+from bench_adapters import make_adapter
+from click.testing import CliRunner
+from replay_engine import Engine, Machine
+from sweep_table import NONE
+
+from vllm_ppow.acceptance import AcceptanceEstimate
+from vllm_ppow.step_cost import StepCost
+from vllm_ppow.window import DraftWindow
+
+QUIET = Machine(
+    batch=2, step_seconds=(0.02, 0.022, 0.026, 0.032), prompt_seconds=0.0, pace_spread=1e-9, pace_seconds=1.0
+)
+# Half of a text is easy, half is hard: drafts of three are worth it in the mean.
+TEXTS = [[3, 2, 1, 0] * 5 + [3] * 20, [3] * 40]
+
+
+def test_requests_are_given_what_their_texts_say():
+    engine = Engine(QUIET, [[2, 1, 0, 1, 0]], seed=0)
+    for request in engine._requests:
+        request.produced = 0
+    made = engine.fixed(2, 4)
+    # 1: the prompt, one token. 2: a draft of 2 behind token 1, whole: tokens 2 to 4. 3: behind token 4, 1 of 2, and the
+    # text is over. 4: the next one's prompt.
+    assert made.tokens == 2 * (1 + 3 + 2 + 1)
+    assert made.drafted == [0, 0, 4, 0]
+    half = (QUIET.step_seconds[0] + QUIET.step_seconds[2]) / 2  # the first step verifies none
+    assert made.seconds == pytest.approx(half + 3 * QUIET.step_seconds[2])
+
+
+def test_steps_that_read_prompts_take_as_much_longer_and_are_not_timed():
+    class Told:
+        def __init__(self):
+            self.steps = self.drafts = 0
+
+        def choose(self, batch, decodes):
+            return 1
+
+        def observe_draft(self, drafted, accepted):
+            self.drafts += drafted > 0
+
+        def observe_step(self, *arguments):
+            self.steps += 1
+
+        observe_change = observe_step
+
+    machine = Machine(1, (0.02, 0.02), 0.5, 1e-9, 1.0)
+    engine, told = Engine(machine, [[1, 1]], seed=0), Told()
+    engine._requests[0].produced = 0
+    made = engine.adaptive(told, 6)  # prompt, both tokens, prompt, both tokens, ...
+    assert made.seconds == pytest.approx(6 * 0.02 + 3 * 0.5)
+    assert (told.steps, told.drafts) == (3, 3)
+
+
+def test_the_pace_wanders_as_it_is_told_to():
+    engine = Engine(Machine(1, (0.02,), 0.0, 0.1, 2.0), TEXTS, seed=0)
+    logs = [math.log(engine._pace(0.2)) for _ in range(20_000)]
+    assert statistics.pstdev(logs) == pytest.approx(math.hypot(0.1, 0.05), rel=0.1)
+    after = statistics.correlation(logs[:-10], logs[10:]) * (0.1**2 + 0.05**2) / 0.1**2
+    assert after == pytest.approx(math.exp(-1), abs=0.08)
+
+
+def turns_of(step_seconds, prompt_token=0.001, rotations=400, spread=0.1):
+    """Turns a second apart whose pace keeps half from one to the next."""
+    drawn, log, turns = random.Random(0), 0.0, []
+    for rotation in range(rotations):
+        for arm, seconds in step_seconds.items():
+            log = 0.5 * log + drawn.gauss(0.0, spread * math.sqrt(0.75))
+            prefilled = drawn.randrange(200)
+            turns.append(
+                {
+                    "rotation": rotation,
+                    "arm": arm,
+                    "began_at": float(len(turns)),
+                    "seconds": 50 * seconds * math.exp(log) + prompt_token * prefilled,
+                    "tokens": 100,
+                    "prefilled": prefilled,
+                    "drafted": {arm.removeprefix("K=").replace(NONE, "0"): 50},
+                }
+            )
+    return turns
+
+
+def test_step_times_and_pace_out_of_turns():
+    turns = turns_of({NONE: 0.02, "K=1": 0.024, "K=3": 0.034, "adaptive": 9.0})
+    machine = replay_window.machine_of({"concurrency": 4, "turns": turns}, 20, 5)
+    assert machine.batch == 4
+    wanted = [0.02, 0.024, 0.029, 0.034, 0.039, 0.044]
+    assert machine.step_seconds == pytest.approx(wanted, rel=0.03)
+    assert machine.prompt_seconds == pytest.approx(0.001 * 64 * 0.995, rel=0.25)
+    assert machine.pace_spread == pytest.approx(0.1, rel=0.2)
+    assert machine.pace_seconds == pytest.approx(1 / math.log(2), rel=0.35)
+
+
+def test_a_window_that_is_right_is_worth_what_the_best_length_is_and_a_wrong_one_less():
+    speeds = replay_window.fixed_speeds(QUIET, TEXTS)
+    assert speeds.index(max(speeds)) == 3
+
+    def replayed(make):
+        return replay_window.replay(QUIET, TEXTS, make, speeds, seeds=4, warm_seconds=6, seconds=12)
+
+    ours = replayed(lambda: DraftWindow(range(4), AcceptanceEstimate(3), StepCost()))
+    assert min(ours.worths) > 0.97
+    assert statistics.mean(ours.speeds) == pytest.approx(statistics.mean(ours.worths), abs=0.03)
+    short = replayed(lambda: DraftWindow(range(2), AcceptanceEstimate(1), StepCost()))
+    assert short.drafted[1] > 0.9
+    assert max(short.worths) < 0.9
+
+
+def test_the_command_says_the_same_again(tmp_path):
+    lines = [
+        {"facts": {"warm_rotations": 1}},
+        {"concurrency": 2, "turns": turns_of({NONE: 0.02, "K=1": 0.022, "K=3": 0.032}, rotations=30)},
+    ]
+    (tmp_path / "turns.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "texts.json").write_text(json.dumps({"accepted": TEXTS}))
+    arguments = [
+        "--turns",
+        str(tmp_path / "turns.jsonl"),
+        "--seeds",
+        "2",
+        "--seconds",
+        "4",
+        "--warm-seconds",
+        "1",
+    ]
+    told = []
+    for name in ("first", "second"):
+        more = ["--accepted", str(tmp_path / "texts.json"), "--output", str(tmp_path / name)]
+        result = CliRunner().invoke(replay_window.main, [*arguments, *more], catch_exceptions=False)
+        assert result.exit_code == 0
+        told.append(json.loads((tmp_path / name / "replay.json").read_text())["windows"])
+    assert told[0] == told[1]
+    (row,) = told[0]
+    assert (row["concurrency"], row["window"], len(row["worths"])) == (2, "clock", 2)
+    assert (tmp_path / "first" / "table.md").read_text() == result.output
+    refused = CliRunner().invoke(replay_window.main, [*arguments, "--output", str(tmp_path / "third")])
+    assert refused.exit_code == 2
+    assert "--accepted" in refused.output
+
+
+@pytest.mark.slow
+def test_texts_are_those_of_an_adapters_drafts(tmp_path):
+    long = make_adapter(tmp_path / "long", 0.0, num_speculative_tokens=4)
+    short = make_adapter(tmp_path / "short", 0.0, num_speculative_tokens=2)
+    texts = replay_window.accepted_lengths(long.directory, "tests_held_out", 3)
+    assert len(texts) == 3
+    assert {max(text) for text in texts} <= {1, 2, 3, 4}
+    cut = replay_window.accepted_lengths(short.directory, "tests_held_out", 3)
+    for text, of_short in zip(texts, cut, strict=True):  # a shorter draft is the beginning of a longer one
+        starts = min(len(text), len(of_short))
+        assert starts >= 60
+        assert [min(2, accepted) for accepted in text[:starts]] == of_short[:starts]
