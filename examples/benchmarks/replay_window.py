@@ -13,6 +13,7 @@ code.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -188,6 +189,41 @@ def replay(
     )
 
 
+class KnownCost(StepCost):
+    """Step times that need not be learned: what is lost all the same, acceptance and probes cost."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self._machine = machine
+
+    def table(self, batch: int, lengths: Sequence[int], context: int | None = None) -> list[float]:
+        """As they are."""
+        return [self._machine.step_seconds[length] for length in lengths]
+
+    def is_timed(self, batch: int, num_draft_tokens: int) -> bool:
+        """Always."""
+        return True
+
+    def wanted(self, batch: int, lengths: Sequence[int]) -> list[int]:
+        """None."""
+        return []
+
+
+def make_windows(longest: int, profile: CostProfile | None) -> dict[str, Callable[[Machine], DraftWindow]]:
+    """The windows to compare, by name."""
+
+    def knowing(machine: Machine) -> DraftWindow:
+        return DraftWindow(range(longest + 1), AcceptanceEstimate(longest), KnownCost(machine))
+
+    found: dict[str, Callable[[Machine], DraftWindow]] = {
+        "clock": lambda machine: new_window(longest, None),
+        "step times known": knowing,
+    }
+    return (
+        found if profile is None else {"cost profile": lambda machine: new_window(longest, profile), **found}
+    )
+
+
 def new_window(longest: int, profile: CostProfile | None) -> DraftWindow:
     """As served: with a cost profile, or learning everything from the clock."""
     prior = profile.acceptance_per_position if profile else ()
@@ -211,15 +247,33 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def load_texts(
-    adapter: Path | None, accepted: Path | None, prompts: str, num_prompts: int
-) -> list[list[int]]:
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """What is replayed.
+
+    Attributes:
+        num_speculative_tokens: of the drafts.
+        accepted: of every text, by start.
+    """
+
+    num_speculative_tokens: int
+    accepted: list[list[int]]
+
+    def write(self, path: Path) -> None:
+        """As `load_texts` takes it, a line for each text."""
+        rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in self.accepted)
+        head = f'"num_speculative_tokens": {self.num_speculative_tokens}'
+        path.write_text(f'{{{head}, "accepted": [\n{rows}\n]}}\n')
+
+
+def load_texts(adapter: Path | None, accepted: Path | None, prompts: str, num_prompts: int) -> Texts:
     """Accepted lengths: read where they were written before, else made."""
     if accepted is not None:
-        return list(json.loads(accepted.read_text())["accepted"])
+        return Texts(**json.loads(accepted.read_text()))
     if adapter is None:
         raise click.UsageError("Give --adapter, or --accepted with what an earlier run wrote.")
-    return accepted_lengths(adapter, prompts, num_prompts)
+    longest = read_adapter(adapter).config.num_speculative_tokens
+    return Texts(longest, accepted_lengths(adapter, prompts, num_prompts))
 
 
 @click.command()
@@ -250,23 +304,18 @@ def main(
     texts = load_texts(adapter, accepted, prompts, num_prompts)
     output.mkdir(parents=True, exist_ok=True)
     if accepted is None:
-        rows_of_texts = ",\n".join(json.dumps(row, separators=(",", ":")) for row in texts)
-        (output / "accepted.json").write_text(
-            f'{{"prompts": "{prompts}", "accepted": [\n{rows_of_texts}\n]}}\n'
-        )
-    longest = max(map(max, texts))
-    windows: dict[str, CostProfile | None] = {"clock": None}
-    if profile is not None:
-        windows = {"cost profile": read_cost_profile(profile), **windows}
+        texts.write(output / "accepted.json")
+    longest = texts.num_speculative_tokens
+    windows = make_windows(longest, None if profile is None else read_cost_profile(profile))
     rows: list[dict[str, Any]] = []
     for line in sorted(lines, key=lambda line: line["concurrency"]):
         machine = machine_of(line, facts["facts"]["warm_rotations"], longest)
-        speeds = fixed_speeds(machine, texts)
-        for name, known in windows.items():
+        speeds = fixed_speeds(machine, texts.accepted)
+        for name, make in windows.items():
             found = replay(
                 machine,
-                texts,
-                lambda known=known: new_window(longest, known),  # type: ignore[misc]
+                texts.accepted,
+                functools.partial(make, machine),
                 speeds,
                 seeds=seeds,
                 warm_seconds=warm_seconds,

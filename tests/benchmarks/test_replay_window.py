@@ -123,7 +123,7 @@ def test_the_command_says_the_same_again(tmp_path):
         {"concurrency": 2, "turns": turns_of({NONE: 0.02, "K=1": 0.022, "K=3": 0.032}, rotations=30)},
     ]
     (tmp_path / "turns.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (tmp_path / "texts.json").write_text(json.dumps({"accepted": TEXTS}))
+    replay_window.Texts(3, TEXTS).write(tmp_path / "texts.json")
     arguments = [
         "--turns",
         str(tmp_path / "turns.jsonl"),
@@ -141,7 +141,8 @@ def test_the_command_says_the_same_again(tmp_path):
         assert result.exit_code == 0
         told.append(json.loads((tmp_path / name / "replay.json").read_text())["windows"])
     assert told[0] == told[1]
-    (row,) = told[0]
+    row, known = told[0]
+    assert (known["window"], known["best"]) == ("step times known", row["best"])
     assert (row["concurrency"], row["window"], len(row["worths"])) == (2, "clock", 2)
     assert (tmp_path / "first" / "table.md").read_text() == result.output
     refused = CliRunner().invoke(replay_window.main, [*arguments, "--output", str(tmp_path / "third")])
