@@ -25,6 +25,7 @@ class Machine:
     Attributes:
         batch: requests.
         step_seconds: of a step that only decodes, by draft length from 0 on.
+        prompt_tokens: of every request.
         prompt_seconds: of every prompt that a step also reads.
         pace_spread: standard deviation of the logarithm of the machine's pace.
         pace_seconds: after which the pace has forgotten 63 % of what it was.
@@ -32,6 +33,7 @@ class Machine:
 
     batch: int
     step_seconds: tuple[float, ...]
+    prompt_tokens: int
     prompt_seconds: float
     pace_spread: float
     pace_seconds: float
@@ -99,13 +101,19 @@ class Engine:
     def adaptive(self, window: DraftWindow, steps: int) -> Made:
         """Serve so many steps whose draft lengths a window chooses, which is told their outcome."""
         batch = self._machine.batch
-        return self._serve(steps, lambda decodes: window.choose(batch, decodes=decodes), window)
+        return self._serve(
+            steps, lambda decodes: window.choose(batch, self._context(), decodes=decodes), window
+        )
+
+    def _context(self) -> int:
+        """Tokens of all requests together."""
+        return sum(self._machine.prompt_tokens + request.produced for request in self._requests)
 
     def _serve(self, steps: int, choose: Callable[[bool], int], window: DraftWindow | None) -> Made:
         made = Made(0.0, 0, [0] * len(self._machine.step_seconds))
         for _ in range(steps):
             prompts = sum(not request.produced for request in self._requests)
-            length = choose(not prompts)
+            length, context = choose(not prompts), self._context()
             verified, self._drafted = self._drafted, length
             accepted = self._step(verified, made, window)
             # It verifies drafts of one length and drafts another: what is neither is taken to be half of each.
@@ -116,7 +124,7 @@ class Engine:
             if window is None or prompts:
                 continue
             if verified == length:
-                window.observe_step(clock, self._machine.batch, length, 0, accepted)
+                window.observe_step(clock, self._machine.batch, length, context, accepted)
             else:
                 window.observe_change(clock, self._machine.batch, max(verified, length))
         return made

@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import statistics
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,18 @@ import numpy as np
 from bench_adapters import TINY
 from replay_engine import Engine, Machine, Made
 from serve_sweep import machine_facts
-from sweep_table import NONE, is_fixed
+from sweep_table import length_of
 from within_table import seconds_per_prompt_token
 
+from ppow_train.generation import Round, load_tokenizer
+from ppow_train.pair import load_pair
+from ppow_train.parity import merged_pair
 from ppow_train.progress import make_progress
+from ppow_train.prompts import read_prompts
 from ppow_train.report import write_json
+from ppow_train.rollout import WindowRunner
+from ppow_train.training import get_trajectories
+from ppow_train.walk import accepted_at_every_start
 from vllm_ppow.acceptance import AcceptanceEstimate
 from vllm_ppow.artifact import read_adapter
 from vllm_ppow.cost_profile import CostProfile, read_cost_profile
@@ -44,16 +52,6 @@ FIXED_STEPS = 40_000  # request-steps that tell what a fixed length makes
 
 def accepted_lengths(adapter_directory: Path, prompts: str, num_prompts: int) -> list[list[int]]:
     """Of prompts of the tiny pair's file, the tokens of a draft that are accepted at each start; temperature 0."""
-    import tempfile
-
-    from ppow_train.generation import Round, load_tokenizer
-    from ppow_train.pair import load_pair
-    from ppow_train.parity import merged_pair
-    from ppow_train.prompts import read_prompts
-    from ppow_train.rollout import WindowRunner
-    from ppow_train.training import get_trajectories
-    from ppow_train.walk import accepted_at_every_start
-
     adapter = read_adapter(adapter_directory)
     drafter = TINY / adapter.config.drafter_type
     pair = merged_pair(load_pair(str(TINY / "target"), str(drafter)), adapter, drafter)
@@ -86,22 +84,29 @@ def machine_of(line: dict[str, Any], warm_rotations: int, longest: int) -> Machi
         line: of serve_within.py's results.
         longest: draft length up to which times are interpolated; beyond measured ones they go on as they rise last.
     """
-    turns = [
-        turn
-        for turn in line["turns"]
-        if turn["rotation"] >= warm_rotations and (is_fixed(turn["arm"]) or turn["arm"] == NONE)
-    ]
+    by_length: dict[int, list[dict[str, Any]]] = {}
+    for turn in line["turns"]:
+        if turn["rotation"] >= warm_rotations and (length := length_of(turn["arm"])) is not None:
+            by_length.setdefault(length, []).append(turn)
+    turns = [turn for of_length in by_length.values() for turn in of_length]
     prompt_token = seconds_per_prompt_token(turns)
-    lengths = {arm: 0 if arm == NONE else int(arm.removeprefix("K=")) for arm in {t["arm"] for t in turns}}
-    each = {arm: _seconds_per_step([t for t in turns if t["arm"] == arm], prompt_token) for arm in lengths}
-    known = sorted(lengths, key=lengths.__getitem__)
-    times = isotonic([each[arm] for arm in known], [1.0] * len(known))
+    known = sorted(by_length)
+    each = {length: _seconds_per_step(by_length[length], prompt_token) for length in known}
     made, read = (sum(turn[what] for turn in turns) for what in ("tokens", "prefilled"))
-    spread, seconds = _pace(turns, each, prompt_token)
+    prompt_tokens = round(MAX_TOKENS * read / made)
+    logs = [
+        (turn["began_at"], math.log(_seconds_per_step([turn], prompt_token) / each[length]))
+        for length in known
+        for turn in by_length[length]
+    ]
+    spread, seconds = _pace(sorted(logs))
     return Machine(
         batch=line["concurrency"],
-        step_seconds=_filled([lengths[arm] for arm in known], times, longest),
-        prompt_seconds=prompt_token * MAX_TOKENS * read / made,
+        step_seconds=_filled(
+            known, isotonic([each[length] for length in known], [1.0] * len(known)), longest
+        ),
+        prompt_tokens=prompt_tokens,
+        prompt_seconds=prompt_token * prompt_tokens,
         pace_spread=spread,
         pace_seconds=seconds,
     )
@@ -120,18 +125,18 @@ def _filled(lengths: Sequence[int], times: Sequence[float], longest: int) -> tup
     return tuple(float(seconds) for seconds in [*between, *beyond][: longest + 1])
 
 
-def _pace(
-    turns: Sequence[dict[str, Any]], each: dict[str, float], prompt_token: float
-) -> tuple[float, float]:
-    """Of the logarithm of the pace: standard deviation, and seconds after which it has forgotten 63 % (ours)."""
-    ordered = sorted(turns, key=lambda turn: turn["began_at"])
-    logs = np.array(
-        [math.log(_seconds_per_step([turn], prompt_token) / each[turn["arm"]]) for turn in ordered]
-    )
-    logs -= logs.mean()
-    apart = statistics.median(np.diff([turn["began_at"] for turn in ordered]))
-    kept = float(np.clip((logs[1:] * logs[:-1]).mean() / logs.var(), 0.05, 0.95))
-    return float(logs.std()), float(apart / -math.log(kept))
+def _pace(logs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of the logarithm of the pace: standard deviation, and seconds after which it has forgotten 63 % (moments, ours).
+
+    What one turn keeps of the one before is taken to be within 0.05 and 0.95: a few turns may say less than none.
+
+    Args:
+        logs: (when a turn began, log of what its steps took over what they usually take), ascending.
+    """
+    when, paces = np.array(logs).T
+    paces -= paces.mean()
+    kept = float(np.clip((paces[1:] * paces[:-1]).mean() / paces.var(), 0.05, 0.95))
+    return float(paces.std()), float(np.median(np.diff(when)) / -math.log(kept))
 
 
 def fixed_speeds(machine: Machine, texts: Sequence[Sequence[int]]) -> list[float]:
@@ -210,24 +215,17 @@ class KnownCost(StepCost):
 
 
 def make_windows(longest: int, profile: CostProfile | None) -> dict[str, Callable[[Machine], DraftWindow]]:
-    """The windows to compare, by name."""
+    """The windows to compare, by name: as served, with a cost profile and without, and one that knows step times."""
 
-    def knowing(machine: Machine) -> DraftWindow:
-        return DraftWindow(range(longest + 1), AcceptanceEstimate(longest), KnownCost(machine))
+    def window(cost: StepCost, prior: Sequence[float] = ()) -> DraftWindow:
+        return DraftWindow(range(longest + 1), AcceptanceEstimate(longest, prior), cost)
 
-    found: dict[str, Callable[[Machine], DraftWindow]] = {
-        "clock": lambda machine: new_window(longest, None),
-        "step times known": knowing,
-    }
-    return (
-        found if profile is None else {"cost profile": lambda machine: new_window(longest, profile), **found}
-    )
-
-
-def new_window(longest: int, profile: CostProfile | None) -> DraftWindow:
-    """As served: with a cost profile, or learning everything from the clock."""
-    prior = profile.acceptance_per_position if profile else ()
-    return DraftWindow(range(longest + 1), AcceptanceEstimate(longest, prior), StepCost(profile))
+    windows: dict[str, Callable[[Machine], DraftWindow]] = {}
+    if profile is not None:
+        windows["cost profile"] = lambda machine: window(StepCost(profile), profile.acceptance_per_position)
+    windows["clock"] = lambda machine: window(StepCost())
+    windows["step times known"] = lambda machine: window(KnownCost(machine))
+    return windows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -292,7 +290,7 @@ def load_texts(adapter: Path | None, accepted: Path | None, prompts: str, num_pr
 )
 @click.option("--prompts", default="tests_report", show_default=True, help="file of the tiny pair's prompts")
 @click.option("--num-prompts", default=224, show_default=True, help="of that file")
-@click.option("--seeds", default=24, show_default=True, help="runs of every window")
+@click.option("--seeds", default=24, show_default=True, type=click.IntRange(2), help="runs of every window")
 @click.option("--warm-seconds", default=12.0, show_default=True, help="before what counts")
 @click.option("--seconds", default=40.0, show_default=True, help="that count")
 def main(

@@ -75,6 +75,13 @@ def is_fixed(arm: str) -> bool:
     return arm.startswith("K=")
 
 
+def length_of(arm: str) -> int | None:
+    """Draft length of an arm that has one: 0 for none; None: a window chooses."""
+    if arm == NONE:
+        return 0
+    return int(arm.removeprefix("K=")) if is_fixed(arm) else None
+
+
 # ---------------------------------------------------------------- the file
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import turns_table
-from sweep_table import ADAPTIVE, NONE, is_fixed
+from sweep_table import ADAPTIVE, length_of
 
 TRIMMING = "by request"  # the arm whose drafts are trimmed request by request
 _WHOLE = 0.95  # of a draft's tokens: vLLM cuts the last one of a request where it has no more room
@@ -51,10 +51,11 @@ def check_whole(turns: Sequence[dict[str, Any]]) -> None:
     Raises:
         ValueError: names an arm whose drafts are shorter or longer.
     """
-    for arm in sorted({turn["arm"] for turn in turns} - {ADAPTIVE, TRIMMING}):
+    for arm in sorted({turn["arm"] for turn in turns}):
+        if (length := length_of(arm)) is None:
+            continue
         of_arm = [turn for turn in turns if turn["arm"] == arm]
         verified, drafts = (sum(turn[name] for turn in of_arm) for name in ("verified", "drafts"))
-        length = int(arm.removeprefix("K=")) if is_fixed(arm) else 0
         if not _WHOLE * length * drafts <= verified <= length * drafts or (length > 0) != (drafts > 0):
             raise ValueError(
                 f"In turns of {arm} {drafts} drafts had {verified} tokens: the server's log may say why."
@@ -111,9 +112,8 @@ def worth_of_choices(turns: Sequence[dict[str, Any]], best: str) -> turns_table.
         best: an arm.
     """
     rotations = 1 + max(turn["rotation"] for turn in turns)
-    arms = {0: NONE} | {
-        int(arm.removeprefix("K=")): arm for arm in {t["arm"] for t in turns} if is_fixed(arm)
-    }
+    named = {turn["arm"] for turn in turns}
+    arms = {length: arm for arm in named if (length := length_of(arm)) is not None}
     lengths = sorted(arms)
     rows_of = {arms[length]: row for row, length in enumerate(lengths)}
     sums = np.zeros((len(lengths), 3, rotations))  # tokens, seconds, steps

@@ -19,7 +19,7 @@ from vllm_ppow.step_cost import StepCost
 from vllm_ppow.window import DraftWindow
 
 QUIET = Machine(
-    batch=2, step_seconds=(0.02, 0.022, 0.026, 0.032), prompt_seconds=0.0, pace_spread=1e-9, pace_seconds=1.0
+    2, (0.02, 0.022, 0.026, 0.032), prompt_tokens=90, prompt_seconds=0.0, pace_spread=1e-9, pace_seconds=1.0
 )
 # Half of a text is easy, half is hard: drafts of three are worth it in the mean.
 TEXTS = [[3, 2, 1, 0] * 5 + [3] * 20, [3] * 40]
@@ -42,8 +42,10 @@ def test_steps_that_read_prompts_take_as_much_longer_and_are_not_timed():
     class Told:
         def __init__(self):
             self.steps = self.drafts = 0
+            self.contexts = []
 
-        def choose(self, batch, decodes):
+        def choose(self, batch, context, decodes):
+            self.contexts.append(context)
             return 1
 
         def observe_draft(self, drafted, accepted):
@@ -54,16 +56,17 @@ def test_steps_that_read_prompts_take_as_much_longer_and_are_not_timed():
 
         observe_change = observe_step
 
-    machine = Machine(1, (0.02, 0.02), 0.5, 1e-9, 1.0)
+    machine = Machine(1, (0.02, 0.02), 90, 0.5, 1e-9, 1.0)
     engine, told = Engine(machine, [[1, 1]], seed=0), Told()
     engine._requests[0].produced = 0
     made = engine.adaptive(told, 6)  # prompt, both tokens, prompt, both tokens, ...
     assert made.seconds == pytest.approx(6 * 0.02 + 3 * 0.5)
     assert (told.steps, told.drafts) == (3, 3)
+    assert told.contexts == [90, 91] * 3
 
 
 def test_the_pace_wanders_as_it_is_told_to():
-    engine = Engine(Machine(1, (0.02,), 0.0, 0.1, 2.0), TEXTS, seed=0)
+    engine = Engine(Machine(1, (0.02,), 90, 0.0, 0.1, 2.0), TEXTS, seed=0)
     logs = [math.log(engine._pace(0.2)) for _ in range(20_000)]
     assert statistics.pstdev(logs) == pytest.approx(math.hypot(0.1, 0.05), rel=0.1)
     after = statistics.correlation(logs[:-10], logs[10:]) * (0.1**2 + 0.05**2) / 0.1**2
@@ -97,7 +100,8 @@ def test_step_times_and_pace_out_of_turns():
     assert machine.batch == 4
     wanted = [0.02, 0.024, 0.029, 0.034, 0.039, 0.044]
     assert machine.step_seconds == pytest.approx(wanted, rel=0.03)
-    assert machine.prompt_seconds == pytest.approx(0.001 * 64 * 0.995, rel=0.25)
+    assert machine.prompt_tokens == pytest.approx(64 * 0.995, rel=0.05)
+    assert machine.prompt_seconds == pytest.approx(0.001 * machine.prompt_tokens, rel=0.25)
     assert machine.pace_spread == pytest.approx(0.1, rel=0.2)
     assert machine.pace_seconds == pytest.approx(1 / math.log(2), rel=0.35)
 
@@ -148,6 +152,8 @@ def test_the_command_says_the_same_again(tmp_path):
     refused = CliRunner().invoke(replay_window.main, [*arguments, "--output", str(tmp_path / "third")])
     assert refused.exit_code == 2
     assert "--accepted" in refused.output
+    refused = CliRunner().invoke(replay_window.main, [*arguments, *more, "--seeds", "1"])
+    assert refused.exit_code == 2, "one run has no spread"
 
 
 @pytest.mark.slow
