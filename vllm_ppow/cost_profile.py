@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -123,14 +124,36 @@ class CostProfile:
     def draft_cost_ratio(self, batch: int = 1, context: int | None = None) -> float:
         """γ: time of one draft step / one target step, both at `batch` requests (>= 0; ours).
 
-        One draft step is the slope of the drafter's time over draft lengths >= 1 (least squares): the first pass, which
-        reads what the target just verified, is left to the intercept. With one such length it is that draft's time
-        per token. One target step is the target's pass without drafted tokens.
+        One draft step is `pass_seconds`, one target step the target's pass without drafted tokens.
+        """
+        return self.pass_seconds(batch, context) / self._at(self.target_step_seconds, batch, 0, context)
+
+    def pass_seconds(self, batch: int, context: int | None = None) -> float:
+        """Time of one more pass of the drafter over `batch` requests (>= 0; ours).
+
+        The slope of the drafter's time over draft lengths >= 1 (least squares): the first pass, which reads what the
+        target just verified, is left to the intercept. With one such length it is that draft's time per token.
         """
         lengths = [length for length in self.draft_lengths if length >= 1]
         seconds = [self._at(self.draft_seconds, batch, length, context) for length in lengths]
-        one = grid.slope(lengths, seconds) if len(lengths) > 1 else seconds[0] / lengths[0]
-        return max(0.0, one) / self._at(self.target_step_seconds, batch, 0, context)
+        return max(0.0, grid.slope(lengths, seconds) if len(lengths) > 1 else seconds[0] / lengths[0])
+
+    def token_seconds(self, batch: int, context: int | None = None) -> float:
+        """What one more token adds to a target step of `batch` requests (>= 0; ours): its slope (least squares)."""
+        seconds = [
+            self._at(self.target_step_seconds, batch, length, context) for length in self.draft_lengths
+        ]
+        return max(0.0, grid.slope(self.draft_lengths, seconds)) / batch
+
+    def most_tokens_per_second(self, batch: int, context: int | None = None) -> float:
+        """Tokens per second of `batch` requests at the draft length that makes most of them, bonus tokens included."""
+        accepted = [0.0, *itertools.accumulate(self.acceptance_per_position)]
+        return max(
+            batch
+            * (1.0 + accepted[min(length, len(accepted) - 1)])
+            / self.step_seconds(batch, length, context)
+            for length in self.draft_lengths
+        )
 
     def token_cost_ratio(self, batch: int, num_draft_tokens: int, context: int | None = None) -> float:
         """What a drafted token adds to a step, over a step without drafts (>= 0; ours).

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vllm_ppow.calibration import Calibration
+from vllm_ppow.cost_profile import CostProfile
 from vllm_ppow.octave import octave
 from vllm_ppow.step_cost import IDENTIFIED, StepCost
 from vllm_ppow.verify_price import VerifyPrice
@@ -46,16 +47,20 @@ class RequestWindow:
     Args:
         maximum: num_speculative_tokens.
         minimum: tokens that every draft has at least, where the scheduler's maximum for the step allows it.
+        profile: measured costs to start from; None to learn prices from the clock alone, by drafts of odd lengths.
     """
 
-    def __init__(self, maximum: int, minimum: int = 0) -> None:
+    def __init__(self, maximum: int, minimum: int = 0, profile: CostProfile | None = None) -> None:
         self.minimum = minimum
+        self._profile = profile
         self.calibrations = (
             Calibration(maximum),
             Calibration(maximum),
         )  # of greedy requests, of sampled ones
         self.pass_cost = StepCost()  # seconds of one drafter pass by batch size
-        self.verify_price = VerifyPrice()  # seconds of a token in everything else that a step does
+        self.verify_price = VerifyPrice(
+            profile.token_seconds if profile else None
+        )  # seconds of a token in everything else that a step does
         self._rates: dict[int, tuple[float, float, int]] = {}  # batch octave -> tokens, seconds, steps
         self._next = [
             (0.0, 0.0)
@@ -83,10 +88,9 @@ class RequestWindow:
         self._lengths = [0] * batch
         self._choose_explored(batch)
         rate, token_seconds = self._rate_at(batch), self.verify_price.seconds_per_token(batch)
-        known = token_seconds is not None and self.pass_cost.observations >= IDENTIFIED
         self._learning_length = self._next_learning_length(limit, token_seconds is None)
         self._token_price = rate * token_seconds if token_seconds is not None else 0.0
-        self._pass_price = rate * self.pass_cost.step_seconds(batch, 0) if known else 0.0
+        self._pass_price = rate * self._pass_seconds(batch) if token_seconds is not None else 0.0
 
     def add(self, confidences: Sequence[float]) -> bool:
         """Take the drafter's top-1 probabilities at the next position; whether to draft the position after it.
@@ -136,9 +140,17 @@ class RequestWindow:
         self._rates[key] = (keep * total + tokens / batch, keep * spent + seconds, steps + 1)
 
     def _rate_at(self, batch: int) -> float:
-        """Tokens per second at a batch size; 0 while unknown: nothing has a price then."""
+        """Tokens per second at a batch size; while unknown the profile's, or 0: nothing has a price then."""
         total, spent, steps = self._rates.get(octave(batch), (0.0, 0.0, 0))
-        return batch * total / spent if steps >= _RATE_KNOWN and spent > 0 else 0.0
+        if steps >= _RATE_KNOWN and spent > 0:
+            return batch * total / spent
+        return self._profile.most_tokens_per_second(batch) if self._profile else 0.0
+
+    def _pass_seconds(self, batch: int) -> float:
+        """Seconds of one drafter pass; while unknown the profile's, or 0."""
+        if self.pass_cost.observations >= IDENTIFIED:
+            return self.pass_cost.step_seconds(batch, 0)
+        return self._profile.pass_seconds(batch) if self._profile else 0.0
 
     def _choose_explored(self, batch: int) -> None:
         """The request of this draft that is left untrimmed, -1 for none, and up to which position."""
@@ -151,7 +163,8 @@ class RequestWindow:
 
     def _next_learning_length(self, limit: int, unknown: bool) -> int | None:
         """What all drafts are cut to, to learn the price of a token; None: they are of what they are worth."""
-        every = _RELEARN_AT_FIRST if self._drafts <= _FIRST_DRAFTS else _RELEARN_EVERY
+        early = self._profile is None and self._drafts <= _FIRST_DRAFTS
+        every = _RELEARN_AT_FIRST if early else _RELEARN_EVERY
         turn, rest = divmod(self._drafts, 1 if unknown else every)
         if rest:
             return None

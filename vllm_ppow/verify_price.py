@@ -3,19 +3,25 @@
 A step of n tokens takes about overhead + n · price. The price is the slope of a line through medians of step times, of
 cells of similar n within one octave of batch sizes; a cell counts once it has been seen a few times, since a single
 slow step (a first use, a pause) beside many of another length would tilt the line, and a price too high ends the very
-drafts that could correct it. It is at most a step's time over its tokens, as overhead is not negative. Left out: the
-drafter's passes, and what a token is worth (request_window.py). Pure Python, microseconds.
+drafts that could correct it. It is at most a step's time over its tokens, as overhead is not negative. A cost profile
+has a price beforehand: the line is drawn to it as observations of that slope would do it, so that the first drafts are
+trimmed rightly, and steps that are all of one length change nothing. Left out: the drafter's passes, and what a token
+is worth (request_window.py). Pure Python, microseconds.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from statistics import median
 
 from vllm_ppow.octave import octave
 from vllm_ppow.step_cells import CELL_MEMORY, FORGOTTEN, HALF_LIFE
 from vllm_ppow.step_cost import IDENTIFIED
+
+# Standard deviations: of a step around its cell's median over that median, and of a profile's price over that price.
+_NOISE, _PRIOR_ERROR = 0.1, 0.2
 
 
 class _Cell:
@@ -40,9 +46,14 @@ class _Cell:
 
 
 class VerifyPrice:
-    """Marginal seconds of a token in verification."""
+    """Marginal seconds of a token in verification.
 
-    def __init__(self) -> None:
+    Args:
+        prior: the price by batch size beforehand; None to learn it from the clock alone.
+    """
+
+    def __init__(self, prior: Callable[[int], float] | None = None) -> None:
+        self._prior = prior
         self._octaves: dict[int, dict[int, _Cell]] = {}
         self._prices: dict[int, float] = {}
         self.observations = 0
@@ -53,27 +64,39 @@ class VerifyPrice:
         key = octave(batch)
         cell = self._octaves.setdefault(key, {}).setdefault(_bucket(num_tokens), _Cell())
         cell.add(num_tokens, seconds, self.observations)
-        price = self._slope(key)
+        price = self._slope(key, self._prior(batch) if self._prior else 0.0)
         if price is not None:
             self._prices[key] = price
 
     def seconds_per_token(self, batch: int) -> float | None:
-        """Seconds that one more token adds at a batch size, from the nearest octave known; None while none is."""
-        key = octave(batch)
+        """Seconds that one more token adds at a batch size, from the nearest octave known; None while none is.
+
+        With a prior it is known from the start: the prior's, by the factor that was learned in the nearest octave.
+        """
+        prior = self._prior(batch) if self._prior else None
         if not self._prices:
-            return None
-        return self._prices[min(self._prices, key=lambda known: (abs(known - key), known))]
+            return prior
+        key = octave(batch)
+        nearest = min(self._prices, key=lambda known: (abs(known - key), known))
+        price = self._prices[nearest]
+        if nearest == key or self._prior is None or not prior:
+            return price
+        before = self._prior(round(2.0**nearest))
+        return prior * price / before if before else prior
 
     def _weight(self, cell: _Cell) -> float:
         """Observations that a cell is worth now."""
         return len(cell.steps) * 0.5 ** ((self.observations - cell.seen_at) / HALF_LIFE)
 
-    def _slope(self, key: int) -> float | None:
-        """Weighted least squares through the medians of the cells that are known; None with fewer than two."""
+    def _slope(self, key: int, prior: float) -> float | None:
+        """Weighted least squares through the medians of the cells that are known, drawn to the prior (> 0).
+
+        None without a prior where there are fewer than two such cells.
+        """
         known = [cell for cell in self._octaves[key].values() if len(cell.steps) >= IDENTIFIED]
         # One that was forgotten weighs nothing, in the end exactly nothing.
         weighted = [(cell, weight) for cell in known if (weight := self._weight(cell)) >= FORGOTTEN]
-        if len(weighted) < 2:
+        if len(weighted) < (1 if prior else 2):
             return None
         cells, weights = [cell for cell, _ in weighted], [weight for _, weight in weighted]
         tokens, seconds = [c.tokens for c in cells], [c.seconds for c in cells]
@@ -81,9 +104,13 @@ class VerifyPrice:
         mean = sum(w * n for w, n in zip(weights, tokens, strict=True)) / total
         middle = sum(w * s for w, s in zip(weights, seconds, strict=True)) / total
         spread = sum(w * (n - mean) ** 2 for w, n in zip(weights, tokens, strict=True))
+        tilt = sum(w * (n - mean) * (s - middle) for w, n, s in zip(weights, tokens, seconds, strict=True))
+        if prior:
+            # what a slope of standard deviation _PRIOR_ERROR · prior is worth where a median's is √(π/2) · noise
+            worth = 0.5 * math.pi * (_NOISE * middle / (_PRIOR_ERROR * prior)) ** 2
+            spread, tilt = spread + worth, tilt + worth * prior
         if spread <= 0:
             return None
-        tilt = sum(w * (n - mean) * (s - middle) for w, n, s in zip(weights, tokens, seconds, strict=True))
         return min(max(0.0, tilt / spread), middle / mean)
 
 

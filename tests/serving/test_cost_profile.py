@@ -119,6 +119,23 @@ def test_draft_cost_ratio_is_the_slope_over_a_bare_target_step():
     assert replace(PROFILE, draft_seconds=falling).draft_cost_ratio() == 0.0
 
 
+def test_what_one_more_token_and_one_more_pass_take():
+    slope = (target(64, 8, LENGTHS[-1]) - target(64, 8, 0)) / LENGTHS[-1]
+    assert PROFILE.token_seconds(8, 64) == pytest.approx(slope / 8)
+    assert PROFILE.pass_seconds(8, 64) == pytest.approx(0.001 * 1.35)
+    falling = tuple(tuple(tuple(reversed(row)) for row in rows) for rows in PROFILE.target_step_seconds)
+    assert replace(PROFILE, target_step_seconds=falling).token_seconds(8, 64) == 0.0
+
+
+def test_most_tokens_per_second_are_those_of_the_best_length():
+    by_length = [
+        8 * (1 + sum(PROFILE.acceptance_per_position[:length])) / step(64, 8, length) for length in LENGTHS
+    ]
+    assert PROFILE.most_tokens_per_second(8, 64) == pytest.approx(max(by_length))
+    without = replace(PROFILE, acceptance_per_position=())
+    assert without.most_tokens_per_second(8, 64) == pytest.approx(8 / step(64, 8, 0))
+
+
 def test_token_cost_ratio_makes_the_speedup_formula_say_what_was_measured():
     ratio = PROFILE.token_cost_ratio(4, 2, 64)
     by_hand = (1 + 0.8 + 0.6) * step(64, 4, 0) / step(64, 4, 2)

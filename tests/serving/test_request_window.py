@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+from serving_profile import PROFILE
 
+from vllm_ppow.cost_profile import CostProfile
 from vllm_ppow.request_window import RequestWindow
 from vllm_ppow.step_cost import IDENTIFIED
 
@@ -63,12 +66,13 @@ def adaptive(
     return tokens / seconds, chosen
 
 
-def fixed(requests: Requests, steps: int, length: int) -> float:
+def fixed(requests: Requests, steps: int, length: int, slowdown: float = 1.0) -> float:
     tokens, seconds = 0, 0.0
     for _ in range(steps):
         accepted = [requests.accepted(row, length) for row in requests.chances()]
         tokens += sum(accepted) + requests.batch
-        seconds += FIXED + TOKEN * requests.batch * (1 + length) + PASS * max(1, length)
+        verifying = slowdown * (FIXED + TOKEN * requests.batch * (1 + length))
+        seconds += verifying + PASS * max(1, length)
     return tokens / seconds
 
 
@@ -103,6 +107,50 @@ def test_a_noisy_clock_costs_little(batch):
     adaptive(Requests(batch, 0.5), 400, window, lambda step: noise.lognormvariate(0.0, 0.15))
     rate, _ = adaptive(Requests(batch, 0.5, 1), 1000, window, lambda step: noise.lognormvariate(-0.011, 0.15))
     assert rate > 0.98 * best
+
+
+def profile_of(batch: int) -> CostProfile:
+    """What `ppow profile` would have measured of these costs."""
+    lengths = range(K + 1)
+    times = {
+        "target_step_seconds": [FIXED + TOKEN * batch * (1 + length) for length in lengths],
+        "draft_seconds": [PASS * max(1, length) for length in lengths],
+        "overhead_seconds": [0.0 for _ in lengths],
+    }
+    return replace(
+        PROFILE,
+        context_lengths=(64,),
+        batch_sizes=(batch,),
+        num_speculative_tokens=K,
+        draft_lengths=tuple(lengths),
+        acceptance_per_position=(),
+        **{name: ((tuple(values),),) for name, values in times.items()},
+    )
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+def test_with_a_profile_the_first_drafts_are_trimmed_as_later_ones_are(batch):
+    """Without, drafts of odd lengths come first, to learn prices."""
+    best = max(fixed(Requests(batch, 0.4, k), 1500, k) for k in range(K + 1))
+
+    def first_steps(profile: CostProfile | None) -> float:
+        runs = [
+            adaptive(Requests(batch, 0.4, s), 40, RequestWindow(K, profile=profile))[0] for s in range(20)
+        ]
+        return sum(runs) / len(runs)
+
+    assert first_steps(profile_of(batch)) > best
+    assert first_steps(profile_of(batch)) > 1.05 * first_steps(None)
+
+
+def test_a_profile_of_other_costs_gives_way_to_the_clock():
+    """Verification takes three times as long as measured, in its fixed part and in its tokens' alike."""
+    slow = 3.0
+    best = max(fixed(Requests(4, 0.5, k), 1500, k, slow) for k in range(K + 1))
+    window = RequestWindow(K, profile=profile_of(4))
+    adaptive(Requests(4, 0.5), 400, window, lambda step: slow)
+    rate, _ = adaptive(Requests(4, 0.5, 1), 1000, window, lambda step: slow)
+    assert rate > best
 
 
 def test_drafts_are_found_to_pay_again():

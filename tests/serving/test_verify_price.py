@@ -79,3 +79,45 @@ def test_prices_seen_long_ago_stand_until_others_are_known():
     for _ in range(CELL_MEMORY):
         price.observe(1, 1, 2 * seconds(1))
     assert price.seconds_per_token(1) == pytest.approx(2 * PRICE)
+
+
+def test_a_prior_stands_from_the_start():
+    assert VerifyPrice(lambda batch: 2e-3 / batch).seconds_per_token(4) == 0.5e-3
+
+
+def test_steps_of_one_length_leave_the_prior_as_it_is():
+    price = VerifyPrice(lambda _: 2 * PRICE)
+    for _ in range(50):
+        price.observe(4, 8, seconds(8))
+    assert price.seconds_per_token(4) == pytest.approx(2 * PRICE)
+
+
+@pytest.mark.parametrize("wrong", [0.5, 2.0])
+def test_a_wrong_prior_gives_way_to_what_is_seen(wrong):
+    draw, price = random.Random(0), VerifyPrice(lambda _: wrong * PRICE)
+    for _ in range(600):
+        tokens = 8 + draw.randint(0, 64)
+        price.observe(8, tokens, seconds(tokens) * draw.lognormvariate(0.0, 0.1))
+    assert price.seconds_per_token(8) == pytest.approx(PRICE, rel=0.15)
+
+
+def test_a_few_noisy_steps_move_a_prior_little():
+    """Alone they would give a slope that is off by far."""
+    alone, price = VerifyPrice(), VerifyPrice(lambda _: PRICE)
+    for tokens, factor in ((16, 1.2), (18, 0.9)):
+        for _ in range(IDENTIFIED):
+            alone.observe(16, tokens, factor * seconds(tokens))
+            price.observe(16, tokens, factor * seconds(tokens))
+    assert alone.seconds_per_token(16) == 0.0
+    assert price.seconds_per_token(16) == pytest.approx(PRICE, rel=0.1)
+
+
+def test_what_one_octave_tells_of_a_prior_holds_for_others():
+    price = VerifyPrice(lambda batch: PRICE / batch)
+    draw = random.Random(0)
+    for _ in range(600):
+        tokens = 8 + draw.randint(0, 64)
+        price.observe(8, tokens, OVERHEAD + 2 * PRICE / 8 * tokens)
+    factor = price.seconds_per_token(8) / (PRICE / 8)
+    assert factor > 1.3
+    assert price.seconds_per_token(32) == pytest.approx(factor * PRICE / 32)

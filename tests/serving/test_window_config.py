@@ -249,7 +249,7 @@ def test_where_drafts_are_trimmed_costs_are_learned_and_only_acceptance_starts_f
     policy = profiled({"per_request": True})
     assert policy.cost.wanted(4, policy.lengths) == [K, 0]
     assert policy.acceptance.survival()[:3] == pytest.approx([0.8, 0.6, 0.4])
-    assert "(acceptance of the cost profile, step times learned while serving)" in log.text
+    assert "(acceptance and prices of the cost profile, step times learned while serving)" in log.text
     assert profiled({"per_request": False}).cost.wanted(4, (0, K)) == []
 
 

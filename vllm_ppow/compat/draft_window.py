@@ -55,19 +55,19 @@ def require() -> None:
         seams.find(*_BASE, method, parameters)
 
 
-def adopt(drafter: Any, maximum: int, minimum: int) -> None:
-    """Make a freshly built V1 drafter end its drafts early."""
+def adopt(drafter: Any, policy: RequestWindow) -> None:
+    """Make a freshly built V1 drafter end its drafts early, as a policy that knows nothing yet decides."""
     cls = type(drafter)
     drafter.__class__ = type(f"Adaptive{cls.__name__}", (RequestDraftWindow, cls), {})
-    drafter.start_window(maximum, minimum)
+    drafter.start_window(policy)
 
 
 class RequestDraftWindow:
     """Mixed in before a V1 drafter's own class."""
 
-    def start_window(self, maximum: int, minimum: int) -> None:
-        """Begin with nothing known."""
-        self.ppow_window = RequestWindow(maximum, minimum)
+    def start_window(self, policy: RequestWindow) -> None:
+        """Begin with nothing drafted."""
+        self.ppow_window = policy
         self._ppow_pending: dict[str, tuple[bool, list[float]]] = {}  # what was drafted and is being verified
         self._ppow_ids: list[str] = []
         self._ppow_produced: list[int] = []

@@ -17,6 +17,7 @@ from vllm_ppow.compat import draft_window, profiling, seams, v2_runner
 from vllm_ppow.compat.capabilities import V2_RUNNER
 from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, TARGET_KEY, WINDOW_KEY, PPOWServingError
 from vllm_ppow.cost_profile import CostProfile, CostProfileError, read_cost_profile
+from vllm_ppow.request_window import RequestWindow
 from vllm_ppow.step_cost import StepCost
 from vllm_ppow.window import DraftWindow
 
@@ -250,11 +251,14 @@ def build_window(vllm_config: Any) -> DraftWindow:
     verifies = bool(getattr(speculative, VERIFICATION, False))
     if options["per_request"] or verifies:
         ladder = sorted({ladder[0], maximum})  # what lies between is left to the requests
-    profile = _profile(vllm_config)
+    profile, unusable = _profile(vllm_config)
+    if unusable is not None:
+        seams.logger.warning("The draft window learns costs while serving: %s", unusable)
     prior = profile.acceptance_per_position if profile is not None else ()
     estimate = AcceptanceEstimate(maximum, prior)
     trimmed = TrimmedAcceptance() if options["per_request"] or verifies else None
-    # A profile has timed drafts that are verified whole: trimmed ones cost less, how much tells the clock alone.
+    # A profile has timed drafts that are verified whole. What a step of trimmed ones takes tells the clock alone; what
+    # one of their tokens is worth, the profile tells the drafter.
     cost = StepCost(profile if trimmed is None else None)
     window = DraftWindow(ladder, estimate, cost, trimmed, options["per_request"])
     window.counts.layers = ("step", *(["request"] * options["per_request"]), *(["verification"] * verifies))
@@ -273,30 +277,39 @@ def _known_from(has_profile: bool, trims: bool) -> str:
     if not has_profile:
         return "learned while serving"
     if trims:
-        return "acceptance of the cost profile, step times learned while serving"
+        return "acceptance and prices of the cost profile, step times learned while serving"
     return "cost profile, corrected while serving"
 
 
-def _profile(vllm_config: Any) -> CostProfile | None:
-    """The cost profile beside an adapter's files, or None; the log tells of one that cannot be used."""
+def build_request_window(vllm_config: Any, options: dict[str, Any]) -> RequestWindow:
+    """The policy of a drafter that trims its drafts by request, from the adapter's cost profile if it has one.
+
+    Args:
+        options: of the window, as `options_of` gives them.
+    """
+    profile, _ = _profile(vllm_config)  # what is wrong with it says the scheduler's log
+    return RequestWindow(
+        vllm_config.speculative_config.num_speculative_tokens, options["min_tokens"], profile
+    )
+
+
+def _profile(vllm_config: Any) -> tuple[CostProfile | None, str | None]:
+    """The cost profile beside an adapter's files, or None; why one that is there cannot be used, or None."""
     extra = vllm_config.speculative_config.draft_load_config.model_loader_extra_config
     try:
         profile = read_cost_profile(extra[ADAPTER_KEY])
     except CostProfileError as error:
-        seams.logger.warning("The draft window learns costs while serving: %s", error)
-        return None
+        return None, str(error)
     if profile is None:
-        return None
+        return None, None
     here = {
         **profiling.machine(vllm_config),
         "adapter_fingerprint": extra[FINGERPRINT_KEY],
         "target_fingerprint": extra.get(TARGET_KEY),
     }
     if differences := profile.differences(**here):
-        seams.logger.warning(
-            "The draft window learns costs while serving: the adapter's cost profile is of another set-up (%s); "
-            "measure again with ppow profile.",
-            "; ".join(differences),
+        return None, (
+            f"the adapter's cost profile is of another set-up ({'; '.join(differences)}); measure again with ppow "
+            "profile."
         )
-        return None
-    return profile
+    return profile, None

@@ -123,7 +123,7 @@ def adopt_drafter(worker: Any) -> None:
     options = window.options_of(speculative)
     if options is not None and options["per_request"]:
         draft_window.adopt(
-            worker.worker.model_runner.drafter, speculative.num_speculative_tokens, options["min_tokens"]
+            worker.worker.model_runner.drafter, window.build_request_window(worker.vllm_config, options)
         )
 
 
