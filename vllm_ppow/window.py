@@ -22,8 +22,9 @@ from vllm_ppow.step_cost import StepCost
 # A new K must promise this much more than the one of the step before, and what changing costs (change_cost.py) must
 # come back within so many steps.
 HYSTERESIS, PAID_BACK_WITHIN = 0.005, 64
-# Share of throughput that probes may cost: of lengths that were timed at such batch sizes, and of others.
-PROBE_BUDGET, FIRST_PROBE_BUDGET = 0.005, 0.02
+# Share of throughput that probes may cost: of lengths that were timed at such batch sizes, and of others. Where our
+# drafter trims by request there is little to find out: drafts that do not pay it ends by itself.
+PROBE_BUDGET, FIRST_PROBE_BUDGET, TRIMMED_PROBE_BUDGET = 0.005, 0.02, 0.001
 # Steps between probes, whatever they cost.
 PROBE_EVERY = (24, 1024)
 # Steps that also prefill are not timed: probes wait for others, but no longer than this many times as long.
@@ -314,7 +315,8 @@ class DraftWindow:
         slower = promised[self.lengths.index(best)] / promised[self.lengths.index(probe)] - 1.0
         tokens = (1.0 + self._promise[probe]) / (1.0 + self._promise[best])
         is_new = not self.cost.is_timed(batch, probe)
-        held, budget = (_FIRST_PROBE_STEPS, FIRST_PROBE_BUDGET) if is_new else (_PROBE_STEPS, PROBE_BUDGET)
+        usual = TRIMMED_PROBE_BUDGET if self.by_request and best else PROBE_BUDGET
+        held, budget = (_FIRST_PROBE_STEPS, FIRST_PROBE_BUDGET) if is_new else (_PROBE_STEPS, usual)
         steps = held * slower * tokens / budget  # what the probe loses, in steps at the best length
         wait = min(max(steps, PROBE_EVERY[0]), PROBE_EVERY[1])
         wait += 2 * self.changing.steps / budget  # to the probe's length and back
