@@ -128,6 +128,10 @@ class CostProfile:
         """
         return self.pass_seconds(batch, context) / self._at(self.target_step_seconds, batch, 0, context)
 
+    def drafting_seconds(self, batch: int, num_draft_tokens: int, context: int | None = None) -> float:
+        """Time of the drafter's passes that make drafts of that length, linear between the measured points."""
+        return self._at(self.draft_seconds, batch, num_draft_tokens, context)
+
     def pass_seconds(self, batch: int, context: int | None = None) -> float:
         """Time of one more pass of the drafter over `batch` requests (>= 0; ours).
 
@@ -135,7 +139,7 @@ class CostProfile:
         target just verified, is left to the intercept. With one such length it is that draft's time per token.
         """
         lengths = [length for length in self.draft_lengths if length >= 1]
-        seconds = [self._at(self.draft_seconds, batch, length, context) for length in lengths]
+        seconds = [self.drafting_seconds(batch, length, context) for length in lengths]
         return max(0.0, grid.slope(lengths, seconds) if len(lengths) > 1 else seconds[0] / lengths[0])
 
     def token_seconds(self, batch: int, context: int | None = None) -> float:

@@ -2,7 +2,8 @@
 
 In serve_within.py a load is measured once, within some percent. Here its step times, how they wander, and how many
 tokens of a draft are accepted at every place of real texts are put together again (replay_engine.py) many times over,
-with the window that is served. Texts come from the tiny pair with an adapter, times from what serve_within.py wrote.
+with the window that is served. Texts come from the tiny pair with an adapter (replay_texts.py), times from what
+serve_within.py wrote, the drafter's share of them from a cost profile: with one, drafts are trimmed by request as well.
 Runs of a seed are alike on any machine. Left out: what is not in step times and acceptance, such as the window's own
 code.
 
@@ -17,72 +18,41 @@ import functools
 import json
 import math
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from bench_adapters import TINY
 from replay_engine import Engine, Machine, Made
+from replay_texts import MAX_TOKENS, Text, load_texts
 from serve_sweep import machine_facts
 from sweep_table import length_of
 from within_table import seconds_per_prompt_token
 
-from ppow_train.generation import Round, load_tokenizer
-from ppow_train.pair import load_pair
-from ppow_train.parity import merged_pair
-from ppow_train.progress import make_progress
-from ppow_train.prompts import read_prompts
 from ppow_train.report import write_json
-from ppow_train.rollout import WindowRunner
-from ppow_train.training import get_trajectories
-from ppow_train.walk import accepted_at_every_start
-from vllm_ppow.acceptance import AcceptanceEstimate
-from vllm_ppow.artifact import read_adapter
+from vllm_ppow.acceptance import AcceptanceEstimate, TrimmedAcceptance
 from vllm_ppow.cost_profile import CostProfile, read_cost_profile
 from vllm_ppow.isotonic import isotonic
+from vllm_ppow.request_window import RequestWindow
 from vllm_ppow.step_cost import StepCost
 from vllm_ppow.window import DraftWindow
 
-MAX_TOKENS = 64  # of every continuation, as in serve_within.py
 FIXED_STEPS = 40_000  # request-steps that tell what a fixed length makes
 
-
-def accepted_lengths(adapter_directory: Path, prompts: str, num_prompts: int) -> list[list[int]]:
-    """Of prompts of the tiny pair's file, the tokens of a draft that are accepted at each start; temperature 0."""
-    adapter = read_adapter(adapter_directory)
-    drafter = TINY / adapter.config.drafter_type
-    pair = merged_pair(load_pair(str(TINY / "target"), str(drafter)), adapter, drafter)
-    file = TINY / "prompts" / f"{prompts}.jsonl"
-    with make_progress() as progress, tempfile.TemporaryDirectory() as cache:
-        trajectories = get_trajectories(
-            pair,
-            file,
-            texts=read_prompts(file, load_tokenizer(TINY / "target"))[:num_prompts],
-            cache=Path(cache),
-            max_new_tokens=MAX_TOKENS + adapter.config.num_speculative_tokens,
-            rounds=[Round(0.0, 0)],
-            progress=progress,
-        )
-        runner = WindowRunner(
-            pair.target, pair.drafter, trajectories, adapter.config.num_speculative_tokens, 1.0
-        )
-        task = progress.add_task("drafts at every start", total=len(trajectories), note="")
-        accepted = []
-        for row in range(len(trajectories)):
-            accepted.append(accepted_at_every_start(runner, row, greedy_drafts=True))
-            progress.update(task, advance=1)
-        return accepted
+# What serves: a window, and what trims its drafts by request, if anything.
+Policy = tuple[DraftWindow, RequestWindow | None]
 
 
-def machine_of(line: dict[str, Any], warm_rotations: int, longest: int) -> Machine:
+def machine_of(
+    line: dict[str, Any], warm_rotations: int, longest: int, profile: CostProfile | None = None
+) -> Machine:
     """The step times of one load, and how they wandered, from the turns of fixed lengths and none.
 
     Args:
         line: of serve_within.py's results.
         longest: draft length up to which times are interpolated; beyond measured ones they go on as they rise last.
+        profile: tells what of a step is the drafter's; without it nothing is.
     """
     by_length: dict[int, list[dict[str, Any]]] = {}
     for turn in line["turns"]:
@@ -100,11 +70,15 @@ def machine_of(line: dict[str, Any], warm_rotations: int, longest: int) -> Machi
         for turn in by_length[length]
     ]
     spread, seconds = _pace(sorted(logs))
+    lengths = range(longest + 1)
+    batch = line["concurrency"]
+    drafting = [profile.drafting_seconds(batch, n) if profile else 0.0 for n in lengths]
     return Machine(
-        batch=line["concurrency"],
+        batch=batch,
         step_seconds=_filled(
             known, isotonic([each[length] for length in known], [1.0] * len(known)), longest
         ),
+        draft_seconds=tuple(isotonic(drafting, [1.0] * len(drafting))),
         prompt_tokens=prompt_tokens,
         prompt_seconds=prompt_token * prompt_tokens,
         pace_spread=spread,
@@ -139,7 +113,7 @@ def _pace(logs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return float(paces.std()), float(np.median(np.diff(when)) / -math.log(kept))
 
 
-def fixed_speeds(machine: Machine, texts: Sequence[Sequence[int]]) -> list[float]:
+def fixed_speeds(machine: Machine, texts: Sequence[Text]) -> list[float]:
     """Tokens per second at every draft length."""
     steps = FIXED_STEPS // machine.batch
     made = [Engine(machine, texts, 0).fixed(length, steps) for length in range(len(machine.step_seconds))]
@@ -158,20 +132,22 @@ class Replayed:
     """One window at one load, over seeds.
 
     Attributes:
-        worths: of its choices, by seed.
+        worths: of its choices, by seed; none where drafts were trimmed.
         speeds: tokens per second that it made itself over the best fixed length's, by seed.
-        drafted: share of steps by draft length, all seeds together.
+        drafted: share of steps by draft length, all seeds together; by their maximum where drafts were trimmed.
+        verified: draft tokens per request and step.
     """
 
     worths: tuple[float, ...]
     speeds: tuple[float, ...]
     drafted: tuple[float, ...]
+    verified: float
 
 
 def replay(
     machine: Machine,
-    texts: Sequence[Sequence[int]],
-    make_window: Callable[[], DraftWindow],
+    texts: Sequence[Text],
+    make_policy: Callable[[], Policy],
     speeds: Sequence[float],
     *,
     seeds: int,
@@ -183,14 +159,15 @@ def replay(
     warm, steps = (max(1, round(time / machine.step_seconds[best])) for time in (warm_seconds, seconds))
     runs = []
     for seed in range(seeds):
-        engine, window = Engine(machine, texts, seed), make_window()
-        engine.adaptive(window, warm)
-        runs.append(engine.adaptive(window, steps))
+        engine, (window, trimming) = Engine(machine, texts, seed), make_policy()
+        engine.adaptive(window, warm, trimming)
+        runs.append(engine.adaptive(window, steps, trimming))
     times = [sum(column) for column in zip(*(run.drafted for run in runs), strict=True)]
     return Replayed(
-        worths=tuple(worth(run, machine, speeds) for run in runs),
+        worths=() if trimming else tuple(worth(run, machine, speeds) for run in runs),
         speeds=tuple(run.tokens / run.seconds / max(speeds) for run in runs),
         drafted=tuple(time / sum(times) for time in times),
+        verified=sum(run.verified for run in runs) / (machine.batch * sum(times)),
     )
 
 
@@ -214,64 +191,46 @@ class KnownCost(StepCost):
         return []
 
 
-def make_windows(longest: int, profile: CostProfile | None) -> dict[str, Callable[[Machine], DraftWindow]]:
-    """The windows to compare, by name: as served, with a cost profile and without, and one that knows step times."""
+def make_policies(longest: int, profile: CostProfile | None) -> dict[str, Callable[[Machine], Policy]]:
+    """What to compare, by name: windows as served, and one that knows step times.
 
-    def window(cost: StepCost, prior: Sequence[float] = ()) -> DraftWindow:
-        return DraftWindow(range(longest + 1), AcceptanceEstimate(longest, prior), cost)
+    With a cost profile, without, and with one that also trims drafts by request.
+    """
 
-    windows: dict[str, Callable[[Machine], DraftWindow]] = {}
+    def whole(cost: StepCost, prior: Sequence[float] = ()) -> Policy:
+        return DraftWindow(range(longest + 1), AcceptanceEstimate(longest, prior), cost), None
+
+    def trimmed(profile: CostProfile) -> Policy:
+        estimate = AcceptanceEstimate(longest, profile.acceptance_per_position)
+        window = DraftWindow([0, longest], estimate, StepCost(), TrimmedAcceptance(), by_request=True)
+        return window, RequestWindow(longest, profile=profile)
+
+    policies: dict[str, Callable[[Machine], Policy]] = {}
     if profile is not None:
-        windows["cost profile"] = lambda machine: window(StepCost(profile), profile.acceptance_per_position)
-    windows["clock"] = lambda machine: window(StepCost())
-    windows["step times known"] = lambda machine: window(KnownCost(machine))
-    return windows
+        policies["cost profile"] = lambda machine: whole(StepCost(profile), profile.acceptance_per_position)
+        policies["by request"] = lambda machine: trimmed(profile)
+    policies["clock"] = lambda machine: whole(StepCost())
+    policies["step times known"] = lambda machine: whole(KnownCost(machine))
+    return policies
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| concurrency | window | best fixed | its choices ÷ best: mean, least | tokens per second ÷ best | drafted |",
-        "|---|---|---|---|---|---|",
+        "| concurrency | window | best fixed | its choices ÷ best: mean, least | tokens per second ÷ best: mean, least "
+        "| verified | drafted |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         worths, speeds = row["worths"], row["speeds"]
         error = statistics.stdev(speeds) / len(speeds) ** 0.5
+        of_choices = f"{statistics.mean(worths):.3f}, {min(worths):.3f}" if worths else "trimmed"
         shares = ", ".join(f"{k}: {share:.0%}" for k, share in enumerate(row["drafted"]) if share >= 0.02)
         lines.append(
-            f"| {row['concurrency']} | {row['window']} | K={row['best']} | {statistics.mean(worths):.3f}, "
-            f"{min(worths):.3f} | {statistics.mean(speeds):.3f} ± {error:.3f} | {shares} |"
+            f"| {row['concurrency']} | {row['window']} | K={row['best']} | {of_choices} "
+            f"| {statistics.mean(speeds):.3f} ± {error:.3f}, {min(speeds):.3f} | {row['verified']:.2f} | {shares} |"
         )
     return "\n".join(lines)
-
-
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """What is replayed.
-
-    Attributes:
-        num_speculative_tokens: of the drafts.
-        accepted: of every text, by start.
-    """
-
-    num_speculative_tokens: int
-    accepted: list[list[int]]
-
-    def write(self, path: Path) -> None:
-        """As `load_texts` takes it, a line for each text."""
-        rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in self.accepted)
-        head = f'"num_speculative_tokens": {self.num_speculative_tokens}'
-        path.write_text(f'{{{head}, "accepted": [\n{rows}\n]}}\n')
-
-
-def load_texts(adapter: Path | None, accepted: Path | None, prompts: str, num_prompts: int) -> Texts:
-    """Accepted lengths: read where they were written before, else made."""
-    if accepted is not None:
-        return Texts(**json.loads(accepted.read_text()))
-    if adapter is None:
-        raise click.UsageError("Give --adapter, or --accepted with what an earlier run wrote.")
-    longest = read_adapter(adapter).config.num_speculative_tokens
-    return Texts(longest, accepted_lengths(adapter, prompts, num_prompts))
 
 
 @click.command()
@@ -283,10 +242,16 @@ def load_texts(adapter: Path | None, accepted: Path | None, prompts: str, num_pr
     "--adapter", type=click.Path(path_type=Path), help="adapter directory whose drafts are replayed"
 )
 @click.option(
-    "--accepted", type=click.Path(path_type=Path), help="accepted.json of an earlier run, for --adapter"
+    "--texts",
+    "texts_file",
+    type=click.Path(path_type=Path),
+    help="texts.json of an earlier run, for --adapter",
 )
 @click.option(
-    "--profile", type=click.Path(path_type=Path), help="directory with the window's cost_profile.json"
+    "--profile",
+    "profile_directory",
+    type=click.Path(path_type=Path),
+    help="directory with the windows' cost_profile.json",
 )
 @click.option("--prompts", default="tests_report", show_default=True, help="file of the tiny pair's prompts")
 @click.option("--num-prompts", default=224, show_default=True, help="of that file")
@@ -294,25 +259,25 @@ def load_texts(adapter: Path | None, accepted: Path | None, prompts: str, num_pr
 @click.option("--warm-seconds", default=12.0, show_default=True, help="before what counts")
 @click.option("--seconds", default=40.0, show_default=True, help="that count")
 def main(
-    turns: Path, output: Path, adapter: Path | None, accepted: Path | None, profile: Path | None, prompts: str,
-    num_prompts: int, seeds: int, warm_seconds: float, seconds: float,
+    turns: Path, output: Path, adapter: Path | None, texts_file: Path | None, profile_directory: Path | None,
+    prompts: str, num_prompts: int, seeds: int, warm_seconds: float, seconds: float,
 ) -> None:  # fmt: skip
     """Replay the adaptive window at the loads of a serve_within.py run."""
     facts, *lines = map(json.loads, turns.read_text().splitlines())
-    texts = load_texts(adapter, accepted, prompts, num_prompts)
+    texts = load_texts(adapter, texts_file, prompts, num_prompts)
+    profile = None if profile_directory is None else read_cost_profile(profile_directory)
     output.mkdir(parents=True, exist_ok=True)
-    if accepted is None:
-        texts.write(output / "accepted.json")
+    if texts_file is None:
+        texts.write(output / "texts.json")
     longest = texts.num_speculative_tokens
-    windows = make_windows(longest, None if profile is None else read_cost_profile(profile))
     rows: list[dict[str, Any]] = []
     for line in sorted(lines, key=lambda line: line["concurrency"]):
-        machine = machine_of(line, facts["facts"]["warm_rotations"], longest)
-        speeds = fixed_speeds(machine, texts.accepted)
-        for name, make in windows.items():
+        machine = machine_of(line, facts["facts"]["warm_rotations"], longest, profile)
+        speeds = fixed_speeds(machine, texts.texts)
+        for name, make in make_policies(longest, profile).items():
             found = replay(
                 machine,
-                texts.accepted,
+                texts.texts,
                 functools.partial(make, machine),
                 speeds,
                 seeds=seeds,
