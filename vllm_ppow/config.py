@@ -64,14 +64,15 @@ class PPOWOptions:
         window: "adaptive" drafts as many tokens per step as pay, at most num_speculative_tokens; "fixed" always
             drafts num_speculative_tokens; "auto" is "adaptive" but where vLLM would give up full CUDA graphs for it.
         min_tokens: tokens that an adaptive window drafts at least, 0 to num_speculative_tokens.
-        per_request: let an adaptive window trim drafts request by request where this vLLM's runner can; an experiment.
+        per_request: let an adaptive window also trim drafts request by request, where this vLLM's runner can; None does
+            on a CPU for which the adapter has a cost profile.
     """
 
     base_drafter: str | None = None
     allow_target_mismatch: bool = False
     window: str = "auto"
     min_tokens: int = 0
-    per_request: bool = False
+    per_request: bool | None = None
     hot_swap: bool = False
     hot_swap_directory: str | None = None
 
@@ -81,7 +82,8 @@ class PPOWOptions:
                 f'"ppow": base_drafter must be a directory or Hub repo id, got {self.base_drafter!r}.'
             )
         for name in ("allow_target_mismatch", "per_request", "hot_swap"):
-            if not isinstance(value := getattr(self, name), bool):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and name == "per_request"):
                 raise PPOWServingError(f'"ppow": {name} must be true or false, got {value!r}.')
         directory = self.hot_swap_directory
         if directory is not None and not (

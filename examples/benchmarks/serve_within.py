@@ -151,7 +151,11 @@ def judge(lines: list[dict[str, Any]], facts: dict[str, Any]) -> tuple[list[turn
     found = [within_table.comparable(line, warm) for line in lines]
     levels = [turns_table.judge(line, warm) for line in found]
     remarks = [within_table.remark(*both) for both in zip(found, levels, strict=True)]
-    return levels, [*remarks, *([within_table.remark_together(found)] if len(found) > 1 else [])]
+    if len(found) > 1:
+        remarks.append(within_table.remark_together(found))
+    if all(TRIMMING in line["drafts_by_length"] for line in found):
+        remarks += within_table.remarks_by_request(found)
+    return levels, remarks
 
 
 @click.command()

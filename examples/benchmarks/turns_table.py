@@ -52,8 +52,9 @@ class Level:
         over_chosen: ours in each half of the rotations over the fixed K that was best in the other half: what a user
             who measured before would see.
         of_itself: no speculation in the odd rotations over the even ones: what chance does to half of them.
-        mean_length: mean drafted tokens of ours.
+        mean_length: mean drafted tokens of ours, or of their maximum where ours trims them.
         rotations: that were judged.
+        ours: the arm that is judged.
     """
 
     concurrency: int
@@ -65,6 +66,7 @@ class Level:
     of_itself: float
     mean_length: float
     rotations: int
+    ours: str = ADAPTIVE
 
 
 def counts_of(line: dict[str, Any], warm_rotations: int) -> dict[str, Counts]:
@@ -104,54 +106,55 @@ def _drawn(of: Counts, over: Counts, seed: int) -> np.ndarray:
     return _speed(of[:, rows]) / _speed(over[:, rows])
 
 
-def together(levels: Sequence[dict[str, Counts]]) -> dict[str, Ratio]:
+def together(levels: Sequence[dict[str, Counts]], ours: str = ADAPTIVE) -> dict[str, Ratio]:
     """Ours over every fixed K that all levels have: geometric mean over the levels, which are drawn independently."""
     found = {}
     for arm in order_arms(set.intersection(*map(set, levels))):
         if is_fixed(arm):
-            logs = [np.log(_speed(level[ADAPTIVE]) / _speed(level[arm])) for level in levels]
-            drawn = [np.log(_drawn(level[ADAPTIVE], level[arm], seed)) for seed, level in enumerate(levels)]
+            logs = [np.log(_speed(level[ours]) / _speed(level[arm])) for level in levels]
+            drawn = [np.log(_drawn(level[ours], level[arm], seed)) for seed, level in enumerate(levels)]
             low, high = np.exp(np.percentile(np.mean(drawn, axis=0), PERCENT))
             found[arm] = Ratio(float(np.exp(np.mean(logs))), float(low), float(high))
     return found
 
 
-def _over_chosen(counts: dict[str, Counts]) -> float:
+def _over_chosen(counts: dict[str, Counts], ours: str) -> float:
     """Ours over the fixed K that was best in the other half, geometric mean of both halves."""
     fixed = [arm for arm in counts if is_fixed(arm)]
-    half = counts[ADAPTIVE].shape[1] // 2
+    half = counts[ours].shape[1] // 2
     halves = [slice(0, half), slice(half, None)]
     found = []
     for here, there in (halves, reversed(halves)):
         chosen = max(fixed, key=lambda arm: _speed(counts[arm][:, there]))
-        found.append(_speed(counts[ADAPTIVE][:, here]) / _speed(counts[chosen][:, here]))
+        found.append(_speed(counts[ours][:, here]) / _speed(counts[chosen][:, here]))
     return float(np.sqrt(found[0] * found[1]))
 
 
-def judge(line: dict[str, Any], warm_rotations: int) -> Level:
-    """What one line of results says."""
+def judge(line: dict[str, Any], warm_rotations: int, arm: str = ADAPTIVE) -> Level:
+    """What one line of results says of an arm of ours."""
     counts = counts_of(line, warm_rotations)
-    none, ours = counts[NONE], counts[ADAPTIVE]
+    none, ours = counts[NONE], counts[arm]
     fixed = [arm for arm in counts if is_fixed(arm)]
-    drafts = {int(length): number for length, number in line["drafts_by_length"][ADAPTIVE].items()}
+    drafts = {int(length): number for length, number in line["drafts_by_length"][arm].items()}
     drafted = sum(length * number for length, number in drafts.items())
     return Level(
         concurrency=line["concurrency"],
         speed=float(_speed(none)),
-        over_none={arm: ratio(counts[arm], none) for arm in counts if arm != NONE},
-        best=max(fixed, key=lambda arm: _speed(counts[arm])),
-        over_every={arm: ratio(ours, counts[arm]) for arm in fixed},
-        over_chosen=_over_chosen(counts),
+        over_none={other: ratio(counts[other], none) for other in counts if other != NONE},
+        best=max(fixed, key=lambda length: _speed(counts[length])),
+        over_every={length: ratio(ours, counts[length]) for length in fixed},
+        over_chosen=_over_chosen(counts, arm),
         of_itself=float(_speed(none[:, 1::2]) / _speed(none[:, ::2])),
         mean_length=drafted / max(1, sum(drafts.values())),
         rotations=ours.shape[1],
+        ours=arm,
     )
 
 
 def aims(levels: Sequence[Level]) -> list[tuple[str, str]]:
     """The three aims, each with its verdict and by what: the level whose interval is lowest speaks for an aim."""
     of_best = min(levels, key=lambda level: level.over_every[level.best].high)
-    of_none = min(levels, key=lambda level: level.over_none[ADAPTIVE].high)
+    of_none = min(levels, key=lambda level: level.over_none[level.ours].high)
     verdicts = [
         (
             _worst(level.over_every[level.best].against(MIN_OF_BEST) for level in levels),
@@ -159,9 +162,9 @@ def aims(levels: Sequence[Level]) -> list[tuple[str, str]]:
             f"{of_best.over_every[of_best.best]} at concurrency {of_best.concurrency} (best there {of_best.best})",
         ),
         (
-            _worst(level.over_none[ADAPTIVE].against(MIN_OF_NONE) for level in levels),
-            f"never below {MIN_OF_NONE:.0%} of no speculation: least is {of_none.over_none[ADAPTIVE]} at concurrency "
-            f"{of_none.concurrency}",
+            _worst(level.over_none[level.ours].against(MIN_OF_NONE) for level in levels),
+            f"never below {MIN_OF_NONE:.0%} of no speculation: least is {of_none.over_none[of_none.ours]} at "
+            f"concurrency {of_none.concurrency}",
         ),
     ]
     better = [level for level in levels if all(found.low > 1 for found in level.over_every.values())]

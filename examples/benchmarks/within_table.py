@@ -165,12 +165,27 @@ def remark(line: dict[str, Any], level: turns_table.Level) -> str:
     )
 
 
-def remark_together(lines: Sequence[dict[str, Any]]) -> str:
+def remark_together(lines: Sequence[dict[str, Any]], ours: str = ADAPTIVE) -> str:
     """Ours over any one fixed K for all levels, where there are several.
 
     Args:
         lines: as `comparable` gives them.
     """
-    found = turns_table.together([turns_table.counts_of(line, 0) for line in lines])
+    found = turns_table.together([turns_table.counts_of(line, 0) for line in lines], ours)
     ratios = ", ".join(f"{over} of {arm}" for arm, over in found.items())
     return f"all concurrencies together (geometric mean) it makes {ratios}"
+
+
+def remarks_by_request(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """The aims again, of drafts that are trimmed by request: what a CPU with a cost profile is served by default.
+
+    Args:
+        lines: as `comparable` gives them, all with that arm.
+    """
+    levels = [turns_table.judge(line, 0, TRIMMING) for line in lines]
+    said = [f"{TRIMMING}, {verdict}: {text}" for verdict, text in turns_table.aims(levels)]
+    chosen = ", ".join(f"{level.over_chosen:.3f} at {level.concurrency}" for level in levels)
+    said.append(f"{TRIMMING}, over the best of the other half: {chosen}")
+    if len(lines) > 1:
+        said.append(f"{TRIMMING}, {remark_together(lines, TRIMMING)}")
+    return said

@@ -263,6 +263,31 @@ def test_what_trimming_by_request_makes_is_said_beside_the_adaptive_window():
     # 1/80 and 1/88 s a token, and in each the same time for prompts
     assert "by request it makes 1.086 (1.086 … 1.086) of what it makes without, " in said
     assert said.endswith(" of K=2, verifying 1.5 tokens a request and step")
+    other = {**found, "concurrency": 16}
+    remarks = within_table.remarks_by_request([found, other])
+    assert remarks[0].startswith(
+        "by request, met: at every concurrency at least 98% of the best fixed K: least is 1.0"
+    )
+    assert (
+        remarks[2] == "by request, met: better than every fixed K, interval clear of 1: at concurrency 4, 16"
+    )
+    assert remarks[4].startswith("by request, all concurrencies together (geometric mean) it makes 1.086")
+    levels, said = serve_within.judge([found, other], {"warm_rotations": 8})
+    assert {level.ours for level in levels} == {ADAPTIVE}
+    assert said[-5:] == remarks
+
+
+def test_trimming_by_request_that_loses_misses_the_aims_though_the_adaptive_window_meets_them():
+    speeds = {NONE: 50.0, "K=2": 80.0, within_table.TRIMMING: 60.0, ADAPTIVE: 80.0}
+    found = line(speeds, dict.fromkeys(speeds, 50))
+    for turn in found["turns"]:
+        turn |= {"requests": 12, "verified": 18}
+        if turn["arm"] == within_table.TRIMMING:
+            turn["drafted"] = {"8": 3}
+    found = within_table.comparable(found, 8)
+    (verdict, _), *_ = turns_table.aims([turns_table.judge(found, 0)])
+    assert verdict == "met"
+    assert within_table.remarks_by_request([found])[0].startswith("by request, MISSED: ")
 
 
 # ---------------------------------------------------------------- the command

@@ -1,6 +1,6 @@
-"""What users combine with speculation answers exactly as without it, for both kinds of drafter and of window.
+"""What users combine with speculation answers exactly as without it, for both kinds of drafter and all of window.
 
-One engine without speculation and three with method ppow answer the requests of feature_cases.py, and two more
+One engine without speculation and four with method ppow answer the requests of feature_cases.py, and two more
 with a LoRA on the target; chunked prefill, prefix caching and a KV cache too small for the batch are on throughout.
 Left out: sampled output (test_distribution.py), tensor parallelism and servers (test_processes.py).
 """
@@ -25,10 +25,12 @@ pytestmark = pytest.mark.engine
 
 # An adaptive window drafts at least one token here: on so small a pair it would not pay, and nothing would be verified.
 ADAPTIVE = {"window": "adaptive", "min_tokens": 1}
+BY_REQUEST = {**ADAPTIVE, "per_request": True}
 ARMS = {
     "eagle3, adaptive": ("eagle3", ADAPTIVE),
+    "eagle3, by request": ("eagle3", BY_REQUEST),
     "eagle3, fixed": ("eagle3", {"window": "fixed"}),
-    "causal_lm, adaptive": ("causal_lm", ADAPTIVE),
+    "causal_lm, by request": ("causal_lm", BY_REQUEST),
 }
 LORA = {"enable_lora": True, "max_lora_rank": 8, "logprobs_mode": "processed_logprobs"}
 if torch.cuda.is_available():

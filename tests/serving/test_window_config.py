@@ -317,6 +317,28 @@ def test_drafts_are_trimmed_by_request_on_the_synchronous_v1_runner(built):
     assert window.options_of(built().speculative_config)["per_request"] is False
 
 
+def test_unasked_drafts_are_trimmed_by_request_where_the_adapter_has_a_cost_profile(profiled, built, log):
+    assert profiled().counts.layers == ("step",), "the config was made before the profile was measured"
+    assert "it needs a cost profile, and the adapter has none; ppow profile measures one." in log.text
+    assert profiled().counts.layers == ("step", "request")
+    assert profiled({"per_request": False}).counts.layers == ("step",)
+    log.clear()
+    profiled(device="another")
+    built()
+    assert "it needs a cost profile, the adapter's cost profile is of another set-up (device" in log.text
+
+
+def test_unasked_no_gpu_waits_for_probabilities(profiled, built, log, monkeypatch):
+    from vllm.platforms import current_platform
+
+    profiled()
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    config = built()
+    monkeypatch.undo()
+    assert window.options_of(config.speculative_config)["per_request"] is False
+    assert 'on a GPU "per_request": true asks for it' in log.text
+
+
 @pytest.mark.parametrize(
     ("section", "field", "value", "reason"),
     [

@@ -161,10 +161,14 @@ def attach(vllm_config: Any) -> None:
             "save their verification only. With many requests at a time compare %s=0 or a shorter fixed window.",
             V2_RUNNER,
         )
-    if options["per_request"] and (reason := _no_trimming(vllm_config)) is not None:
-        seams.logger.info("Drafts are of one length per step, not trimmed by request: %s", reason)
-        seams.logger.info("%s", verification(vllm_config))
-        options["per_request"] = False
+    if options["per_request"] is not False:
+        reason = _no_trimming(vllm_config)
+        if reason is None and options["per_request"] is None:
+            reason = _not_unasked(vllm_config)
+        if reason is not None:
+            seams.logger.info("Drafts are of one length per step, not trimmed by request: %s", reason)
+            seams.logger.info("%s", verification(vllm_config))
+        options["per_request"] = reason is None
         vllm_config.speculative_config.draft_load_config.model_loader_extra_config[WINDOW_KEY] = options
     scheduler = vllm_config.scheduler_config
     name = "PPOWAsyncScheduler" if scheduler.async_scheduling else "PPOWScheduler"
@@ -195,6 +199,24 @@ def _no_trimming(vllm_config: Any) -> str | None:
         draft_window.require()
     except seams.SeamMissingError as error:
         return str(error)
+    return None
+
+
+def _not_unasked(vllm_config: Any) -> str | None:
+    """Why drafts that can be trimmed by request are not unless asked for; None if they are.
+
+    Without a cost profile drafts of odd lengths come first, to learn what a token costs, and a GPU would have to wait
+    for probabilities at each pass.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return 'on a GPU "per_request": true asks for it.'
+    profile, unusable = _profile(vllm_config)
+    if profile is None:
+        return (
+            f"it needs a cost profile, {unusable or 'and the adapter has none; ppow profile measures one.'}"
+        )
     return None
 
 
