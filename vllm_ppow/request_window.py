@@ -3,7 +3,8 @@
 Within the maximum that the scheduler gave for the step, a token is kept while its chance of being accepted, with all
 before it, is worth more than its verification; another drafter pass is made while the tokens expected of it are worth
 more than the pass. "Worth" is at the rate at which tokens are being produced: to maximise tokens per second is to
-maximise tokens - rate · seconds (Dinkelbach), with the rate measured. Chances are calibrated top-1 probabilities.
+maximise tokens - rate · seconds (Dinkelbach). Rate and seconds are measured, until then a cost profile's; without one
+the first drafts are of odd lengths, to find out what a token takes. Chances are calibrated top-1 probabilities.
 
 Sampling stays lossless. What decides on token i of a request is the drafter's distribution q_i, through max q_i, and
 the same of earlier positions: functions of the tokens before i, never of the token x_i drawn from q_i nor of a later

@@ -347,7 +347,10 @@ def _cost_profile(diagnosis: Diagnosis, adapter: Adapter, another_target: bool) 
         return
     if profile is None:
         diagnosis.add(
-            "cost profile", "ok", "none: costs are learned while serving, or measured by ppow profile"
+            "cost profile",
+            "ok",
+            "none: costs are learned while serving, or measured by ppow profile, which also has a CPU trim drafts by "
+            "request",
         )
         return
     found = installed_distribution()
@@ -361,7 +364,9 @@ def _cost_profile(diagnosis: Diagnosis, adapter: Adapter, another_target: bool) 
         diagnosis.add("cost profile", "warn", detail, "measure again with ppow profile.")
         return
     diagnosis.add(
-        "cost profile", "ok", f"of {profile.device}: {profile.set_up}; used by a server that runs so"
+        "cost profile",
+        "ok",
+        f"of {profile.device}: {profile.set_up}; used by a server that runs so, which on a CPU trims drafts by request",
     )
 
 
