@@ -195,8 +195,7 @@ class RequestDraftWindow:
 
 def _top_probability(logits: torch.Tensor) -> list[float]:
     """max softmax(logits) of each row, [batch]."""
-    logits = logits.float()
-    return (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp().tolist()
+    return logits.float().softmax(dim=-1).amax(dim=-1).tolist()
 
 
 def _sampled(sampling_metadata: Any, batch: int) -> list[bool]:
