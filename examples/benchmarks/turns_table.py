@@ -107,10 +107,13 @@ def _drawn(of: Counts, over: Counts, seed: int) -> np.ndarray:
 
 
 def together(levels: Sequence[dict[str, Counts]], ours: str = ADAPTIVE) -> dict[str, Ratio]:
-    """Ours over every fixed K that all levels have: geometric mean over the levels, which are drawn independently."""
+    """Ours over every fixed K that all levels have, and over the adaptive window where ours is something else.
+
+    Geometric mean over the levels, which are drawn independently.
+    """
     found = {}
     for arm in order_arms(set.intersection(*map(set, levels))):
-        if is_fixed(arm):
+        if is_fixed(arm) or (arm == ADAPTIVE and ours != ADAPTIVE):
             logs = [np.log(_speed(level[ours]) / _speed(level[arm])) for level in levels]
             drawn = [np.log(_drawn(level[ours], level[arm], seed)) for seed, level in enumerate(levels)]
             low, high = np.exp(np.percentile(np.mean(drawn, axis=0), PERCENT))

@@ -272,6 +272,7 @@ def test_what_trimming_by_request_makes_is_said_beside_the_adaptive_window():
         remarks[2] == "by request, met: better than every fixed K, interval clear of 1: at concurrency 4, 16"
     )
     assert remarks[4].startswith("by request, all concurrencies together (geometric mean) it makes 1.086")
+    assert remarks[4].endswith(" of K=2, 1.086 (1.086 … 1.086) of adaptive")
     levels, said = serve_within.judge([found, other], {"warm_rotations": 8})
     assert {level.ours for level in levels} == {ADAPTIVE}
     assert said[-5:] == remarks
