@@ -11,6 +11,7 @@ import pytest
 from serving_pair import K, random_adapter
 from serving_profile import PROFILE
 
+from vllm_ppow import config as window_config
 from vllm_ppow import plugin
 from vllm_ppow.acceptance import MILD_PRIOR
 from vllm_ppow.artifact import ArtifactError
@@ -303,9 +304,8 @@ def test_the_config_travels_to_the_engine_core(built):
     config = pickle.loads(pickle.dumps(built()))
     assert is_adaptive(config)
     assert config.scheduler_config.get_scheduler_cls().__name__ == "PPOWScheduler"
-    assert (
-        json.dumps(window.options_of(config.speculative_config)) == '{"min_tokens": 0, "per_request": false}'
-    )
+    options = window.options_of(config.speculative_config)
+    assert json.dumps(options) == '{"min_tokens": 0, "per_request": false, "temperature": 0.0}'
 
 
 # ---------------------------------------------------------------- lengths by request
@@ -313,7 +313,8 @@ def test_the_config_travels_to_the_engine_core(built):
 
 def test_drafts_are_trimmed_by_request_on_the_synchronous_v1_runner(built):
     config = built({"per_request": True})
-    assert window.options_of(config.speculative_config) == {"min_tokens": 0, "per_request": True}
+    options = window.options_of(config.speculative_config)
+    assert options == {"min_tokens": 0, "per_request": True, "temperature": 0.0}
     assert window.options_of(built().speculative_config)["per_request"] is False
 
 
@@ -326,6 +327,18 @@ def test_unasked_drafts_are_trimmed_by_request_where_the_adapter_has_a_cost_prof
     profiled(device="another")
     built()
     assert "it needs a cost profile, the adapter's cost profile is of another set-up (device" in log.text
+
+
+def test_unasked_drafts_of_an_adapter_for_sampled_requests_are_not_trimmed(profiled, log, monkeypatch):
+    """At temperature 1 it was measured to cost more than it gains."""
+    profiled()
+    rewritten = window_config._window_options
+    monkeypatch.setattr(
+        window_config, "_window_options", lambda options, length, _: rewritten(options, length, 1.0)
+    )
+    assert profiled().counts.layers == ("step",)
+    assert "the adapter was trained for temperature 1, where" in log.text
+    assert profiled({"per_request": True}).counts.layers == ("step", "request")
 
 
 def test_unasked_no_gpu_waits_for_probabilities(profiled, built, log, monkeypatch):

@@ -164,7 +164,7 @@ def attach(vllm_config: Any) -> None:
     if options["per_request"] is not False:
         reason = _no_trimming(vllm_config)
         if reason is None and options["per_request"] is None:
-            reason = _not_unasked(vllm_config)
+            reason = _not_unasked(vllm_config, options["temperature"])
         if reason is not None:
             seams.logger.info("Drafts are of one length per step, not trimmed by request: %s", reason)
             seams.logger.info("%s", verification(vllm_config))
@@ -202,16 +202,24 @@ def _no_trimming(vllm_config: Any) -> str | None:
     return None
 
 
-def _not_unasked(vllm_config: Any) -> str | None:
+def _not_unasked(vllm_config: Any, temperature: float) -> str | None:
     """Why drafts that can be trimmed by request are not unless asked for; None if they are.
 
     Without a cost profile drafts of odd lengths come first, to learn what a token costs, and a GPU would have to wait
-    for probabilities at each pass.
+    for probabilities at each pass. At temperature 1 the drafter's top-1 probability tells less of what is accepted:
+    there trimming was measured to cost more than it gains (examples/benchmarks/windows.md).
+
+    Args:
+        temperature: that the adapter was trained for.
     """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return 'on a GPU "per_request": true asks for it.'
+    if temperature > 0:
+        return (
+            f'the adapter was trained for temperature {temperature:g}, where "per_request": true asks for it.'
+        )
     profile, unusable = _profile(vllm_config)
     if profile is None:
         return (
