@@ -94,7 +94,9 @@ def test_the_cost_profile_is_looked_at(pair, causal_adapter, tmp_path):
     copied = tmp_path / "adapter"
     shutil.copytree(causal_adapter.directory, copied)
     asked = Question(str(pair.target), str(copied))
-    assert "learned while serving" in found(examine(asked), "ok")["cost profile"]
+    said = found(examine(asked), "ok")["cost profile"]
+    assert "learned while serving" in said
+    assert "has a CPU trim drafts by request" in said
     same = dataclasses.replace(
         PROFILE,
         vllm_version=capabilities.installed_distribution()[1],

@@ -345,13 +345,10 @@ def _cost_profile(diagnosis: Diagnosis, adapter: Adapter, another_target: bool) 
     except CostProfileError as error:
         diagnosis.add("cost profile", "warn", f"learned while serving: {error}")
         return
+    trims = adapter.config.temperature == 0
     if profile is None:
-        diagnosis.add(
-            "cost profile",
-            "ok",
-            "none: costs are learned while serving, or measured by ppow profile, which also has a CPU trim drafts by "
-            "request",
-        )
+        detail = "none: costs are learned while serving, or measured by ppow profile"
+        diagnosis.add("cost profile", "ok", detail + ", which also has a CPU trim drafts by request" * trims)
         return
     found = installed_distribution()
     differences = profile.differences(
@@ -363,11 +360,8 @@ def _cost_profile(diagnosis: Diagnosis, adapter: Adapter, another_target: bool) 
         detail = f"of another set-up ({'; '.join(differences)}), so that costs are learned while serving"
         diagnosis.add("cost profile", "warn", detail, "measure again with ppow profile.")
         return
-    diagnosis.add(
-        "cost profile",
-        "ok",
-        f"of {profile.device}: {profile.set_up}; used by a server that runs so, which on a CPU trims drafts by request",
-    )
+    detail = f"of {profile.device}: {profile.set_up}; used by a server that runs so"
+    diagnosis.add("cost profile", "ok", detail + ", which on a CPU trims drafts by request" * trims)
 
 
 def _native_config(diagnosis: Diagnosis, question: Question) -> None:
