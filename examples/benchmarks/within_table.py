@@ -176,6 +176,29 @@ def remark_together(lines: Sequence[dict[str, Any]], ours: str = ADAPTIVE) -> st
     return f"all concurrencies together (geometric mean) it makes {ratios}"
 
 
+def of_as_many_verified(turns: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Tokens of a trimmed request-step, and seconds of a step, over those of one length of as many verified tokens.
+
+    Between fixed lengths both are interpolated.
+
+    Args:
+        turns: at equal prompts.
+    """
+
+    def each(arm: str) -> tuple[float, float, float]:
+        mine = [turn for turn in turns if turn["arm"] == arm]
+        requests = sum(turn["requests"] for turn in mine)
+        verified, tokens = (sum(turn[name] for turn in mine) / requests for name in ("verified", "tokens"))
+        steps = sum(sum(turn["drafted"].values()) for turn in mine)
+        return verified, tokens, sum(turn["seconds"] for turn in mine) / steps
+
+    fixed = sorted(each(arm) for arm in {turn["arm"] for turn in turns} if length_of(arm) is not None)
+    known = list(zip(*fixed, strict=True))
+    verified, tokens, seconds = each(TRIMMING)
+    usual_tokens, usual_seconds = (float(np.interp(verified, known[0], column)) for column in known[1:])
+    return tokens / usual_tokens, seconds / usual_seconds
+
+
 def remarks_by_request(lines: Sequence[dict[str, Any]]) -> list[str]:
     """The aims again, of drafts that are trimmed by request: what a CPU with a cost profile is served by default.
 
@@ -186,6 +209,11 @@ def remarks_by_request(lines: Sequence[dict[str, Any]]) -> list[str]:
     said = [f"{TRIMMING}, {verdict}: {text}" for verdict, text in turns_table.aims(levels)]
     chosen = ", ".join(f"{level.over_chosen:.3f} at {level.concurrency}" for level in levels)
     said.append(f"{TRIMMING}, over the best of the other half: {chosen}")
+    found = [(line["concurrency"], *of_as_many_verified(line["turns"])) for line in lines]
+    beside = ", ".join(f"{tokens:.3f} and {seconds:.3f} at {level}" for level, tokens, seconds in found)
+    said.append(
+        f"{TRIMMING}, tokens and step times over those of one length of as many verified tokens: {beside}"
+    )
     if len(lines) > 1:
         said.append(f"{TRIMMING}, {remark_together(lines, TRIMMING)}")
     return said

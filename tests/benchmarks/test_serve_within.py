@@ -271,11 +271,34 @@ def test_what_trimming_by_request_makes_is_said_beside_the_adaptive_window():
     assert (
         remarks[2] == "by request, met: better than every fixed K, interval clear of 1: at concurrency 4, 16"
     )
-    assert remarks[4].startswith("by request, all concurrencies together (geometric mean) it makes 1.086")
-    assert remarks[4].endswith(" of K=2, 1.086 (1.086 … 1.086) of adaptive")
+    assert remarks[4].startswith(
+        "by request, tokens and step times over those of one length of as many verified "
+    )
+    assert remarks[5].startswith("by request, all concurrencies together (geometric mean) it makes 1.086")
+    assert remarks[5].endswith(" of K=2, 1.086 (1.086 … 1.086) of adaptive")
     levels, said = serve_within.judge([found, other], {"warm_rotations": 8})
     assert {level.ours for level in levels} == {ADAPTIVE}
-    assert said[-5:] == remarks
+    assert said[-6:] == remarks
+
+
+def test_trimming_is_compared_with_one_length_of_as_many_verified_tokens():
+    def made(arm, verified, tokens, seconds):
+        return {
+            "arm": arm,
+            "requests": 10,
+            "verified": verified,
+            "tokens": tokens,
+            "seconds": seconds,
+            "drafted": {"1": 5},
+        }
+
+    turns = [
+        made(NONE, 0, 10, 1.0),
+        made("K=2", 20, 20, 2.0),
+        made(within_table.TRIMMING, 10, 18, 1.8),
+        made(ADAPTIVE, 20, 99, 9.0),
+    ]
+    assert within_table.of_as_many_verified(turns) == pytest.approx((18 / 15, 1.8 / 1.5))
 
 
 def test_trimming_by_request_that_loses_misses_the_aims_though_the_adaptive_window_meets_them():
