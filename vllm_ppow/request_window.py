@@ -59,9 +59,8 @@ class RequestWindow:
             Calibration(maximum),
         )  # of greedy requests, of sampled ones
         self.pass_cost = StepCost()  # seconds of one drafter pass by batch size
-        self.verify_price = VerifyPrice(
-            profile.token_seconds if profile else None
-        )  # seconds of a token in everything else that a step does
+        # seconds of a token in everything else that a step does
+        self.verify_price = VerifyPrice(profile.token_seconds if profile else None)
         self._rates: dict[int, tuple[float, float, int]] = {}  # batch octave -> tokens, seconds, steps
         self._next = [
             (0.0, 0.0)

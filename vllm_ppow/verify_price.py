@@ -81,10 +81,8 @@ class VerifyPrice:
         key = octave(batch)
         nearest = min(self._prices, key=lambda known: (abs(known - key), known))
         price = self._prices[nearest]
-        if nearest == key or self._prior is None or not prior:
-            return price
-        before = self._prior(round(2.0**nearest))
-        return prior * price / before if before else prior
+        before = self._prior(round(2.0**nearest)) if self._prior else None
+        return price if nearest == key or not prior or not before else prior * price / before
 
     def _weight(self, cell: _Cell) -> float:
         """Observations that a cell is worth now."""

@@ -74,9 +74,8 @@ class _Request:
     text: Text
     produced: int = 0
     draft: int = 0  # tokens of its draft that the next step verifies
-    confidences: list[float] = dataclasses.field(
-        default_factory=list
-    )  # of these tokens, where they were trimmed
+    # Of these tokens, where they were trimmed.
+    confidences: list[float] = dataclasses.field(default_factory=list)
 
     def step(self) -> tuple[int, int | None]:
         """(tokens that a step gives it, of them accepted draft tokens; None: its prompt was read)."""
@@ -142,8 +141,8 @@ class Engine:
         made = Made(0.0, 0, [0] * len(self._machine.step_seconds))
         for _ in range(steps):
             prompts = sum(not request.produced for request in self._requests)
-            length, context = choose(not prompts), self._context()
             decodes, before, tokens = not prompts, self._drafted, made.tokens
+            length, context = choose(decodes), self._context()
             verified = sum(request.draft for request in self._requests)
             accepted = self._verify(made, window, trimming)
             seconds = self._machine.verifying(verified / self._machine.batch)

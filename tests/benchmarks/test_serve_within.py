@@ -250,14 +250,19 @@ def test_drafts_that_are_not_of_their_arms_length_compare_nothing(arm, verified,
         within_table.check_whole(turns)
 
 
-def test_what_trimming_by_request_makes_is_said_beside_the_adaptive_window():
-    speeds = {NONE: 50.0, "K=2": 80.0, within_table.TRIMMING: 88.0, ADAPTIVE: 80.0}
+def line_with_trimming(speed):
+    """A line of results as tables take it; trimmed drafts make so many tokens a second, K = 2 and ours 80."""
+    speeds = {NONE: 50.0, "K=2": 80.0, within_table.TRIMMING: speed, ADAPTIVE: 80.0}
     found = line(speeds, dict.fromkeys(speeds, 50))
     for turn in found["turns"]:
         turn |= {"requests": 12, "verified": 18}
         if turn["arm"] == within_table.TRIMMING:
             turn["drafted"] = {"8": 3}
-    found = within_table.comparable(found, 8)
+    return within_table.comparable(found, 8)
+
+
+def test_what_trimming_by_request_makes_is_said_beside_the_adaptive_window():
+    found = line_with_trimming(88.0)
     said = within_table.remark(found, turns_table.judge(found, 8))
     assert "worth 1.000 (1.000 … 1.000) of K=2" in said
     # 1/80 and 1/88 s a token, and in each the same time for prompts
@@ -302,13 +307,7 @@ def test_trimming_is_compared_with_one_length_of_as_many_verified_tokens():
 
 
 def test_trimming_by_request_that_loses_misses_the_aims_though_the_adaptive_window_meets_them():
-    speeds = {NONE: 50.0, "K=2": 80.0, within_table.TRIMMING: 60.0, ADAPTIVE: 80.0}
-    found = line(speeds, dict.fromkeys(speeds, 50))
-    for turn in found["turns"]:
-        turn |= {"requests": 12, "verified": 18}
-        if turn["arm"] == within_table.TRIMMING:
-            turn["drafted"] = {"8": 3}
-    found = within_table.comparable(found, 8)
+    found = line_with_trimming(60.0)
     (verdict, _), *_ = turns_table.aims([turns_table.judge(found, 0)])
     assert verdict == "met"
     assert within_table.remarks_by_request([found])[0].startswith("by request, MISSED: ")

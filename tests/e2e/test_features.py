@@ -1,4 +1,4 @@
-"""What users combine with speculation answers exactly as without it, for both kinds of drafter and all of window.
+"""What users combine with speculation answers exactly as without it, with drafters and windows of every kind.
 
 One engine without speculation and four with method ppow answer the requests of feature_cases.py, and two more
 with a LoRA on the target; chunked prefill, prefix caching and a KV cache too small for the batch are on throughout.
