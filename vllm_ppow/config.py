@@ -65,7 +65,7 @@ class PPOWOptions:
             drafts num_speculative_tokens; "auto" is "adaptive" but where vLLM would give up full CUDA graphs for it.
         min_tokens: tokens that an adaptive window drafts at least, 0 to num_speculative_tokens.
         per_request: let an adaptive window also trim drafts request by request, where this vLLM's runner can; None does
-            on a CPU for which the adapter has a cost profile, if it was trained for temperature 0.
+            on a CPU for which the adapter has a cost profile, while most requests are greedy.
     """
 
     base_drafter: str | None = None
@@ -237,7 +237,7 @@ def _translated(
     native["method"] = NATIVE_METHOD[adapter.config.drafter_type]
     native["model"] = str(base)
     native.setdefault("num_speculative_tokens", adapter.config.num_speculative_tokens)
-    window = _window_options(options, native["num_speculative_tokens"], adapter.config.temperature)
+    window = _window_options(options, native["num_speculative_tokens"])
     native["draft_load_config"] = _load_config(adapter, native.get("draft_load_config"), window)
     extra = native["draft_load_config"]["model_loader_extra_config"]
     extra[TARGET_KEY] = fingerprint
@@ -268,10 +268,8 @@ def _refuse_unknown(spec: dict[str, Any], known_fields: Collection[str] | None) 
         )
 
 
-def _window_options(
-    options: PPOWOptions, num_speculative_tokens: int, temperature: float
-) -> dict[str, Any] | None:
-    """What travels to the scheduler of an adaptive window, the adapter's temperature too; None for a fixed one."""
+def _window_options(options: PPOWOptions, num_speculative_tokens: int) -> dict[str, Any] | None:
+    """What travels to the scheduler of an adaptive window; None for a fixed one."""
     if options.window == "fixed":
         return None
     if options.min_tokens > num_speculative_tokens:
@@ -279,11 +277,7 @@ def _window_options(
             f'"ppow": min_tokens must be at most num_speculative_tokens ({num_speculative_tokens}), got '
             f"{options.min_tokens}."
         )
-    return {
-        "min_tokens": options.min_tokens,
-        "per_request": options.per_request,
-        "temperature": temperature,
-    }
+    return {"min_tokens": options.min_tokens, "per_request": options.per_request}
 
 
 def _load_config(adapter: Adapter, given: Any, window: dict[str, Any] | None) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_ppow.compat import draft_room
-from vllm_ppow.compat.draft_window import TrimmedLength
+from vllm_ppow.compat.draft_window import GREEDY_BELOW, TrimmedLength
 from vllm_ppow.compat.window import build_window
+from vllm_ppow.traffic_window import TrafficWindow
 from vllm_ppow.window import DraftWindow, WindowCounts
 from vllm_ppow.window_report import ReportWriter
 
@@ -38,7 +39,7 @@ class AdaptiveWindow:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         scheduler: Any = self
-        self.ppow_window: DraftWindow = build_window(scheduler.vllm_config)
+        self.ppow_window: DraftWindow | TrafficWindow = build_window(scheduler.vllm_config)
         self._longest_drafted: int | None = draft_room.longest_drafted(scheduler.vllm_config)
         self._policy_failed = False
         self._updated_at = 0.0
@@ -80,14 +81,16 @@ class AdaptiveWindow:
 
     def _choose(self, scheduler_output: SchedulerOutput) -> int:
         requests, scheduled = self.requests, scheduler_output.num_scheduled_tokens  # type: ignore[attr-defined]
-        longest = context = 0
+        longest = context = sampled = 0
         for req_id, count in scheduled.items():
-            length = requests[req_id].num_computed_tokens + count
+            request = requests[req_id]
+            length = request.num_computed_tokens + count
             context += length
+            sampled += request.sampling_params.temperature >= GREEDY_BELOW
             longest = max(longest, length)
         if self._longest_drafted is not None and longest > self._longest_drafted:
             return 0  # no draft would be made, and zeros verified in place of one
-        return self.ppow_window.choose(len(scheduled), context, _only_decodes(scheduler_output))
+        return self.ppow_window.choose(len(scheduled), context, _only_decodes(scheduler_output), sampled)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Synchronous scheduling: keep no more tokens than were asked for (a drafter without room returns zeros)."""

@@ -164,13 +164,15 @@ class DraftWindow:
         self._promise = acceptance.promises()
         self._promised_at = 0
 
-    def choose(self, batch: int, context: int | None = None, decodes: bool = True) -> int:
+    def choose(self, batch: int, context: int | None = None, decodes: bool = True, sampled: int = 0) -> int:
         """Draft length for the next draft of a step.
 
         Args:
             batch: requests (>= 1).
             context: tokens of all of them together.
             decodes: whether the step only decodes, so that its time tells something.
+            sampled: of the requests, those that sample: nothing to this policy, which serves whatever comes; two of
+                them share the traffic by it (traffic_window.py).
         """
         self._step += 1
         self._since_probe += 1

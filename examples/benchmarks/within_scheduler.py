@@ -172,9 +172,9 @@ class WindowInTurns:
         """Whether drafts of the turn under way are trimmed by request."""
         return self.length is None and self.asked.by_request
 
-    def choose(self, batch: int, context: int | None = None, decodes: bool = True) -> int:
+    def choose(self, *arguments: Any) -> int:
         """The turn's draft length."""
-        return self.asked.choose(batch, context, decodes) if self.length is None else self.length
+        return self.asked.choose(*arguments) if self.length is None else self.length
 
     def observe_draft(self, *arguments: Any) -> None:
         """As DraftWindow has it, and the two that follow."""

@@ -89,7 +89,7 @@ def test_rewrite_gives_native_fields(pair, adapter):
                 "ppow_adapter": str(adapter.directory),
                 "ppow_fingerprint": adapter.config.adapter_fingerprint,
                 "ppow_target": adapter.config.target.fingerprint,
-                "ppow_window": {"min_tokens": 0, "per_request": None, "temperature": 0.0},
+                "ppow_window": {"min_tokens": 0, "per_request": None},
             },
         },
     }

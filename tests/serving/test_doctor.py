@@ -96,7 +96,7 @@ def test_the_cost_profile_is_looked_at(pair, causal_adapter, tmp_path):
     asked = Question(str(pair.target), str(copied))
     said = found(examine(asked), "ok")["cost profile"]
     assert "learned while serving" in said
-    assert "has a CPU trim drafts by request" in said
+    assert "has a CPU trim the drafts of greedy requests" in said
     same = dataclasses.replace(
         PROFILE,
         vllm_version=capabilities.installed_distribution()[1],

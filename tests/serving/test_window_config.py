@@ -11,7 +11,6 @@ import pytest
 from serving_pair import K, random_adapter
 from serving_profile import PROFILE
 
-from vllm_ppow import config as window_config
 from vllm_ppow import plugin
 from vllm_ppow.acceptance import MILD_PRIOR
 from vllm_ppow.artifact import ArtifactError
@@ -19,6 +18,7 @@ from vllm_ppow.compat import draft_window, profiling, seams, window
 from vllm_ppow.compat.window import TABLE
 from vllm_ppow.config import PPOWOptions, PPOWServingError, parse_options
 from vllm_ppow.cost_profile import COST_PROFILE_FILE, write_cost_profile
+from vllm_ppow.traffic_window import TrafficWindow
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +305,7 @@ def test_the_config_travels_to_the_engine_core(built):
     assert is_adaptive(config)
     assert config.scheduler_config.get_scheduler_cls().__name__ == "PPOWScheduler"
     options = window.options_of(config.speculative_config)
-    assert json.dumps(options) == '{"min_tokens": 0, "per_request": false, "temperature": 0.0}'
+    assert json.dumps(options) == '{"min_tokens": 0, "per_request": false}'
 
 
 # ---------------------------------------------------------------- lengths by request
@@ -314,31 +314,41 @@ def test_the_config_travels_to_the_engine_core(built):
 def test_drafts_are_trimmed_by_request_on_the_synchronous_v1_runner(built):
     config = built({"per_request": True})
     options = window.options_of(config.speculative_config)
-    assert options == {"min_tokens": 0, "per_request": True, "temperature": 0.0}
+    assert options == {"min_tokens": 0, "per_request": True}
     assert window.options_of(built().speculative_config)["per_request"] is False
 
 
 def test_unasked_drafts_are_trimmed_by_request_where_the_adapter_has_a_cost_profile(profiled, built, log):
     assert profiled().counts.layers == ("step",), "the config was made before the profile was measured"
     assert "it needs a cost profile, and the adapter has none; ppow profile measures one." in log.text
-    assert profiled().counts.layers == ("step", "request")
+    policy = profiled()
+    assert isinstance(policy, TrafficWindow)
+    assert policy.counts.layers == ("step", "request")
+    assert "per step and, while most requests are greedy, per request" in log.text
+    assert "cost profile, corrected while serving; step times of trimmed drafts are learned" in log.text
     assert profiled({"per_request": False}).counts.layers == ("step",)
-    log.clear()
+
+
+def test_a_profile_that_does_not_hold_trims_nothing_unasked_and_is_named_once(profiled, built, log):
     profiled(device="another")
-    built()
-    assert "it needs a cost profile, the adapter's cost profile is of another set-up (device" in log.text
+    log.clear()
+    policy = window.build_window(built())
+    assert policy.counts.layers == ("step",)
+    assert "it needs a cost profile, and the adapter's cannot be used here." in log.text
+    assert log.text.count("of another set-up (device") == 1
 
 
-def test_unasked_drafts_of_an_adapter_for_sampled_requests_are_not_trimmed(profiled, log, monkeypatch):
-    """At temperature 1 it was measured to cost more than it gains."""
+def test_unasked_sampled_requests_are_drafted_for_by_the_profile_and_not_trimmed(profiled):
+    """At temperature 1 trimming was measured to cost more than it gains."""
     profiled()
-    rewritten = window_config._window_options
-    monkeypatch.setattr(
-        window_config, "_window_options", lambda options, length, _: rewritten(options, length, 1.0)
-    )
-    assert profiled().counts.layers == ("step",)
-    assert "the adapter was trained for temperature 1, where" in log.text
-    assert profiled({"per_request": True}).counts.layers == ("step", "request")
+    policy = profiled()
+    policy.choose(4, 256, True, 4)
+    assert not policy.by_request
+    assert policy._whole.lengths == tuple(range(K + 1))
+    assert policy._whole.cost.wanted(4, policy._whole.lengths) == [], "the profile has timed them"
+    asked = profiled({"per_request": True})
+    asked.choose(4, 256, True, 4)
+    assert asked.by_request
 
 
 def test_unasked_no_gpu_waits_for_probabilities(profiled, built, log, monkeypatch):

@@ -345,10 +345,11 @@ def _cost_profile(diagnosis: Diagnosis, adapter: Adapter, another_target: bool) 
     except CostProfileError as error:
         diagnosis.add("cost profile", "warn", f"learned while serving: {error}")
         return
-    trims = adapter.config.temperature == 0
     if profile is None:
         detail = "none: costs are learned while serving, or measured by ppow profile"
-        diagnosis.add("cost profile", "ok", detail + ", which also has a CPU trim drafts by request" * trims)
+        diagnosis.add(
+            "cost profile", "ok", detail + ", which also has a CPU trim the drafts of greedy requests"
+        )
         return
     found = installed_distribution()
     differences = profile.differences(
@@ -361,7 +362,7 @@ def _cost_profile(diagnosis: Diagnosis, adapter: Adapter, another_target: bool) 
         diagnosis.add("cost profile", "warn", detail, "measure again with ppow profile.")
         return
     detail = f"of {profile.device}: {profile.set_up}; used by a server that runs so"
-    diagnosis.add("cost profile", "ok", detail + ", which on a CPU trims drafts by request" * trims)
+    diagnosis.add("cost profile", "ok", detail + ", which on a CPU trims the drafts of greedy requests")
 
 
 def _native_config(diagnosis: Diagnosis, question: Question) -> None:

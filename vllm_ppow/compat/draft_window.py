@@ -30,7 +30,7 @@ SEAMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("prepare_inputs_padded", ("self", "common_attn_metadata", "spec_decode_metadata")),
 )
-_GREEDY_BELOW = 1e-5  # vLLM's _SAMPLING_EPS
+GREEDY_BELOW = 1e-5  # a temperature; vLLM's _SAMPLING_EPS
 
 
 class TrimmedLength(int):
@@ -202,4 +202,4 @@ def _sampled(sampling_metadata: Any, batch: int) -> list[bool]:
     """Whether each request samples, [batch]."""
     if sampling_metadata.all_greedy or sampling_metadata.temperature is None:
         return [False] * batch
-    return [temperature >= _GREEDY_BELOW for temperature in sampling_metadata.temperature[:batch].tolist()]
+    return [temperature >= GREEDY_BELOW for temperature in sampling_metadata.temperature[:batch].tolist()]

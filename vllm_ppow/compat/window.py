@@ -19,6 +19,7 @@ from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, TARGET_KEY, WINDOW_KE
 from vllm_ppow.cost_profile import CostProfile, CostProfileError, read_cost_profile
 from vllm_ppow.request_window import RequestWindow
 from vllm_ppow.step_cost import StepCost
+from vllm_ppow.traffic_window import TrafficWindow
 from vllm_ppow.window import DraftWindow
 
 SCHEDULER_SEAMS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -164,11 +165,11 @@ def attach(vllm_config: Any) -> None:
     if options["per_request"] is not False:
         reason = _no_trimming(vllm_config)
         if reason is None and options["per_request"] is None:
-            reason = _not_unasked(vllm_config, options["temperature"])
+            reason = _not_unasked(vllm_config)
         if reason is not None:
             seams.logger.info("Drafts are of one length per step, not trimmed by request: %s", reason)
             seams.logger.info("%s", verification(vllm_config))
-        options["per_request"] = reason is None
+            options["per_request"] = False
         vllm_config.speculative_config.draft_load_config.model_loader_extra_config[WINDOW_KEY] = options
     scheduler = vllm_config.scheduler_config
     name = "PPOWAsyncScheduler" if scheduler.async_scheduling else "PPOWScheduler"
@@ -202,29 +203,21 @@ def _no_trimming(vllm_config: Any) -> str | None:
     return None
 
 
-def _not_unasked(vllm_config: Any, temperature: float) -> str | None:
+def _not_unasked(vllm_config: Any) -> str | None:
     """Why drafts that can be trimmed by request are not unless asked for; None if they are.
 
     Without a cost profile drafts of odd lengths come first, to learn what a token costs, and a GPU would have to wait
-    for probabilities at each pass. At temperature 1 the drafter's top-1 probability tells less of what is accepted:
-    there trimming was measured to cost more than it gains (examples/benchmarks/windows.md).
-
-    Args:
-        temperature: that the adapter was trained for.
+    for probabilities at each pass.
     """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return 'on a GPU "per_request": true asks for it.'
-    if temperature > 0:
-        return (
-            f'the adapter was trained for temperature {temperature:g}, where "per_request": true asks for it.'
-        )
     profile, unusable = _profile(vllm_config)
+    if unusable is not None:  # why says the scheduler
+        return "it needs a cost profile, and the adapter's cannot be used here."
     if profile is None:
-        return (
-            f"it needs a cost profile, {unusable or 'and the adapter has none; ppow profile measures one.'}"
-        )
+        return "it needs a cost profile, and the adapter has none; ppow profile measures one."
     return None
 
 
@@ -259,7 +252,7 @@ def options_of(speculative_config: Any) -> dict[str, Any] | None:
     return dict(options) if options is not None else None
 
 
-def build_window(vllm_config: Any) -> DraftWindow:
+def build_window(vllm_config: Any) -> DraftWindow | TrafficWindow:
     """The policy of one engine, from the options in its config and the adapter's cost profile if it has one.
 
     Raises:
@@ -272,43 +265,72 @@ def build_window(vllm_config: Any) -> DraftWindow:
             "The scheduler of vllm-ppow serves method ppow with an adaptive window, which sets it: leave "
             "scheduler_cls out."
         )
-    maximum = speculative.num_speculative_tokens
-    ladder = lengths(options["min_tokens"], maximum)
-    if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
-        captured = {length for _, _, length in speculative.num_speculative_tokens_per_batch_size}
-        # The shortest without a graph of its own runs as prefill does: what that costs, the clock tells.
-        ladder = [length for length in ladder if length in captured or length == ladder[0]]
-    verifies = bool(getattr(speculative, VERIFICATION, False))
-    if options["per_request"] or verifies:
-        ladder = sorted({ladder[0], maximum})  # what lies between is left to the requests
+    by_request, verifies = options["per_request"], bool(getattr(speculative, VERIFICATION, False))
     profile, unusable = _profile(vllm_config)
     if unusable is not None:
         seams.logger.warning("The draft window learns costs while serving: %s", unusable)
-    prior = profile.acceptance_per_position if profile is not None else ()
-    estimate = AcceptanceEstimate(maximum, prior)
-    trimmed = TrimmedAcceptance() if options["per_request"] or verifies else None
-    # A profile has timed drafts that are verified whole. What a step of trimmed ones takes tells the clock alone; what
-    # one of their tokens is worth, the profile tells the drafter.
-    cost = StepCost(profile if trimmed is None else None)
-    window = DraftWindow(ladder, estimate, cost, trimmed, options["per_request"])
-    window.counts.layers = ("step", *(["request"] * options["per_request"]), *(["verification"] * verifies))
+    ladder = _drafted_lengths(vllm_config, options["min_tokens"])
+    window: DraftWindow | TrafficWindow
+    if by_request is None:
+        whole, trimmed = (_policy(ladder, profile, trims, by_request=trims) for trims in (False, True))
+        window = TrafficWindow(whole, trimmed)
+    else:
+        window = _policy(ladder, profile, by_request or verifies, by_request)
+        window.counts.layers = ("step", *(["request"] * by_request), *(["verification"] * verifies))
     seams.logger.info(
         "Adaptive draft window: %d to %d tokens, per step%s, chosen from acceptance and step times (%s).",
         ladder[0],
-        maximum,
-        " and request" if options["per_request"] else "",
-        _known_from(profile is not None, trimmed is not None),
+        ladder[-1],
+        {True: " and request", False: "", None: " and, while most requests are greedy, per request"}[
+            by_request
+        ],
+        _known_from(profile is not None, not (by_request or verifies), by_request is not False),
     )
     return window
 
 
-def _known_from(has_profile: bool, trims: bool) -> str:
-    """Where acceptance and step times come from, for the log."""
+def _drafted_lengths(vllm_config: Any, minimum: int) -> list[int]:
+    """Draft lengths to choose from, ascending: with full CUDA graphs those that were declared, and the shortest."""
+    speculative = vllm_config.speculative_config
+    ladder = lengths(minimum, speculative.num_speculative_tokens)
+    if not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+        return ladder
+    captured = {length for _, _, length in getattr(speculative, TABLE)}
+    # The shortest without a graph of its own runs as prefill does: what that costs, the clock tells.
+    return [length for length in ladder if length in captured or length == ladder[0]]
+
+
+def _policy(ladder: list[int], profile: CostProfile | None, trims: bool, by_request: bool) -> DraftWindow:
+    """The policy of one kind of drafts.
+
+    Args:
+        trims: whether drafts, or their verification, are trimmed request by request: of the ladder only the ends are
+            chosen then, what lies between is left to the requests. A profile has timed drafts that are verified whole:
+            what a step of trimmed ones takes the clock alone tells; what one of their tokens is worth, the profile
+            tells the drafter.
+        by_request: whether it is our drafter that trims.
+    """
+    maximum = ladder[-1]
+    estimate = AcceptanceEstimate(maximum, profile.acceptance_per_position if profile is not None else ())
+    if not trims:
+        return DraftWindow(ladder, estimate, StepCost(profile))
+    return DraftWindow(
+        sorted({ladder[0], maximum}), estimate, StepCost(), TrimmedAcceptance(), by_request=by_request
+    )
+
+
+def _known_from(has_profile: bool, whole: bool, trims: bool) -> str:
+    """Where acceptance and step times come from, for the log.
+
+    Args:
+        whole: whether there is a policy of drafts that are verified whole.
+        trims: whether there is one of trimmed drafts.
+    """
     if not has_profile:
         return "learned while serving"
-    if trims:
+    if not whole:
         return "acceptance and prices of the cost profile, step times learned while serving"
-    return "cost profile, corrected while serving"
+    return "cost profile, corrected while serving" + "; step times of trimmed drafts are learned" * trims
 
 
 def build_request_window(vllm_config: Any, options: dict[str, Any]) -> RequestWindow:
