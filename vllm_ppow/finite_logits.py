@@ -39,7 +39,8 @@ def usable(logits: torch.Tensor) -> torch.Tensor:
     """
     if logits.dtype == torch.float16:
         logits = logits.float()
-    good = logits.amax(dim=-1, keepdim=True).abs() <= _MOST
-    if logits.device.type == "cpu" and bool(good.all()):  # asking a GPU would stall it
+    largest = logits.amax(dim=-1, keepdim=True)
+    # Asking a GPU would stall it. A CPU is asked at every pass of the drafter, in as few operations as can be.
+    if logits.device.type == "cpu" and all(-_MOST <= value <= _MOST for value in largest.flatten().tolist()):
         return logits
-    return logits.masked_fill(~good, 0.0)
+    return logits.masked_fill(~(largest.abs() <= _MOST), 0.0)

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from vllm_ppow.calibration import Calibration
 from vllm_ppow.cost_profile import CostProfile
 from vllm_ppow.octave import octave
-from vllm_ppow.step_cost import IDENTIFIED, StepCost
+from vllm_ppow.pass_price import PassPrice
 from vllm_ppow.verify_price import VerifyPrice
 
 # At worst, drafts that bring nothing at all, a few passes and tokens in so many steps cost about one percent.
@@ -58,7 +58,7 @@ class RequestWindow:
             Calibration(maximum),
             Calibration(maximum),
         )  # of greedy requests, of sampled ones
-        self.pass_cost = StepCost()  # seconds of one drafter pass by batch size
+        self.pass_price = PassPrice(profile.pass_seconds if profile else None)
         # seconds of a token in everything else that a step does
         self.verify_price = VerifyPrice(profile.token_seconds if profile else None)
         self._rates: dict[int, tuple[float, float, int]] = {}  # batch octave -> tokens, seconds, steps
@@ -90,7 +90,7 @@ class RequestWindow:
         rate, token_seconds = self._rate_at(batch), self.verify_price.seconds_per_token(batch)
         self._learning_length = self._next_learning_length(limit, token_seconds is None)
         self._token_price = rate * token_seconds if token_seconds is not None else 0.0
-        self._pass_price = rate * self._pass_seconds(batch) if token_seconds is not None else 0.0
+        self._pass_price = rate * self.pass_price.seconds(batch) if token_seconds is not None else 0.0
 
     def add(self, confidences: Sequence[float]) -> bool:
         """Take the drafter's top-1 probabilities at the next position; whether to draft the position after it.
@@ -145,12 +145,6 @@ class RequestWindow:
         if steps >= _RATE_KNOWN and spent > 0:
             return batch * total / spent
         return self._profile.most_tokens_per_second(batch) if self._profile else 0.0
-
-    def _pass_seconds(self, batch: int) -> float:
-        """Seconds of one drafter pass; while unknown the profile's, or 0."""
-        if self.pass_cost.observations >= IDENTIFIED:
-            return self.pass_cost.step_seconds(batch, 0)
-        return self._profile.pass_seconds(batch) if self._profile else 0.0
 
     def _choose_explored(self, batch: int) -> None:
         """The request of this draft that is left untrimmed, -1 for none, and up to which position."""

@@ -11,18 +11,20 @@ is worth (request_window.py). Pure Python, microseconds.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import deque
 from collections.abc import Callable
 from statistics import median
 
 from vllm_ppow.octave import octave
+from vllm_ppow.octave_prices import OctavePrices
 from vllm_ppow.step_cells import CELL_MEMORY, FORGOTTEN, HALF_LIFE
 from vllm_ppow.step_cost import IDENTIFIED
 
 # Standard deviations: of a step around its cell's median over that median, and of a profile's price over that price.
 _NOISE, _PRIOR_ERROR = 0.1, 0.2
+# Steps of an octave between two lines that are drawn through its cells; sooner where a cell has just become known.
+_FIT_EVERY = 8
 
 
 class _Cell:
@@ -54,10 +56,9 @@ class VerifyPrice:
     """
 
     def __init__(self, prior: Callable[[int], float] | None = None) -> None:
-        # Asked for twice a step; a profile's takes some sixty microseconds.
-        self._prior = functools.lru_cache(maxsize=1024)(prior) if prior else None
+        self._prices = OctavePrices(prior)
         self._octaves: dict[int, dict[int, _Cell]] = {}
-        self._prices: dict[int, float] = {}
+        self._fit_at: dict[int, int] = {}  # by octave, the observation that the line is drawn anew at
         self.observations = 0
 
     def observe(self, batch: int, num_tokens: int, seconds: float) -> None:
@@ -66,23 +67,17 @@ class VerifyPrice:
         key = octave(batch)
         cell = self._octaves.setdefault(key, {}).setdefault(_bucket(num_tokens), _Cell())
         cell.add(num_tokens, seconds, self.observations)
-        price = self._slope(key, self._prior(batch) if self._prior else 0.0)
+        if len(cell.steps) > IDENTIFIED and self.observations < self._fit_at.get(key, 0):
+            return
+        self._fit_at[key] = self.observations + _FIT_EVERY
+        prior = self._prices.prior(batch) if self._prices.prior else 0.0
+        price = self._slope(key, prior)
         if price is not None:
-            self._prices[key] = price
+            self._prices.learn(batch, price)
 
     def seconds_per_token(self, batch: int) -> float | None:
-        """Seconds that one more token adds at a batch size, from the nearest octave known; None while none is.
-
-        With a prior it is known from the start: the prior's, by the factor that was learned in the nearest octave.
-        """
-        prior = self._prior(batch) if self._prior else None
-        if not self._prices:
-            return prior
-        key = octave(batch)
-        nearest = min(self._prices, key=lambda known: (abs(known - key), known))
-        price = self._prices[nearest]
-        before = self._prior(round(2.0**nearest)) if self._prior else None
-        return price if nearest == key or not prior or not before else prior * price / before
+        """Seconds that one more token adds at a batch size; None while nothing is known (OctavePrices.at)."""
+        return self._prices.at(batch)
 
     def _weight(self, cell: _Cell) -> float:
         """Observations that a cell is worth now."""

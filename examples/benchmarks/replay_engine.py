@@ -207,7 +207,7 @@ class Engine:
             by_clock = one * self._pace(one)
             seconds, clock = seconds + one, clock + by_clock
             if position:  # the first pass reads what was verified
-                trimming.pass_cost.observe(by_clock, len(active), 0)
+                trimming.pass_price.observe(len(active), by_clock)
             if not trimming.add([_confidence(request, position) for request in self._requests]):
                 break
         for request, draft, sure in zip(

@@ -147,7 +147,7 @@ class Known:
     """Trims to what will be accepted, as the confidences of `text` say, and looks one token further."""
 
     def __init__(self):
-        self.verify_price = self.pass_cost = Ignored()
+        self.verify_price = self.pass_price = Ignored()
         self.seen, self.steps, self.pauses = [], [], 0
 
     def pause(self):

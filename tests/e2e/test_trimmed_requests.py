@@ -60,7 +60,7 @@ def trimmed(served, monkeypatch):
     monkeypatch.setattr(scheduler.ppow_window, "choose", lambda *asked: K)
     monkeypatch.setattr(drafter.ppow_window, "_rate_at", lambda batch: 100.0)  # tokens per second
     monkeypatch.setattr(drafter.ppow_window.verify_price, "seconds_per_token", lambda batch: 4e-3)
-    monkeypatch.setattr(drafter.ppow_window.pass_cost, "step_seconds", lambda batch, length: 4e-3)
+    monkeypatch.setattr(drafter.ppow_window.pass_price, "seconds", lambda batch: 4e-3)
     return served, lengths
 
 
@@ -82,7 +82,7 @@ def test_every_draft_is_verified_and_learned_from(trimmed):
     assert spent.drafted <= sum(map(sum, lengths))
     assert spent.drafted > 0.8 * sum(map(sum, lengths)), "only those beyond the last token are not"
     assert sum(map(sum, window.calibrations[0]._trials)) > 0
-    assert window.verify_price.observations > 0 < window.pass_cost.observations
+    assert window.verify_price.observations > 0 < window.pass_price.observations
 
 
 def test_sampled_requests(trimmed):

@@ -51,7 +51,7 @@ def adaptive(
         passes = 1
         while window.add([row[passes - 1] ** 2 for row in chances]) and passes < K:
             passes += 1
-            window.pass_cost.observe(PASS, requests.batch, 0)
+            window.pass_price.observe(requests.batch, PASS)
         lengths = window.lengths()
         accepted = [requests.accepted(row, n) for row, n in zip(chances, lengths, strict=True)]
         for row, n, count in zip(window.confidences, lengths, accepted, strict=True):

@@ -164,7 +164,7 @@ class RequestDraftWindow:
         """Whether another position is worth a pass."""
         now = time.perf_counter()
         if len(self._ppow_tokens) > 1:  # the first pass is over all tokens just verified
-            self.ppow_window.pass_cost.observe(now - self._ppow_passed, len(self._ppow_confidence), 0)
+            self.ppow_window.pass_price.observe(len(self._ppow_confidence), now - self._ppow_passed)
         self._ppow_passed = now
         return self.ppow_window.add(self._ppow_confidence)
 
