@@ -19,6 +19,7 @@ from typing import Any
 
 from vllm_ppow import grid
 from vllm_ppow.artifact import ArtifactError
+from vllm_ppow.speedup import tokens_per_second
 
 COST_PROFILE_FILE = "cost_profile.json"
 FORMAT = 1
@@ -153,9 +154,11 @@ class CostProfile:
         """Tokens per second of `batch` requests at the draft length that makes most of them, bonus tokens included."""
         accepted = [0.0, *itertools.accumulate(self.acceptance_per_position)]
         return max(
-            batch
-            * (1.0 + accepted[min(length, len(accepted) - 1)])
-            / self.step_seconds(batch, length, context)
+            tokens_per_second(
+                batch,
+                accepted[min(length, len(accepted) - 1)],
+                self.step_seconds(batch, length, context),
+            )
             for length in self.draft_lengths
         )
 

@@ -57,3 +57,14 @@ def expected_speedup(
         draft_cost_ratio: γ >= 0.
     """
     return (1.0 + num_accepted_tokens) / (1.0 + num_speculative_tokens * draft_cost_ratio)
+
+
+def tokens_per_second(batch: int, num_accepted_tokens: float, seconds: float) -> float:
+    """What a step of a batch produces, B · (1 + E[accepted]) / step_seconds, bonus tokens included (ours).
+
+    Args:
+        batch: B requests (>= 1).
+        num_accepted_tokens: E[accepted] of one request's draft.
+        seconds: of the step (> 0).
+    """
+    return batch * (1.0 + num_accepted_tokens) / seconds

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from vllm_ppow.acceptance import AcceptanceEstimate, TrimmedAcceptance
 from vllm_ppow.change_cost import ChangeCost
 from vllm_ppow.octave import octave
+from vllm_ppow.speedup import tokens_per_second
 from vllm_ppow.step_cells import bucket
 from vllm_ppow.step_cost import StepCost
 
@@ -112,18 +113,6 @@ class _Held:
     steps: int
     prefilling: int
     wait: float
-
-
-def rates(
-    promises: Sequence[float], batch: int, lengths: Sequence[int], seconds: Sequence[float]
-) -> list[float]:
-    """Expected tokens per second at each draft length (ascending), bonus tokens included (ours).
-
-    Args:
-        promises: expected accepted tokens of a request by draft length, from 0 on.
-        seconds: of a step at each draft length.
-    """
-    return [batch * (1.0 + promises[n]) / second for n, second in zip(lengths, seconds, strict=True)]
 
 
 class DraftWindow:
@@ -287,7 +276,10 @@ class DraftWindow:
             self._promise, self._promised_at = self.acceptance.promises(), self._step
         promises = self._promise if self.trimmed is None else self.trimmed.promises(batch, self._promise)
         seconds = self.cost.table(batch, self.lengths, context)
-        promised = rates(promises, batch, self.lengths, seconds)
+        promised = [
+            tokens_per_second(batch, promises[length], second)
+            for length, second in zip(self.lengths, seconds, strict=True)
+        ]
         most = max(promised)
         at = self.lengths.index(self._current)
         if promised[at] * (1 + HYSTERESIS + changing / PAID_BACK_WITHIN) < most:

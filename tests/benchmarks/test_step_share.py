@@ -1,43 +1,119 @@
-"""What the profiler's figures say of whose time it was."""
+"""Whose time it is that samples find."""
 
 from __future__ import annotations
 
-import cProfile
-import pstats
+import re
+import time
+from pathlib import Path
 
+import pytest
 import step_share
+import torch
 
 from vllm_ppow.acceptance import AcceptanceEstimate
 
 
-def test_time_in_our_functions_and_in_what_is_built_in_below_them_is_ours():
-    ours, theirs = (
-        (f"{step_share.OURS}/window.py", 1, "choose"),
-        ("/elsewhere/vllm/scheduler.py", 2, "schedule"),
-    )
-    stats = {
-        ours: (5, 5, 1.0, 9.0, {theirs: (5, 5, 1.0, 9.0)}),
-        theirs: (5, 5, 20.0, 30.0, {}),
-        ("~", 0, "<built-in method max>"): (
-            7,
-            7,
-            5.0,
-            5.0,
-            {ours: (2, 2, 2.0, 2.0), theirs: (5, 5, 3.0, 3.0)},
-        ),
-        ("/elsewhere/vllm/worker.py", 3, "wrapped"): (1, 1, 4.0, 4.0, {ours: (1, 1, 4.0, 4.0)}),
-    }
-    assert step_share.seconds_of_ours(stats) == 3.0
+def frames_of(act) -> list:
+    """What `act` raises in its innermost call, as a chain of frames."""
+    try:
+        act()
+    except ZeroDivisionError as error:
+        trace = error.__traceback__
+        while trace.tb_next is not None:
+            trace = trace.tb_next
+        return trace.tb_frame
+    raise AssertionError("nothing was raised")
 
 
-def test_a_real_profile_is_read():
-    estimate, profiler = AcceptanceEstimate(4), cProfile.Profile()
+def in_file(path: str, source: str, **names):
+    """A function `f` whose code lies in a file."""
+    exec(compile(source, path, "exec"), names)
+    return names["f"]
+
+
+FAIL = "def f():\n    1 / 0"
+CALL = "def f():\n    below()"
+
+
+@pytest.mark.parametrize(
+    ("files", "ours"),
+    [
+        (("window.py",), True),
+        (("window.py", "/usr/lib/python3/statistics.py"), True),  # what only we answer for
+        (("scheduler.py", "vllm:core.py"), False),  # wrapped
+        (("vllm:core.py", "scheduler.py"), True),
+        (("scheduler.py", "nn:module.py", "/usr/lib/python3/typing.py"), False),  # a model that we called
+        (("vllm:core.py", "/usr/lib/python3/typing.py"), False),
+        (("/home/user/script.py",), False),
+    ],
+)
+def test_the_innermost_that_answers_for_it_counts(files, ours):
+    """Files from the outermost call to the innermost."""
+    vllm, nn = step_share.THEIRS
+    paths = [
+        file if file.startswith("/")
+        else vllm + file[5:] if file.startswith("vllm:")
+        else nn + file[3:] if file.startswith("nn:")
+        else step_share.OURS + file
+        for file in files
+    ]  # fmt: skip
+    function = in_file(paths[-1], FAIL)
+    for path in reversed(paths[:-1]):
+        function = in_file(path, CALL, below=function)
+    assert step_share.is_ours(frames_of(function)) is ours
+
+
+def test_samples_of_a_real_process():
+    """A third of the time in our code, the rest in a model's."""
+    estimate, model = AcceptanceEstimate(4), torch.nn.Linear(64, 64)
+
+    def spend(act, seconds: float) -> None:
+        ends = time.process_time() + seconds
+        while time.process_time() < ends:
+            for _ in range(20):
+                act()
 
     def work():
-        for _ in range(200):
-            estimate.observe(4, 2)
-            sum(estimate.promises())
+        estimate.observe(4, 2)
+        estimate.promises()
 
-    profiler.runcall(work)
-    stats = pstats.Stats(profiler)
-    assert 0.3 * stats.total_tt < step_share.seconds_of_ours(stats.stats) < stats.total_tt
+    with step_share.sampled() as samples:
+        for _ in range(5):
+            spend(work, 0.1)
+            spend(lambda: model(torch.zeros(256, 64)), 0.2)
+    assert samples.all > 100
+    assert samples.share == pytest.approx(1 / 3, abs=4 * samples.error)
+    taken = samples.all
+    spend(work, 0.1)
+    assert samples.all == taken, "the timer is off"
+
+
+def test_what_is_said_and_the_aim(tmp_path, monkeypatch):
+    """Too much of a step with a fixed window fails the check."""
+    from click.testing import CliRunner
+
+    class Engine:
+        pass
+
+    shares = iter((0.011, 0.02, 0.03, 0.009, 0.02, 0.03))
+
+    def measure(*arguments):
+        share = next(shares)
+        return {
+            "steps": 9,
+            "step_ms": 20.0,
+            "samples": 800,
+            "share": share,
+            "share_error": 0.001,
+            "ours_ms": 1.0,
+        }
+
+    monkeypatch.setattr(step_share, "start_engine", lambda *arguments: Engine())
+    monkeypatch.setattr(step_share, "measure", measure)
+    for expected in (1, 0):
+        result = CliRunner().invoke(step_share.main, ["--output", str(tmp_path / "s.json"), "--check"])
+        assert result.exit_code == expected, result.output
+    assert re.search(
+        r"^fixed: 1.00 ms of 20.0 ms, 0.90% ± 0.10% \(800 samples\)$", result.output, re.MULTILINE
+    )
+    assert Path(tmp_path / "s.json").is_file()
