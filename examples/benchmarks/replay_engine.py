@@ -105,7 +105,7 @@ class Engine:
         for request in self._requests:  # not all of them begin at the same time
             request.produced = self._random.randrange(len(request.text.accepted))
         self._drafted = 0  # length of the drafts that the next step verifies, or the maximum of trimmed ones
-        self._drafting = 0.0  # what making them took, by the clock; 0 where they were not trimmed
+        self._drafting = 0.0  # what making them took, by the clock; 0 where nothing trims
         self._log_pace = self._random.gauss(0.0, machine.pace_spread)
 
     def _order(self, random_order: random.Random) -> Iterator[Text]:
@@ -186,16 +186,17 @@ class Engine:
 
     def _draft(self, length: int, trimming: RequestWindow | None) -> tuple[float, float]:
         """Draft for every request that has been read; seconds at the usual pace, and by the clock."""
-        if trimming is None or not length:
-            if trimming is not None:
-                trimming.pause()
+        if trimming is not None and length:
+            seconds, clock = self._draft_trimmed(length, trimming)
+        else:
             for request in self._requests:
                 request.draft, request.confidences = (length if request.produced else 0), []
-            self._drafting = 0.0
             seconds = self._machine.draft_seconds[length]
-            return seconds, seconds * self._pace(seconds)
-        seconds, self._drafting = self._draft_trimmed(length, trimming)
-        return seconds, self._drafting
+            clock = seconds * self._pace(seconds)
+            if trimming is not None:
+                trimming.pause()
+        self._drafting = clock if trimming is not None else 0.0
+        return seconds, clock
 
     def _draft_trimmed(self, most: int, trimming: RequestWindow) -> tuple[float, float]:
         """As `_draft`, pass by pass, until the drafter has had enough."""

@@ -192,6 +192,15 @@ def test_trimmed_drafts_are_verified_for_fewer_tokens_than_passes_were_made():
     assert seconds == pytest.approx(STEPS[3], rel=0.3)  # each pass has a noise of its own
 
 
+def test_a_step_without_drafts_is_told_to_what_trims_as_the_engine_does():
+    engine, trimming = Engine(dataclasses.replace(QUIET, batch=1), [text([0] * 12)], seed=0), Known()
+    engine._requests[0].produced = 1
+    window = DraftWindow([0], AcceptanceEstimate(1), StepCost())
+    engine.adaptive(window, 3, trimming)
+    assert trimming.pauses == 3
+    assert [(batch, tokens) for batch, tokens, _ in trimming.steps] == [(1, 1)] * 2, "none was made before the first"
+
+
 def test_trimming_makes_more_than_every_fixed_length_where_the_drafter_knows():
     texts = [text([3, 2, 1, 0, 0, 0, 0] * 6)]
     speeds = replay_window.fixed_speeds(QUIET, texts)
