@@ -1,6 +1,7 @@
 """An EAGLE-3 head in the library's format is trained as vLLM serves it, whatever its config.json leaves out.
 
-Both sides fill in defaults of their own, and not the same ones. Left out: what vLLM itself refuses to be without.
+Both sides fill in defaults of their own, and not the same ones; what vLLM has no value for, training refuses to be
+without (tests/training/test_eagle_checkpoint.py), and here it is asked whether vLLM really has none.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ppow_train.drafters.eagle3_checkpoint import _library_config
+from ppow_train.drafters.eagle3_checkpoint import _NEEDED, _NEEDED_OF_QWEN3, _library_config
 
 CONFIG: dict[str, Any] = {
     "speculators_model_type": "eagle3",
@@ -113,6 +114,29 @@ def test_what_layers_leave_out(name, model_type, tmp_path):
 
 def test_llama_layers_without_groups_of_queries(tmp_path):
     compare(tmp_path, "llama", lambda config, layer: layer.pop("num_key_value_heads"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [*(("llama", name) for name in _NEEDED), *(("qwen3", name) for name in _NEEDED_OF_QWEN3)],
+)
+def test_what_vllm_has_no_value_for(model_type, name, tmp_path):
+    """Its config stays without, and its layers read it without a default: the number of key-value heads, too."""
+    import inspect
+
+    from vllm.model_executor.models import llama, llama_eagle3, qwen3, qwen3_eagle3
+    from vllm.transformers_utils.config import get_config
+
+    config = copy.deepcopy(CONFIG)
+    config["transformer_layer_config"]["model_type"] = model_type
+    del config["transformer_layer_config"][name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not hasattr(get_config(str(tmp_path), trust_remote_code=False), name)
+    layers = {
+        "llama": (llama.LlamaDecoderLayer, llama_eagle3),
+        "qwen3": (qwen3.Qwen3DecoderLayer, qwen3_eagle3),
+    }
+    assert any(f"config.{name}" in inspect.getsource(source) for source in layers[model_type])
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])

@@ -205,6 +205,26 @@ def test_a_scale_that_only_vllm_would_apply(kind, directories, tmp_path):
     assert "logit_scale 0.5, which vLLM would do and training would not" in refusal(head, directories.target)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["num_key_value_heads", "hidden_act", "intermediate_size"])
+@pytest.mark.parametrize("null", [False, True])
+def test_what_vllm_would_not_start_without(null, name, model_type, directories, tmp_path):
+    """A Qwen3 layer has 32 key-value heads for transformers, and no number for vLLM."""
+    head = shutil.copytree(directories.drafter["eagle3"], tmp_path / "head")
+    config = json.loads((head / "config.json").read_text())
+    layer = {**config["transformer_layer_config"], "model_type": model_type, name: None}
+    if not null:
+        del layer[name]
+    (head / "config.json").write_text(json.dumps({**config, "transformer_layer_config": layer}))
+    message = refusal(head, directories.target)
+    if (model_type, name, null) == ("llama", "num_key_value_heads", False):
+        assert "q_norm.weight" in message, (
+            "vLLM takes as many as of queries; the layer is a Qwen3's all the same"
+        )
+    else:
+        assert f"config.json gives no {name} of the head's {model_type} layers, without which" in message
+
+
 def prefixed(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.fc.weight"] = tensors.pop("fc.weight")
 

@@ -34,6 +34,18 @@ _EMBEDDING = "embed_tokens.weight"
 _SWITCHES = {"norm_before_residual": True, "norm_before_fc": False, "fc_norm": False, "norm_output": False}
 _LAYERS = "llama"
 _QWEN3_ROPE_THETA = 1e6
+# What vLLM's layers of such a head have no value for where the config is silent (its models/llama_eagle3.py and
+# models/qwen3_eagle3.py); the library would fill in those of a model of the published size.
+_NEEDED = (
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "rms_norm_eps",
+    "vocab_size",
+)
+_NEEDED_OF_QWEN3 = (*_NEEDED, "max_position_embeddings", "num_key_value_heads")
 
 
 def read_head(directory: Path, target: Path | None = None) -> Any:
@@ -51,6 +63,8 @@ def read_head(directory: Path, target: Path | None = None) -> Any:
     is_original = "speculators_model_type" not in raw
     if is_original:
         _check_original(raw, directory)
+    else:
+        _check_needed(raw, directory)
     with refused(directory, "no EAGLE-3 head", "speculators"):
         config = _original_config(raw) if is_original else _library_config(raw)
     _check_logit_scale(config, directory)
@@ -87,6 +101,24 @@ def _check_original(raw: dict[str, Any], directory: Path) -> None:
         raise UserError(
             f"{directory} is an EAGLE-3 head with model_type {raw.get('model_type')!r} and eagle_config {eagle}: only "
             "Llama layers that read hidden states of the target are supported in the original format."
+        )
+
+
+def _check_needed(raw: dict[str, Any], directory: Path) -> None:
+    """Refuse layers of the library's format of which the config leaves out what vLLM has no value for."""
+    layer = raw.get("transformer_layer_config")
+    if not isinstance(layer, dict):
+        return  # the library refuses it
+    named = layer.get("model_type", _LAYERS)
+    missing = [
+        name for name in (_NEEDED_OF_QWEN3 if named == "qwen3" else _NEEDED) if layer.get(name) is None
+    ]
+    if layer.get("num_key_value_heads", 1) is None and "num_key_value_heads" not in missing:
+        missing.append("num_key_value_heads")  # Llama layers may leave it out, but vLLM takes no null
+    if missing:
+        raise UserError(
+            f"{directory}/config.json gives no {' and no '.join(missing)} of the head's {named} layers, without which "
+            "vLLM does not start: set what is missing in transformer_layer_config to what the head was made with."
         )
 
 
