@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_pair import (
     DRAFT_VOCAB,
+    KINDS,
     TAP_LAYERS,
     VOCAB,
     Directories,
@@ -80,6 +81,40 @@ def test_every_tensor_lands_where_its_name_says(directories):
     ids = torch.arange(DRAFT_VOCAB) + tensors["d2t"]
     assert drafter.vocabulary.target_ids is not None
     assert drafter.vocabulary.target_ids.equal(ids)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "causal_lm"])
+def test_a_head_is_built_once_and_draws_no_weights(kind, directories, monkeypatch):
+    """What the config decides is the library's all the same, and nothing is left without memory."""
+    from speculators.models.eagle3 import Eagle3DraftModel
+
+    built = []
+    build = Eagle3DraftModel.__init__
+    monkeypatch.setattr(Eagle3DraftModel, "__init__", lambda self, *a: built.append(build(self, *a)))
+    random = torch.get_rng_state()
+    model = load_drafter(directories.drafter[kind], target=directories.target).model
+    assert torch.get_rng_state().equal(random)
+    assert len(built) == 1
+    parts = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert {part.device.type for part in parts.values()} == {"cpu"}
+    assert {part.dtype for part in parts.values() if part.is_floating_point()} == {torch.float32}
+    monkeypatch.undo()
+    library = Eagle3DraftModel(model.config)
+    theirs = {**dict(library.named_parameters()), **dict(library.named_buffers())}
+    assert set(parts) == {name for name in theirs if not name.startswith("verifier_")}
+    for name, part in parts.items():
+        assert part.requires_grad == theirs[name].requires_grad, name
+    assert model.rotary_emb.inv_freq.equal(library.rotary_emb.inv_freq)
+
+
+def test_a_head_does_not_change_with_its_file(directories, tmp_path):
+    head = shutil.copytree(directories.drafter["eagle3"], tmp_path / "head")
+    weight = load_drafter(head).model.fc.weight
+    before = weight.clone()
+    content = (head / "model.safetensors").read_bytes()
+    with (head / "model.safetensors").open("r+b") as file:
+        file.write(content[:8] + bytes(len(content) - 8))
+    assert weight.equal(before)
 
 
 def test_the_targets_embeddings_are_used_with_a_word(directories, caplog):

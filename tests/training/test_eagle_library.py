@@ -6,6 +6,7 @@ therefore ours over the windows at every start. Left out: its packed batches of 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -39,9 +40,9 @@ def library_loss(target: Target, head: Any, ids: torch.Tensor) -> torch.Tensor:
     hook = final_norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         states = target.model(input_ids=ids, output_hidden_states=True).hidden_states
-        head.verifier_lm_head.weight.copy_(target.model.lm_head.weight)
-        head.verifier_norm.weight.copy_(final_norm.weight)
     hook.remove()
+    # What only this forward reads, and a head that is read here lacks.
+    head.verifier_lm_head, head.verifier_norm = copy.deepcopy((target.model.lm_head, final_norm))
     taps = torch.cat([states[i] for i in target.tap_layers], dim=-1)
     _, loss, _ = head(  # as the library's `shift_batch` pairs them: x1 with g0 and y1
         hidden_states=taps[:, :-1],

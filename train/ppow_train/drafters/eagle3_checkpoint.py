@@ -49,7 +49,9 @@ _NEEDED_OF_QWEN3 = (*_NEEDED, "max_position_embeddings", "num_key_value_heads")
 
 
 def read_head(directory: Path, target: Path | None = None) -> Any:
-    """The head in a directory as an `Eagle3DraftModel` on the CPU, its taps recorded in its config.
+    """The head in a directory as an `Eagle3DraftModel` on the CPU, in float32, its taps recorded in its config.
+
+    It lacks what only the library's own training reads, `verifier_norm` and `verifier_lm_head`.
 
     Args:
         directory: config.json and *.safetensors of the head.
@@ -75,11 +77,10 @@ def read_head(directory: Path, target: Path | None = None) -> Any:
         "sdpa"  # its default builds flex masks for its own forward
     )
     with torch.device("meta"):  # sizes that contradict the tensors may be any: they must not take memory
-        planned = _empty_model(config, directory, target)
-    tensors = _fitting_tensors(planned, directory, target)
+        model = _empty_model(config, directory, target)
+    tensors = _fitting_tensors(model, directory, target)
     check_finite(directory, tensors.items())
-    model = _empty_model(config, directory, target)
-    model.load_state_dict(tensors, strict=False)
+    _fill(model, tensors)
     return model
 
 
@@ -88,6 +89,19 @@ def _empty_model(config: Any, directory: Path, target: Path | None) -> Any:
         model = Eagle3DraftModel(config)
     _fit_target_width(model, directory, target)
     return model
+
+
+def _fill(model: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Give a model without memory its tensors, instead of building it anew and copying them in.
+
+    Two things are in no checkpoint: what follows from the config, and what nothing here reads.
+    """
+    state = model.state_dict()
+    # Copied, since those of a file change with it.
+    own = {name: tensor.to(state[name].dtype, copy=True) for name, tensor in tensors.items()}
+    model.load_state_dict(own, strict=False, assign=True)
+    model.rotary_emb = type(model.rotary_emb)(model.rotary_emb.config)
+    model.verifier_norm = model.verifier_lm_head = None
 
 
 # ---------------------------------------------------------------- config.json
