@@ -55,6 +55,7 @@ def test_all_is_well(pair, adapter):
         "plugin",
         "adapter",
         "drafter",
+        "drafter sizes",
         "target",
         "vocabulary",
         "context",
@@ -168,7 +169,7 @@ def test_a_head_whose_taps_are_no_layers(pair, tmp_path, taps):
 
 
 def test_configs_whose_parts_are_no_objects(pair, tmp_path):
-    """What they would have said is then not said; the drafter names its taps elsewhere, or not at all."""
+    """What they would have said is then not said; vLLM fails at such a head."""
     config, path = copy_of_drafter(pair, "original", tmp_path / "d")
     adapter = random_adapter(tmp_path, "original", pair)
     path.write_text(json.dumps({**config, "eagle_config": "x"}))
@@ -176,7 +177,41 @@ def test_configs_whose_parts_are_no_objects(pair, tmp_path):
     own = json.loads((pair.target / "config.json").read_text())
     (tmp_path / "target" / "config.json").write_text(json.dumps({**own, "text_config": "x"}))
     asked = question(pair, adapter, base_drafter=str(tmp_path / "d"), target=str(tmp_path / "target"))
-    assert examine(asked).serves
+    failed = found(examine(asked), "fail")
+    assert set(failed) == {"drafter sizes"}
+    assert "eagle_config x: only Llama layers" in failed["drafter sizes"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "says"),
+    [
+        ("eagle3", {"hidden_size": 128}, "reads hidden states of size 128, those of target"),
+        ("eagle3", {"num_attention_heads": 8}, "q_proj.weight [128, 128] instead of [256, 128]"),
+        ("original", {"intermediate_size": 96}, "down_proj.weight [64, 128] instead of [64, 96]"),
+        ("original", {"draft_vocab_size": 17}, "lm_head.weight [213, 64] instead of [17, 64]"),
+        ("original", {"vocab_size": 100}, "needs one of shape [100, 64] from its target"),
+        ("causal_lm", {"num_key_value_heads": 4}, "k_proj.weight [64, 64] instead of [128, 64]"),
+        ("causal_lm", {"vocab_size": 100}, "lm_head.weight [320, 64] instead of [100, 64]"),
+        ("causal_lm", {"attention_bias": True}, "no model.layers.0.self_attn.k_proj.bias"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights(kind, change, says, pair, tmp_path):
+    config, path = copy_of_drafter(pair, kind, tmp_path / "d")
+    adapter = random_adapter(tmp_path, kind, pair)
+    config.get("transformer_layer_config", config).update(change)
+    path.write_text(json.dumps(config))
+    diagnosis = examine(question(pair, adapter, base_drafter=str(tmp_path / "d")))
+    told = found(diagnosis, "fail")["drafter sizes"]
+    assert says in told
+    assert "copy the " in told or "give the target that the head was made for" in told, "the remedy"
+    assert not diagnosis.serves
+
+
+def test_sizes_are_not_compared_without_what_training_brings(pair, causal_adapter, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    diagnosis = examine(question(pair, causal_adapter))
+    assert "accelerate is not installed" in found(diagnosis, "ok")["drafter sizes"]
+    assert diagnosis.serves
 
 
 @pytest.mark.parametrize("content", ["[]", '{"weight_map": {"a": 5}}'])

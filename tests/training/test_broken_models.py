@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_pair import TAP_LAYERS, VOCAB
+from training_pair import KINDS, TAP_LAYERS, VOCAB
 
 from ppow_train import cli
-from ppow_train.drafters import load_drafter
+from ppow_train.drafters import check_drafter, load_drafter
 from ppow_train.errors import UserError
 from ppow_train.generation import end_tokens, load_tokenizer
 from ppow_train.loading import load_causal_lm
@@ -225,3 +225,22 @@ def test_what_is_whole_is_loaded(directories):
         drafter = load_drafter(directory, target=directories.target)
         assert drafter.tap_layers == (() if kind == "causal_lm" else TAP_LAYERS)
         assert not any(parameter.is_meta for parameter in drafter.model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_headers_are_enough_to_tell_what_does_not_fit(kind, directories, tmp_path):
+    """In the words of loading; weights that are no numbers, which no header tells, are not read."""
+    sizes = json.loads((directories.drafter[kind] / "config.json").read_text())
+    sizes.get("transformer_layer_config", sizes)["intermediate_size"] = 97
+    name = "fc.weight" if kind != "causal_lm" else Q
+    head = broken(directories.drafter[kind], tmp_path, tensors(lambda t: t[name].fill_(torch.nan)))
+    check_drafter(head, directories.target)
+    with pytest.raises(UserError, match=f"no numbers in {name}"):
+        load_drafter(head, target=directories.target)
+    (head / "config.json").write_text(json.dumps(sizes))
+    with pytest.raises(UserError) as told:
+        check_drafter(head, directories.target)
+    assert "does not fit its own config.json" in str(told.value)
+    with pytest.raises(UserError) as loaded:
+        load_drafter(head, target=directories.target)
+    assert str(loaded.value) == str(told.value)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ppow_train.context_length import UNDRAFTED, context_length, inner_config
+from ppow_train.drafter_sizes import compare_sizes
 from vllm_ppow.artifact import (
     Adapter,
     ArtifactError,
@@ -105,6 +106,8 @@ def examine(question: Question) -> Diagnosis:
     _hub(diagnosis, question)
     adapter, base, target = _models(diagnosis, question)
     if adapter and base and target:
+        fits, detail = compare_sizes(base, target)
+        diagnosis.add("drafter sizes", "ok" if fits else "fail", detail)
         _vocabularies(diagnosis, adapter, base, target)
         _context_lengths(diagnosis, base, target)
     if adapter:

@@ -45,6 +45,26 @@ def load_causal_lm(directory: Path, dtype: str | torch.dtype, device: Any) -> Pr
     Raises:
         UserError, ArtifactError: it is broken, or none that this transformers loads.
     """
+    model = _fitting_model(directory, dtype)
+    model = model.to(device)
+    check_finite(directory, model.named_parameters())
+    return model
+
+
+def check_causal_lm(directory: Path) -> None:
+    """Make the refusals of `load_causal_lm` that the headers of the files allow: on the meta device no tensor is read.
+
+    Raises:
+        UserError, ArtifactError: as `load_causal_lm`, but for numbers that are not finite.
+        ModuleNotFoundError: accelerate, through which transformers takes a device, is not installed.
+    """
+    import accelerate  # noqa: F401  (without it transformers would blame the model)
+
+    _fitting_model(directory, "auto", device_map="meta")
+
+
+def _fitting_model(directory: Path, dtype: str | torch.dtype, **options: Any) -> PreTrainedModel:
+    """A model with each of its tensors from the checkpoint, in its shape."""
     from transformers import AutoModelForCausalLM
 
     with refused(directory, "no causal LM", "transformers"), _without_report():
@@ -55,10 +75,9 @@ def load_causal_lm(directory: Path, dtype: str | torch.dtype, device: Any) -> Pr
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, with their shapes
+            **options,
         )
     _check_tensors(directory, model, found)
-    model = model.to(device)
-    check_finite(directory, model.named_parameters())
     return model
 
 

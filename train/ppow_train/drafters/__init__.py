@@ -12,7 +12,7 @@ from ppow_train.errors import UserError
 
 _ORIGINAL_EAGLE3 = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")  # read by vLLM as one and the same
 
-__all__ = ["Drafter", "detect_drafter_type", "load_drafter"]
+__all__ = ["Drafter", "check_drafter", "detect_drafter_type", "load_drafter"]
 
 
 def detect_drafter_type(directory: Path) -> str:
@@ -58,3 +58,20 @@ def load_drafter(
     from ppow_train.drafters.causal_lm import CausalLMDrafter
 
     return CausalLMDrafter.load(directory, device, dtype)
+
+
+def check_drafter(directory: Path, target: Path | None = None) -> None:
+    """Refuse what `load_drafter` would of config.json and the tensors' names and shapes, from the files' headers alone.
+
+    Raises:
+        UserError: the config cannot be read or contradicts the tensors.
+        ModuleNotFoundError: a library that training reads drafters with is not installed.
+    """
+    if detect_drafter_type(directory) == "eagle3":
+        from ppow_train.drafters.eagle3_checkpoint import check_head
+
+        check_head(directory, target)
+        return
+    from ppow_train.loading import check_causal_lm
+
+    check_causal_lm(directory)

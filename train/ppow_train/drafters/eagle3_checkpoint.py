@@ -11,12 +11,12 @@ other layer types, pickled checkpoints.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
 from transformers import LlamaConfig
 
@@ -27,6 +27,7 @@ from vllm_ppow.artifact import model_weight_files, read_model_config
 logger = logging.getLogger(__name__)
 
 _EMBEDDING = "embed_tokens.weight"
+_Read = Callable[[Any, str], torch.Tensor]
 
 # What vLLM reads where a config of the library's format is silent (its transformers_utils/configs/speculators/algos.py
 # and models/qwen3.py). The library's own defaults are others: no norm before the residual, a draft vocabulary of
@@ -61,6 +62,24 @@ def read_head(directory: Path, target: Path | None = None) -> Any:
         UserError: tensors are missing, unknown, or contradict the config or each other; the head needs something of
             its target that it cannot have; the kind of head is not supported.
     """
+    model = _planned(directory, target)
+    tensors = _fitting_tensors(model, directory, target, _content)
+    check_finite(directory, tensors.items())
+    _fill(model, tensors)
+    return model
+
+
+def check_head(directory: Path, target: Path | None = None) -> None:
+    """Make the refusals of `read_head` that the headers of the files allow, without reading a tensor.
+
+    Raises:
+        UserError: as `read_head`, but for what d2t and t2d say and for numbers that are not finite.
+    """
+    _fitting_tensors(_planned(directory, target), directory, target, _header)
+
+
+def _planned(directory: Path, target: Path | None) -> Any:
+    """The model that config.json describes, without memory: sizes that contradict the tensors may be any."""
     raw = read_model_config(directory)
     is_original = "speculators_model_type" not in raw
     if is_original:
@@ -76,12 +95,8 @@ def read_head(directory: Path, target: Path | None = None) -> Any:
     config.transformer_layer_config._attn_implementation = (
         "sdpa"  # its default builds flex masks for its own forward
     )
-    with torch.device("meta"):  # sizes that contradict the tensors may be any: they must not take memory
-        model = _empty_model(config, directory, target)
-    tensors = _fitting_tensors(model, directory, target)
-    check_finite(directory, tensors.items())
-    _fill(model, tensors)
-    return model
+    with torch.device("meta"):
+        return _empty_model(config, directory, target)
 
 
 def _empty_model(config: Any, directory: Path, target: Path | None) -> Any:
@@ -207,7 +222,7 @@ def _fit_target_width(model: Any, directory: Path, target: Path | None) -> None:
     if target is not None and (found := _text_size(target, "hidden_size")) != width:
         raise UserError(
             f"The head {directory} reads hidden states of size {width}, those of target {target} have size {found}: "
-            "give the target that the head was made for."
+            "give the target that the head was made for, or copy the head again."
         )
     if width == model.hidden_size:
         return
@@ -235,16 +250,30 @@ def _text_size(target: Path, name: str) -> int:
 # ---------------------------------------------------------------- tensors
 
 
-def _fitting_tensors(model: Any, directory: Path, target: Path | None) -> dict[str, torch.Tensor]:
+def _content(checkpoint: Any, name: str) -> torch.Tensor:
+    """A tensor of an open file."""
+    return checkpoint.get_tensor(name)
+
+
+def _header(checkpoint: Any, name: str) -> torch.Tensor:
+    """Its shape alone: a tensor without memory."""
+    return torch.empty(checkpoint.get_slice(name).get_shape(), device="meta")
+
+
+def _fitting_tensors(
+    model: Any, directory: Path, target: Path | None, read: _Read
+) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors for the model, which has each of them by its exact name in its exact shape."""
-    tensors = _read_tensors(directory)
+    tensors = _read_tensors(directory, read)
     if model.use_draft_vocab and "d2t" in tensors:
         tensors["t2d"] = _checked_t2d(tensors, model.verifier_vocab_size, directory)
     if _EMBEDDING not in tensors and target is not None:
-        tensors[_EMBEDDING] = _target_embedding(target, tuple(model.embed_tokens.weight.shape), directory)
-        logger.warning(
-            "The head %s has no embeddings of its own: it uses those of target %s.", directory, target
-        )
+        shape = tuple(model.embed_tokens.weight.shape)
+        tensors[_EMBEDDING] = _target_embedding(target, shape, directory, read)
+        if not tensors[_EMBEDDING].is_meta:
+            logger.warning(
+                "The head %s has no embeddings of its own: it uses those of target %s.", directory, target
+            )
     state = model.state_dict()
     expected = {name for name in state if not name.startswith("verifier_")}
     if missing := sorted(expected - set(tensors)):
@@ -268,12 +297,12 @@ def _fitting_tensors(model: Any, directory: Path, target: Path | None) -> dict[s
     return tensors
 
 
-def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(directory: Path, read: _Read) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint by the library's names: `midlayer.` of the original format is `layers.0.`."""
     tensors: dict[str, torch.Tensor] = {}
     for file in model_weight_files(directory):
-        with refused(directory, "no EAGLE-3 head", "safetensors"):
-            content = load_file(file)
+        with refused(directory, "no EAGLE-3 head", "safetensors"), safe_open(file, "pt") as checkpoint:
+            content = {name: read(checkpoint, name) for name in checkpoint.keys()}  # noqa: SIM118
         for name, tensor in content.items():
             known = "layers.0." + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name
             if known in tensors:
@@ -287,6 +316,8 @@ def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
 def _checked_t2d(tensors: dict[str, torch.Tensor], vocab_size: int, directory: Path) -> torch.Tensor:
     """`t2d`, bool [V], that follows from `d2t` (target id − draft id, int64 [D]); an own one must say the same."""
     d2t, own = tensors["d2t"], tensors.get("t2d")
+    if d2t.is_meta:  # a header does not say what they hold
+        return torch.empty(vocab_size, device="meta") if own is None else own
     ids = torch.arange(d2t.numel()) + d2t.flatten()
     fits = d2t.dtype == torch.int64 and bool(((ids >= 0) & (ids < vocab_size)).all())
     if not fits or len(ids.unique()) != len(ids):
@@ -302,14 +333,14 @@ def _checked_t2d(tensors: dict[str, torch.Tensor], vocab_size: int, directory: P
     return t2d
 
 
-def _target_embedding(target: Path, shape: tuple[int, ...], directory: Path) -> torch.Tensor:
+def _target_embedding(target: Path, shape: tuple[int, ...], directory: Path, read: _Read) -> torch.Tensor:
     """The target's one tensor `….embed_tokens.weight`, [V, H], for a head without."""
     found: dict[str, torch.Tensor] = {}
     for file in model_weight_files(target):
         with refused(target, "no model", "safetensors"), safe_open(file, framework="pt") as checkpoint:
             for name in checkpoint.keys():  # noqa: SIM118 (safe_open is no mapping)
                 if name == _EMBEDDING or name.endswith(f".{_EMBEDDING}"):
-                    found[name] = checkpoint.get_tensor(name)
+                    found[name] = read(checkpoint, name)
     if [tuple(tensor.shape) for tensor in found.values()] != [shape]:
         have = {name: list(tensor.shape) for name, tensor in found.items()}
         raise UserError(
