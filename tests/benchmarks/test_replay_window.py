@@ -198,7 +198,9 @@ def test_a_step_without_drafts_is_told_to_what_trims_as_the_engine_does():
     window = DraftWindow([0], AcceptanceEstimate(1), StepCost())
     engine.adaptive(window, 3, trimming)
     assert trimming.pauses == 3
-    assert [(batch, tokens) for batch, tokens, _ in trimming.steps] == [(1, 1)] * 2, "none was made before the first"
+    assert [(batch, tokens) for batch, tokens, _ in trimming.steps] == [(1, 1)] * 2, (
+        "none was made before the first"
+    )
 
 
 def test_trimming_makes_more_than_every_fixed_length_where_the_drafter_knows():

@@ -46,6 +46,8 @@ TABLE = "num_speculative_tokens_per_batch_size"
 VERIFICATION = "enable_adaptive_verification"
 # A batch size that every GPU default of max_num_seqs allows; used where the user left it to vLLM.
 _BATCH_SIZES = 128
+# What the log says of the option per_request, as `attach` has decided it.
+_SAID = {True: " and request", False: "", None: " and, while most requests are greedy, per request"}
 # Above it only every other length, then every fourth: each costs graphs to capture.
 _EVERY_LENGTH_UP_TO = 8
 
@@ -281,9 +283,7 @@ def build_window(vllm_config: Any) -> DraftWindow | TrafficWindow:
         "Adaptive draft window: %d to %d tokens, per step%s, chosen from acceptance and step times (%s).",
         ladder[0],
         ladder[-1],
-        {True: " and request", False: "", None: " and, while most requests are greedy, per request"}[
-            by_request
-        ],
+        _SAID[by_request],
         _known_from(profile is not None, not (by_request or verifies), by_request is not False),
     )
     return window
