@@ -31,11 +31,13 @@ from soak_report import Demands, Findings, as_json
 from ppow_train.progress import make_progress
 from vllm_ppow.artifact import read_adapter
 
-ABORTED_SHARE, SAMPLED_SHARE = 0.25, 0.25  # of requests; some are both
+ABORTED_SHARE = 0.25  # of requests
 MEMORY_EVERY_S = 2.0
+LAYERS_EVERY_S = 2.0  # the server reports once a second
 SWAP_PATH = "/v1/ppow/adapter"
 _BLOCK_TOKENS = 32  # of the KV cache; the smallest that vLLM's CPU kernels take
 _REQUEST_S = 300  # the longest that any request may take
+_LAYER = re.compile(r"ppow:window_layer_active\{layer=(\w+)\}")
 _ERROR_LINE = re.compile(r"^.*\bERROR \d\d-\d\d .*$", re.MULTILINE)  # as vLLM's loggers write it
 
 
@@ -103,12 +105,24 @@ async def record_expected(
 
 
 class Soak:
-    """The load on one server, until a deadline."""
+    """The load on one server, until a deadline.
+
+    Args:
+        expected: greedy output of every prompt.
+        sampled_share: of requests, those at temperature 1.
+    """
 
     def __init__(
-        self, client: Client, prompts: list[str], expected: list[list[int]], found: Findings, seed: int
+        self,
+        client: Client,
+        prompts: list[str],
+        expected: list[list[int]],
+        found: Findings,
+        seed: int,
+        sampled_share: float,
     ) -> None:
         self.client, self.prompts, self.expected, self.found = client, prompts, expected, found
+        self.sampled_share = sampled_share
         self.draw = random.Random(seed)
         self.began = time.monotonic()
         self.deadline = self.began
@@ -119,7 +133,7 @@ class Soak:
         """Keep `concurrency` requests running for some time; what happens is in the findings."""
         self.began = time.monotonic()
         self.deadline = self.began + seconds
-        tasks = [self._work() for _ in range(concurrency)] + [self._watch_memory()]
+        tasks = [self._work() for _ in range(concurrency)] + [self._watch_memory(), self._watch_layers()]
         if swaps is not None:
             tasks.append(self._swap(swaps, swap_every))
         await asyncio.gather(*tasks)
@@ -140,7 +154,7 @@ class Soak:
 
     async def _request(self) -> None:
         index = self.draw.randrange(len(self.prompts))
-        temperature = 1.0 if self.draw.random() < SAMPLED_SHARE else 0.0
+        temperature = 1.0 if self.draw.random() < self.sampled_share else 0.0
         if self.draw.random() < ABORTED_SHARE:
             after = self.draw.randrange(1, max(2, self.client.max_tokens // 4))
             self.found.aborted += await self.client.abort(self.prompts[index], temperature, after)
@@ -166,6 +180,14 @@ class Soak:
             except (TimeoutError, aiohttp.ClientError, SwapRefusedError) as error:
                 self.found.errors.append(f"hot swap after {self.elapsed:.0f} s: {error}")
 
+    async def _watch_layers(self) -> None:
+        """Which layers decide draft lengths; where requests' temperatures decide that, it changes."""
+        while time.monotonic() < self.deadline:
+            with contextlib.suppress(OSError):  # a busy server; requests tell of one that is gone
+                active = layers_of(await asyncio.to_thread(self.client.server.metrics))
+                self.found.layers[active] = self.found.layers.get(active, 0) + 1
+            await asyncio.sleep(LAYERS_EVERY_S)
+
     async def _watch_memory(self) -> None:
         while time.monotonic() < self.deadline:
             for process in self.client.server.processes():
@@ -174,6 +196,12 @@ class Soak:
                     resident = process.memory_info().rss / 2**20
                     self.found.memory.setdefault(name, []).append((self.elapsed, resident))
             await asyncio.sleep(MEMORY_EVERY_S)
+
+
+def layers_of(metrics: dict[str, float]) -> str:
+    """The layers that a server's metrics name as active, such as "request, step"; "none" for a fixed window."""
+    active = [match[1] for name, value in metrics.items() if (match := _LAYER.fullmatch(name)) and value]
+    return ", ".join(sorted(active)) or "none"
 
 
 def read_prompts(path: Path, limit: int) -> list[str]:
@@ -253,7 +281,7 @@ async def soak_server(
     with running("ppow", server_options(settings, small_cache=True), spec, output) as server:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             client = Client(session, server, settings["max_tokens"])
-            soak = Soak(client, prompts, expected, found, settings["seed"])
+            soak = Soak(client, prompts, expected, found, settings["seed"], settings["sampled_share"])
             turn = iter(range(1, 1 << 30))
 
             async def swap() -> None:
@@ -295,6 +323,9 @@ async def _show(progress: Any, task: Any, soak: Soak) -> None:
 @click.option("--minutes", default=30.0, show_default=True)
 @click.option("--concurrency", default=32, show_default=True)
 @click.option("--max-tokens", default=64, show_default=True, help="output tokens of a request")
+@click.option(
+    "--sampled-share", default=0.25, show_default=True, type=click.FloatRange(0, 1), help="of requests"
+)
 @click.option("--num-speculative-tokens", default=8, show_default=True)
 @click.option(
     "--kv-blocks", default=96, show_default=True, help=f"blocks of {_BLOCK_TOKENS} tokens in the KV cache"

@@ -29,6 +29,7 @@ class Findings:
         num_prompts: prompts there are.
         preemptions: as vLLM counts them.
         drafts: verified drafts, as vLLM counts them.
+        layers: what decided draft lengths -> how often it was found to.
         memory: process name -> (seconds, MiB resident) samples.
     """
 
@@ -42,6 +43,7 @@ class Findings:
     num_prompts: int = 0
     preemptions: int = 0
     drafts: int = 0
+    layers: dict[str, int] = dataclasses.field(default_factory=dict)
     memory: dict[str, list[tuple[float, float]]] = dataclasses.field(default_factory=dict)
 
 

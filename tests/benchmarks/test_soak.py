@@ -102,7 +102,7 @@ def test_a_refused_swap_is_an_error_in_the_servers_words(tmp_path):
         app.router.add_post(soak.SWAP_PATH, refuse)
         async with TestServer(app) as fake, aiohttp.ClientSession() as session:
             client = soak.Client(session, SimpleNamespace(url=str(fake.make_url("")).rstrip("/")), 8)
-            load = soak.Soak(client, ["a"], [[1]], Findings(), seed=0)
+            load = soak.Soak(client, ["a"], [[1]], Findings(), seed=0, sampled_share=0.25)
             load.deadline = time.monotonic() + 0.3
             await load._swap(lambda: client.swap(tmp_path), every=0.2)
             return load.found
@@ -110,6 +110,15 @@ def test_a_refused_swap_is_an_error_in_the_servers_words(tmp_path):
     found = asyncio.run(swap_once())
     assert found.swaps == 0
     assert "It was trained for another drafter." in found.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "layers"),
+    [({"step": 1.0, "request": 1.0}, "request, step"), ({"step": 1.0, "request": 0.0}, "step"), ({}, "none")],
+)
+def test_which_layers_are_active_the_servers_metrics_say(values, layers):
+    metrics = {f"ppow:window_layer_active{{layer={name}}}": value for name, value in values.items()}
+    assert soak.layers_of({"vllm:num_requests_running": 3.0, **metrics}) == layers
 
 
 @pytest.mark.slow
@@ -145,4 +154,5 @@ def test_one_minute_on_real_servers(tmp_path):
     assert report["compared"] > 0
     assert report["preemptions"] > 0
     assert report["swaps"] == 3
+    assert set(report["layers"]) == {"step"}, "without a cost profile there is one draft length per step"
     assert len(report["memory"]) >= 2, "API server and engine are watched both"
