@@ -154,5 +154,7 @@ def test_one_minute_on_real_servers(tmp_path):
     assert report["compared"] > 0
     assert report["preemptions"] > 0
     assert report["swaps"] == 3
-    assert set(report["layers"]) == {"step"}, "without a cost profile there is one draft length per step"
+    # Nothing is reported before the first step. Without a cost profile there is one draft length per step.
+    assert report["layers"]["step"] > 0
+    assert set(report["layers"]) <= {"none", "step"}
     assert len(report["memory"]) >= 2, "API server and engine are watched both"
