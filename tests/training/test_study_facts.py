@@ -118,12 +118,13 @@ def test_results_without_a_record_go_on_and_have_one_from_then_on(started_study,
     assert "max_tokens" in refused(started_study, tmp_path, lambda plan: plan.update(max_tokens=9))
 
 
-@pytest.mark.parametrize(
-    "name", ["study", "study-continuations", "study-rank", "study-rank-short", "study-long"]
-)
+STUDIES = ("", "-capacity", "-continuations", "-long", "-objectives", "-output-layer", "-rank", "-rank-short")
+
+
+@pytest.mark.parametrize("name", [f"study{which}" for which in STUDIES])
 def test_studies_of_before_are_tabled(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(REPO)
-    [kept] = (REPO / "examples" / "benchmarks").glob(f"{name}-2026-11-2[456]")
+    [kept] = (REPO / "examples" / "benchmarks").glob(f"{name}-2026-11-2[4-8]")
     directory = shutil.copytree(kept, tmp_path / "kept")
     assert run(["study", f"examples/benchmarks/{name}.yaml", "--output", str(directory), "--table-only"]) == 0
     assert capsys.readouterr().out.strip() == (kept / "table.md").read_text(encoding="utf-8").strip()
