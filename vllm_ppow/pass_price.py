@@ -6,7 +6,7 @@ tokens just verified and is made whatever is decided, and what a pass is worth (
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from statistics import median
 
@@ -15,7 +15,7 @@ from vllm_ppow.octave_prices import OctavePrices
 from vllm_ppow.step_cells import CELL_MEMORY
 from vllm_ppow.step_cost import IDENTIFIED
 
-# Passes between two medians.
+# Passes in an octave between two medians.
 _EVERY = 16
 
 
@@ -29,14 +29,16 @@ class PassPrice:
     def __init__(self, prior: Callable[[int], float] | None = None) -> None:
         self._prices = OctavePrices(prior)
         self._passes: dict[int, deque[float]] = {}
-        self.observations = 0
+        self.observations: Counter[int] = Counter()  # by octave
 
     def observe(self, batch: int, seconds: float) -> None:
         """A pass over one token of each of `batch` requests took that long."""
-        self.observations += 1
-        passes = self._passes.setdefault(octave(batch), deque(maxlen=CELL_MEMORY))
+        key = octave(batch)
+        self.observations[key] += 1
+        seen = self.observations[key]
+        passes = self._passes.setdefault(key, deque(maxlen=CELL_MEMORY))
         passes.append(seconds)
-        if len(passes) == IDENTIFIED or (len(passes) > IDENTIFIED and self.observations % _EVERY == 0):
+        if seen == IDENTIFIED or (seen > IDENTIFIED and seen % _EVERY == 0):
             self._prices.learn(batch, median(passes))
 
     def seconds(self, batch: int) -> float:

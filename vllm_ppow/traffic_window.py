@@ -60,28 +60,19 @@ class TrafficWindow:
             self._name_layers()
         return self._drafting.choose(batch, context, decodes)
 
-    def observe_draft(
-        self, num_draft_tokens: int, num_accepted_tokens: int, num_refused_tokens: int = 0
-    ) -> None:
-        """One request's draft was verified, as DraftWindow has it."""
-        self._verified.observe_draft(num_draft_tokens, num_accepted_tokens, num_refused_tokens)
+    def observe_draft(self, *draft: int) -> None:
+        """One request's draft was verified; arguments as DraftWindow has them, here and below."""
+        self._verified.observe_draft(*draft)
 
-    def observe_step(
-        self,
-        seconds: float,
-        batch: int,
-        num_draft_tokens: int,
-        context: int = 0,
-        num_accepted_tokens: int = 0,
-    ) -> None:
-        """A decode-only step at a steady draft length, as DraftWindow has it."""
+    def observe_step(self, seconds: float, *step: int) -> None:
+        """A decode-only step at a steady draft length."""
         if self._verified is self._drafting:
-            self._drafting.observe_step(seconds, batch, num_draft_tokens, context, num_accepted_tokens)
+            self._drafting.observe_step(seconds, *step)
 
-    def observe_change(self, seconds: float, batch: int, longer: int) -> None:
-        """A decode-only step that verified drafts of one length and drafted another, as DraftWindow has it."""
+    def observe_change(self, seconds: float, *change: int) -> None:
+        """A decode-only step that verified drafts of one length and drafted another."""
         if self._verified is self._drafting:
-            self._drafting.observe_change(seconds, batch, longer)
+            self._drafting.observe_change(seconds, *change)
 
     def _name_layers(self) -> None:
         self.counts.layers = ("step", "request") if self.by_request else ("step",)

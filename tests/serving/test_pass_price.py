@@ -51,6 +51,13 @@ def test_batch_sizes_do_not_mix():
     assert price.seconds(2) == PASS, "the nearest octave, the smaller of two"
 
 
+def test_every_octave_follows_its_own_passes_however_they_alternate():
+    price = PassPrice()
+    for i in range(160):
+        price.observe(32 if i % 16 == 15 else 1, PASS if i < 80 else 3 * PASS)
+    assert price.seconds(1) == 3 * PASS
+
+
 def test_another_octave_has_the_priors_shape_by_the_factor_that_was_learned():
     prices = OctavePrices(profile)
     prices.learn(4, 2 * profile(4))
