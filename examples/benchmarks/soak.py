@@ -3,8 +3,9 @@
 First the greedy outputs are recorded from a server without speculation; then a server with an adapter is kept at its
 highest concurrency by clients that mix greedy and sampled requests, close connections in the middle of answers, and
 swap the adapter every minute, while the KV cache is so small that requests are preempted all the time. It passes if
-no request failed, every greedy answer is token-identical to no speculation, and no process keeps growing. Left out:
-judging what was found (soak_report.py).
+no request failed, every greedy answer is token-identical to no speculation, and no process keeps growing. With
+`--plain` the same load runs on the bare drafter under vLLM's own method, without swaps: what grows there is not the
+plugin's. Left out: judging what was found (soak_report.py).
 
     python examples/benchmarks/soak.py --output runs/soak --adapter runs/adapter
 """
@@ -38,6 +39,10 @@ SWAP_PATH = "/v1/ppow/adapter"
 _BLOCK_TOKENS = 32  # of the KV cache; the smallest that vLLM's CPU kernels take
 _REQUEST_S = 300  # the longest that any request may take
 _LAYER = re.compile(r"ppow:window_layer_active\{layer=(\w+)\}")
+# oneDNN keeps its newest 1024 kernels, one for every shape of a step: some 400 MiB that grow for hours and would hide
+# what does not stop.
+_NO_KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+_PLAIN_METHODS = {"eagle3": "eagle3", "causal_lm": "draft_model"}
 _ERROR_LINE = re.compile(r"^.*\bERROR \d\d-\d\d .*$", re.MULTILINE)  # as vLLM's loggers write it
 
 
@@ -223,14 +228,21 @@ def server_options(settings: dict[str, Any], small_cache: bool) -> ServerOptions
         settings["max_model_len"],
         settings["concurrency"],
         tuple(arguments),
-        {"VLLM_PLUGINS": "ppow"} if swaps else {},
+        {**_NO_KERNELS_KEPT, **({"VLLM_PLUGINS": "ppow"} if swaps else {})},
     )
 
 
 def speculative_config(settings: dict[str, Any], adapters: list[Path]) -> dict[str, Any]:
     """Of the server that is soaked; swaps are allowed among the adapters, which lie in one directory."""
-    spec: dict[str, Any] = {"method": "ppow", "model": str(adapters[0])}
-    spec["num_speculative_tokens"] = settings["num_speculative_tokens"]
+    spec: dict[str, Any] = {"num_speculative_tokens": settings["num_speculative_tokens"]}
+    if settings["plain"]:
+        served = read_adapter(adapters[0]).config
+        return {
+            **spec,
+            "method": _PLAIN_METHODS[served.drafter_type],
+            "model": served.base_drafter.name_or_path,
+        }
+    spec |= {"method": "ppow", "model": str(adapters[0])}
     if settings["swap_every"]:
         spec["ppow"] = {"hot_swap": True, "hot_swap_directory": str(adapters[0].parent)}
     return spec
@@ -332,6 +344,9 @@ async def _show(progress: Any, task: Any, soak: Soak) -> None:
 )
 @click.option("--swap-every", default=60.0, show_default=True, help="seconds between hot swaps; 0: none")
 @click.option(
+    "--plain", is_flag=True, help="the first adapter's bare drafter, by vLLM's own method, without swaps"
+)
+@click.option(
     "--max-growth-mib", default=64.0, show_default=True, help="that a process may gain after warming up"
 )
 @click.option("--max-model-len", default=256, show_default=True)
@@ -349,6 +364,8 @@ def main(
 ) -> None:
     """Soak a server; exits with 1 if anything was wrong."""
     output.mkdir(parents=True, exist_ok=True)
+    if settings["plain"]:
+        settings["swap_every"] = 0
     served = gather_adapters(adapters, output)
     texts = read_prompts(prompts, num_prompts)
     found = Findings(num_prompts=len(texts))

@@ -22,6 +22,8 @@ from aiohttp.test_utils import TestServer
 from bench_adapters import make_adapter
 from soak_report import Demands, Findings
 
+from vllm_ppow.artifact import read_adapter
+
 BENCHMARKS = Path(soak.__file__).parent
 
 
@@ -119,6 +121,17 @@ def test_a_refused_swap_is_an_error_in_the_servers_words(tmp_path):
 def test_which_layers_are_active_the_servers_metrics_say(values, layers):
     metrics = {f"ppow:window_layer_active{{layer={name}}}": value for name, value in values.items()}
     assert soak.layers_of({"vllm:num_requests_running": 3.0, **metrics}) == layers
+
+
+def test_the_plain_server_has_the_bare_drafter_and_no_swaps(tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", 0.1).directory
+    settings = {"num_speculative_tokens": 8, "swap_every": 0, "plain": True}
+    base = read_adapter(adapter).config.base_drafter.name_or_path
+    plain = {"num_speculative_tokens": 8, "method": "eagle3", "model": base}
+    assert soak.speculative_config(settings, [adapter]) == plain
+    ours = soak.speculative_config({**settings, "plain": False, "swap_every": 60.0}, [adapter])
+    assert ours["method"] == "ppow"
+    assert ours["ppow"]["hot_swap"]
 
 
 @pytest.mark.slow
