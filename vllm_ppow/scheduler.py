@@ -20,7 +20,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_ppow.compat import draft_room
 from vllm_ppow.compat.draft_window import GREEDY_BELOW, TrimmedLength
-from vllm_ppow.compat.window import build_window
+from vllm_ppow.compat.window_policy import build_window
 from vllm_ppow.traffic_window import TrafficWindow
 from vllm_ppow.window import DraftWindow, WindowCounts
 from vllm_ppow.window_report import ReportWriter

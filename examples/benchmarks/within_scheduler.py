@@ -204,7 +204,8 @@ def windows_of(assignment: Assignment, built: Any, vllm_config: Any) -> dict[str
         return dict.fromkeys(adaptive, built)
     if "request" not in built.counts.layers:
         raise RuntimeError("This engine does not trim drafts by request; its log says why.")
-    from vllm_ppow.compat.window import WINDOW_KEY, build_window
+    from vllm_ppow.compat.window_policy import build_window
+    from vllm_ppow.config import WINDOW_KEY
 
     extra = vllm_config.speculative_config.draft_load_config.model_loader_extra_config
     options = extra[WINDOW_KEY]

@@ -14,7 +14,7 @@ from serving_profile import PROFILE
 from vllm_ppow import plugin
 from vllm_ppow.acceptance import MILD_PRIOR
 from vllm_ppow.artifact import ArtifactError
-from vllm_ppow.compat import draft_window, profiling, seams, window
+from vllm_ppow.compat import draft_window, profiling, seams, window, window_policy
 from vllm_ppow.compat.window import TABLE
 from vllm_ppow.config import PPOWOptions, PPOWServingError, parse_options
 from vllm_ppow.cost_profile import COST_PROFILE_FILE, write_cost_profile
@@ -212,9 +212,9 @@ def test_min_tokens_is_at_most_the_maximum(built):
 
 
 def test_options_reach_the_policy(built):
-    policy = window.build_window(built({"min_tokens": 1, "per_request": False}))
+    policy = window_policy.build_window(built({"min_tokens": 1, "per_request": False}))
     assert (policy.lengths, policy.counts.layers) == ((1, 2, 3), ("step",))
-    policy = window.build_window(built({"min_tokens": 1, "per_request": True}))
+    policy = window_policy.build_window(built({"min_tokens": 1, "per_request": True}))
     assert (policy.lengths, policy.counts.layers) == ((1, 3), ("step", "request"))
 
 
@@ -229,7 +229,7 @@ def profiled(built, adapter):
         here = {**profiling.machine(config), "adapter_fingerprint": trained.adapter_fingerprint}
         here["target_fingerprint"] = trained.target.fingerprint
         write_cost_profile(adapter.directory, dataclasses.replace(PROFILE, **{**here, **changes}))
-        return window.build_window(config)
+        return window_policy.build_window(config)
 
     yield build
     file.unlink(missing_ok=True)
@@ -277,7 +277,7 @@ def test_a_broken_profile_is_said_and_not_used(built, adapter, log):
     file = adapter.directory / COST_PROFILE_FILE
     file.write_text("{")
     try:
-        policy = window.build_window(built())
+        policy = window_policy.build_window(built())
     finally:
         file.unlink()
     assert policy.acceptance.survival()[0] == pytest.approx(MILD_PRIOR)
@@ -286,16 +286,16 @@ def test_a_broken_profile_is_said_and_not_used(built, adapter, log):
 
 def test_the_scheduler_alone_is_refused(built):
     with pytest.raises(PPOWServingError, match="leave scheduler_cls out"):
-        window.build_window(built({"window": "fixed"}))
+        window_policy.build_window(built({"window": "fixed"}))
 
 
 def test_with_captured_graphs_only_declared_lengths_and_the_shortest_are_drafted(built):
     from vllm.config import CUDAGraphMode
 
     config = built({"per_request": False}, max_num_seqs=2)
-    assert window.build_window(config).lengths == (0, 1, 2, 3)
+    assert window_policy.build_window(config).lengths == (0, 1, 2, 3)
     config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-    assert window.build_window(config).lengths == (0, 3)
+    assert window_policy.build_window(config).lengths == (0, 3)
 
 
 def test_the_config_travels_to_the_engine_core(built):
@@ -332,7 +332,7 @@ def test_unasked_drafts_are_trimmed_by_request_where_the_adapter_has_a_cost_prof
 def test_a_profile_that_does_not_hold_trims_nothing_unasked_and_is_named_once(profiled, built, log):
     profiled(device="another")
     log.clear()
-    policy = window.build_window(built())
+    policy = window_policy.build_window(built())
     assert policy.counts.layers == ("step",)
     assert "it needs a cost profile, and the adapter's cannot be used here." in log.text
     assert log.text.count("of another set-up (device") == 1
@@ -377,7 +377,7 @@ def test_where_drafts_are_not_trimmed_by_request(built, log, section, field, val
     assert window.options_of(config.speculative_config)["per_request"] is False
     assert "not trimmed by request: " in log.text
     assert reason in log.text
-    assert window.build_window(config).counts.layers == ("step",)
+    assert window_policy.build_window(config).counts.layers == ("step",)
 
 
 @pytest.mark.parametrize("method", [name for name, _ in draft_window.SEAMS])
@@ -442,6 +442,6 @@ def test_vllm_has_the_switch_and_the_conditions_that_we_name():
 def test_maxima_are_judged_by_what_they_bring_where_vllm_trims(built):
     config = built({"per_request": False})
     setattr(config.speculative_config, window.VERIFICATION, True)
-    policy = window.build_window(config)
+    policy = window_policy.build_window(config)
     assert policy.trimmed is not None
     assert (policy.lengths, policy.counts.layers) == ((0, K), ("step", "verification"))

@@ -3,7 +3,8 @@
 The window hooks vLLM's schedulers in subclasses that `scheduler_cls` names. If one of the methods that they override is
 not there, or something else forbids draft lengths that change from step to step, serving goes on with the fixed window
 and one warning. Works on every vLLM whose SchedulerOutput carries a draft length. Left out: the scheduler itself
-(vllm_ppow/scheduler.py), and lengths that differ between requests (draft_window.py).
+(vllm_ppow/scheduler.py), what it chooses by (window_policy.py), and lengths that differ between requests
+(draft_window.py).
 """
 
 from __future__ import annotations
@@ -12,15 +13,10 @@ import dataclasses
 import importlib
 from typing import Any
 
-from vllm_ppow.acceptance import AcceptanceEstimate, TrimmedAcceptance
-from vllm_ppow.compat import draft_window, profiling, seams, v2_runner
+from vllm_ppow.compat import draft_window, seams, v2_runner
 from vllm_ppow.compat.capabilities import V2_RUNNER
-from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, TARGET_KEY, WINDOW_KEY, PPOWServingError
-from vllm_ppow.cost_profile import CostProfile, CostProfileError, read_cost_profile
-from vllm_ppow.request_window import RequestWindow
-from vllm_ppow.step_cost import StepCost
-from vllm_ppow.traffic_window import TrafficWindow
-from vllm_ppow.window import DraftWindow
+from vllm_ppow.compat.usable_profile import usable_profile
+from vllm_ppow.config import WINDOW_KEY
 
 SCHEDULER_SEAMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("_update_after_schedule", ("self", "scheduler_output")),
@@ -46,8 +42,6 @@ TABLE = "num_speculative_tokens_per_batch_size"
 VERIFICATION = "enable_adaptive_verification"
 # A batch size that every GPU default of max_num_seqs allows; used where the user left it to vLLM.
 _BATCH_SIZES = 128
-# What the log says of the option per_request, as `attach` has decided it.
-_SAID = {True: " and request", False: "", None: " and, while most requests are greedy, per request"}
 # Above it only every other length, then every fourth: each costs graphs to capture.
 _EVERY_LENGTH_UP_TO = 8
 
@@ -215,7 +209,7 @@ def _not_unasked(vllm_config: Any) -> str | None:
 
     if not current_platform.is_cpu():
         return 'on a GPU "per_request": true asks for it.'
-    profile, unusable = _profile(vllm_config)
+    profile, unusable = usable_profile(vllm_config)
     if unusable is not None:  # why says the scheduler
         return "it needs a cost profile, and the adapter's cannot be used here."
     if profile is None:
@@ -252,116 +246,3 @@ def options_of(speculative_config: Any) -> dict[str, Any] | None:
         return None
     options = (load_config.model_loader_extra_config or {}).get(WINDOW_KEY)
     return dict(options) if options is not None else None
-
-
-def build_window(vllm_config: Any) -> DraftWindow | TrafficWindow:
-    """The policy of one engine, from the options in its config and the adapter's cost profile if it has one.
-
-    Raises:
-        PPOWServingError: the config is not one of method ppow with an adaptive window.
-    """
-    speculative = vllm_config.speculative_config
-    options = options_of(speculative) if speculative is not None else None
-    if options is None:
-        raise PPOWServingError(
-            "The scheduler of vllm-ppow serves method ppow with an adaptive window, which sets it: leave "
-            "scheduler_cls out."
-        )
-    by_request, verifies = options["per_request"], bool(getattr(speculative, VERIFICATION, False))
-    profile, unusable = _profile(vllm_config)
-    if unusable is not None:
-        seams.logger.warning("The draft window learns costs while serving: %s", unusable)
-    ladder = _drafted_lengths(vllm_config, options["min_tokens"])
-    window: DraftWindow | TrafficWindow
-    if by_request is None:
-        whole, trimmed = (_policy(ladder, profile, trims, by_request=trims) for trims in (False, True))
-        window = TrafficWindow(whole, trimmed)
-    else:
-        window = _policy(ladder, profile, by_request or verifies, by_request)
-        window.counts.layers = ("step", *(["request"] * by_request), *(["verification"] * verifies))
-    seams.logger.info(
-        "Adaptive draft window: %d to %d tokens, per step%s, chosen from acceptance and step times (%s).",
-        ladder[0],
-        ladder[-1],
-        _SAID[by_request],
-        _known_from(profile is not None, not (by_request or verifies), by_request is not False),
-    )
-    return window
-
-
-def _drafted_lengths(vllm_config: Any, minimum: int) -> list[int]:
-    """Draft lengths to choose from, ascending: with full CUDA graphs those that were declared, and the shortest."""
-    speculative = vllm_config.speculative_config
-    ladder = lengths(minimum, speculative.num_speculative_tokens)
-    if not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
-        return ladder
-    captured = {length for _, _, length in getattr(speculative, TABLE)}
-    # The shortest without a graph of its own runs as prefill does: what that costs, the clock tells.
-    return [length for length in ladder if length in captured or length == ladder[0]]
-
-
-def _policy(ladder: list[int], profile: CostProfile | None, trims: bool, by_request: bool) -> DraftWindow:
-    """The policy of one kind of drafts.
-
-    Args:
-        trims: whether drafts, or their verification, are trimmed request by request: of the ladder only the ends are
-            chosen then, what lies between is left to the requests. A profile has timed drafts that are verified whole:
-            what a step of trimmed ones takes the clock alone tells; what one of their tokens is worth, the profile
-            tells the drafter.
-        by_request: whether it is our drafter that trims.
-    """
-    maximum = ladder[-1]
-    estimate = AcceptanceEstimate(maximum, profile.acceptance_per_position if profile is not None else ())
-    if not trims:
-        return DraftWindow(ladder, estimate, StepCost(profile))
-    return DraftWindow(
-        sorted({ladder[0], maximum}), estimate, StepCost(), TrimmedAcceptance(), by_request=by_request
-    )
-
-
-def _known_from(has_profile: bool, whole: bool, trims: bool) -> str:
-    """Where acceptance and step times come from, for the log.
-
-    Args:
-        whole: whether there is a policy of drafts that are verified whole.
-        trims: whether there is one of trimmed drafts.
-    """
-    if not has_profile:
-        return "learned while serving"
-    if not whole:
-        return "acceptance and prices of the cost profile, step times learned while serving"
-    return "cost profile, corrected while serving" + "; step times of trimmed drafts are learned" * trims
-
-
-def build_request_window(vllm_config: Any, options: dict[str, Any]) -> RequestWindow:
-    """The policy of a drafter that trims its drafts by request, from the adapter's cost profile if it has one.
-
-    Args:
-        options: of the window, as `options_of` gives them.
-    """
-    profile, _ = _profile(vllm_config)  # what is wrong with it says the scheduler's log
-    return RequestWindow(
-        vllm_config.speculative_config.num_speculative_tokens, options["min_tokens"], profile
-    )
-
-
-def _profile(vllm_config: Any) -> tuple[CostProfile | None, str | None]:
-    """The cost profile beside an adapter's files, or None; why one that is there cannot be used, or None."""
-    extra = vllm_config.speculative_config.draft_load_config.model_loader_extra_config
-    try:
-        profile = read_cost_profile(extra[ADAPTER_KEY])
-    except CostProfileError as error:
-        return None, str(error)
-    if profile is None:
-        return None, None
-    here = {
-        **profiling.machine(vllm_config),
-        "adapter_fingerprint": extra[FINGERPRINT_KEY],
-        "target_fingerprint": extra.get(TARGET_KEY),
-    }
-    if differences := profile.differences(**here):
-        return None, (
-            f"the adapter's cost profile is of another set-up ({'; '.join(differences)}); measure again with ppow "
-            "profile."
-        )
-    return profile, None

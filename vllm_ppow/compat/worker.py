@@ -117,13 +117,14 @@ def drafts_here(vllm_config: Any) -> bool:
 
 def adopt_drafter(worker: Any) -> None:
     """Let the freshly built drafter trim its drafts by request, where the server's config says so or lets it."""
-    from vllm_ppow.compat import draft_window, window
+    from vllm_ppow.compat import draft_window, window, window_policy
 
     speculative = worker.vllm_config.speculative_config
     options = window.options_of(speculative)
     if options is not None and options["per_request"] is not False:
         draft_window.adopt(
-            worker.worker.model_runner.drafter, window.build_request_window(worker.vllm_config, options)
+            worker.worker.model_runner.drafter,
+            window_policy.build_request_window(worker.vllm_config, options),
         )
 
 
