@@ -347,7 +347,7 @@ async def _show(progress: Any, task: Any, soak: Soak) -> None:
     "--plain", is_flag=True, help="the first adapter's bare drafter, by vLLM's own method, without swaps"
 )
 @click.option(
-    "--max-growth-mib", default=64.0, show_default=True, help="that a process may gain after warming up"
+    "--max-growth-mib", default=16.0, show_default=True, help="that a process may gain after warming up"
 )
 @click.option("--max-model-len", default=256, show_default=True)
 @click.option(

@@ -61,7 +61,7 @@ class Demands:
     swaps: int
     preemptions: int = 1
     aborts: int = 1
-    max_growth_mib: float = 64.0
+    max_growth_mib: float = 16.0
 
 
 def growth_mib(samples: Sequence[tuple[float, float]]) -> float:
