@@ -144,13 +144,31 @@ class TrimmedAcceptance:
     def __init__(self, memory: int = MEMORY) -> None:
         self._memory = memory
         self._counts: dict[tuple[int, int], tuple[float, float]] = {}  # accepted tokens, requests
+        self._by_draft: dict[tuple[int, int], tuple[float, float]] = {}  # accepted tokens, drafts
 
     def observe(self, batch: int, maximum: int, num_accepted_tokens: int) -> None:
         """A decode-only step verified what was drafted under that maximum, for `batch` requests together."""
-        key = (octave(batch), maximum)
-        accepted, requests = self._counts.get(key, (0.0, 0.0))
-        keep = max(0.0, 1.0 - batch / self._memory)
-        self._counts[key] = (keep * accepted + num_accepted_tokens, keep * requests + batch)
+        self._add(self._counts, (octave(batch), maximum), num_accepted_tokens, batch)
+
+    def observe_drafts(self, batch: int, length: int, num_accepted_tokens: int, drafts: int) -> None:
+        """So many drafts that were trimmed to that length were verified in a step of `batch` requests."""
+        self._add(self._by_draft, (octave(batch), length), num_accepted_tokens, drafts)
+
+    def _add(
+        self, counts: dict[tuple[int, int], tuple[float, float]], key: tuple[int, int], accepted: int, of: int
+    ) -> None:
+        before, among = counts.get(key, (0.0, 0.0))
+        keep = max(0.0, 1.0 - of / self._memory)
+        counts[key] = (keep * before + accepted, keep * among + of)
+
+    def expected(self, batch: int, length: int, untrimmed: float) -> float:
+        """E[accepted tokens] of a draft that was trimmed to that length: a promising one, if it is long.
+
+        Args:
+            untrimmed: of whole drafts of this length, which stands until something was counted.
+        """
+        accepted, drafts = self._by_draft.get((octave(batch), length), (0.0, 0.0))
+        return (accepted + PRIOR_STRENGTH * untrimmed) / (drafts + PRIOR_STRENGTH)
 
     def promises(self, batch: int, untrimmed: Sequence[float]) -> list[float]:
         """E[accepted tokens per request] under a maximum of 0..num_speculative_tokens.

@@ -17,6 +17,7 @@ import dataclasses
 import logging
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
@@ -40,6 +41,8 @@ NOT_ON = 'This engine cannot swap adapters: start it with method "ppow" and "ppo
 # A worker's answer to each step: {"ok": bool, "error": str, …}. Workers never raise: on several ranks, an exception of
 # one leaves the answers of the others in vLLM's queues, and the next step would read those.
 Reply = dict[str, Any]
+_MOST_DRAFTS = 10**9  # that a verdict may take
+_REVISION = re.compile(r"\w[\w.+@-]*(/\w[\w.+@-]*)*", re.ASCII)  # no part begins with a dot
 Rpc = Callable[[str, tuple[Any, ...]], Awaitable[list[Reply]]]
 
 
@@ -70,6 +73,9 @@ class Allowed:
             SwapError: it lies outside of what is allowed.
         """
         if self.repo is not None and name == self.repo:
+            # The Hub client reads the file of a revision's name in its cache, and follows what it says.
+            if revision is not None and not _REVISION.fullmatch(revision):
+                raise SwapError(f"{revision[:80]!r} is not a branch, tag or commit of a Hub repo: give one.")
             return resolve_directory(name, revision)[0]
         if revision is not None:
             raise SwapError(f"{name!r} is not the Hub repo this server started with: leave the revision out.")
@@ -92,7 +98,7 @@ def _inside(root: Path, name: str) -> Path | None:
         files = [found, *(found / part for part in (PPOW_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS))]
         found.is_dir()  # raises for what cannot be a path: a null byte, a name too long
         return found if all(file.resolve().is_relative_to(root) for file in files) else None
-    except (ValueError, OSError):
+    except (ValueError, OSError, RuntimeError):  # RuntimeError: links in a circle, up to Python 3.12
         return None
 
 
@@ -135,8 +141,15 @@ class HotSwap:
         """What the first worker says of its adapter: "adapter", "fingerprint", "previous"."""
         return (await self._rpc("ppow_adapter", ()))[0]
 
-    async def swap(self, directory: str | os.PathLike[str]) -> Reply:
+    async def swap(self, directory: str | os.PathLike[str], keep_previous: bool = False) -> Reply:
         """Load another adapter, on all workers or on none.
+
+        Args:
+            directory: of the adapter. If it is the one that is running, what could be gone back to stays.
+            keep_previous: what can be gone back to stays in any case: the running adapter awaits its verdict.
+
+        Returns:
+            What `running` says, and "changed": whether the drafter is another now.
 
         Raises:
             ArtifactError: it cannot be served here; what was running serves on.
@@ -148,7 +161,7 @@ class HotSwap:
         if error := _error(staged):
             await self._rpc("ppow_discard", ())
             raise SwapError(error)
-        return await self._load("ppow_load", f"adapter {candidate.directory} ({fingerprint[:19]})")
+        return await self._load(f"adapter {candidate.directory} ({fingerprint[:19]})", keep_previous)
 
     async def undo(self, why: str) -> Reply:
         """Go back to the adapter before the last swap, which workers still hold in memory.
@@ -161,7 +174,7 @@ class HotSwap:
         if error := _error(staged):
             await self._rpc("ppow_discard", ())
             raise SwapError(error)
-        running = await self._load("ppow_load", "the previous adapter")
+        running = await self._load("the previous adapter")
         logger.warning("Swapped back to adapter %s: %s.", running["adapter"], why)
         return running
 
@@ -171,13 +184,13 @@ class HotSwap:
                 "The engine sleeps or is paused, and its adapter cannot be written: wake it, then swap."
             )
 
-    async def _load(self, method: str, what: str) -> Reply:
+    async def _load(self, what: str, keep_previous: bool = False) -> Reply:
         try:
             await self._check_awake()  # staging takes seconds, and an engine may be sent to sleep meanwhile
         except SwapError:
             await self._rpc("ppow_discard", ())
             raise
-        loaded = await self._rpc(method, ())
+        loaded = await self._rpc("ppow_load", (keep_previous,))
         if error := _error(loaded):
             restored = await self._rpc("ppow_restore", ())
             if again := _error(restored):
@@ -186,7 +199,7 @@ class HotSwap:
                     "is right, its drafts are not."
                 )
             raise SwapError(f"Loading {what} failed, the one before it serves on: {error}")
-        running = (await self._rpc("ppow_settle", ()))[0]
+        running = {**(await self._rpc("ppow_settle", ()))[0], "changed": loaded[0]["changed"]}
         logger.info(
             "Now drafting with %s, written in %.2f s.", what, max(reply["seconds"] for reply in loaded)
         )
@@ -276,8 +289,11 @@ class AcceptanceWatch:
     """
 
     def __init__(self, drafts: int = 1000, max_drop: float = 0.2) -> None:
-        if drafts < 1 or not 0 < max_drop < 1:
-            raise SwapError(f"drafts must be >= 1 and max_drop between 0 and 1, got {drafts} and {max_drop}.")
+        if not 1 <= drafts <= _MOST_DRAFTS or not 0 < max_drop < 1:
+            raise SwapError(
+                f"drafts must be 1 to {_MOST_DRAFTS} and max_drop between 0 and 1, got {str(drafts)[:40]} and "
+                f"{max_drop}."
+            )
         self.drafts, self.max_drop = drafts, max_drop
         self._seen: deque[SpecDecodeCounts] = deque()
         self._known: SpecDecodeCounts | None = None  # the running adapter's, from the last comparison
@@ -296,14 +312,12 @@ class AcceptanceWatch:
     def start(self, counts: SpecDecodeCounts) -> None:
         """A swap has just happened.
 
-        Another that awaits its verdict gets none: what follows is compared with that adapter's own drafts, if it has
-        made a tenth of those of a verdict; else with what that one was to be compared with.
+        Another that awaits its verdict gets none: what follows is compared with what that one was to be compared with,
+        the last adapter of which there is a verdict, which is also what the engine goes back to.
         """
         if self._at_swap is not None:
-            if (counts - self._at_swap).num_drafts < self.drafts / 10:
-                self._at_swap = counts
-                return
-            self._seen, self._known = deque([self._at_swap]), None
+            self._at_swap = counts
+            return
         self.observe(counts)
         latest = counts - self._seen[0]
         enough = self._known is None or latest.num_drafts >= self.drafts

@@ -27,6 +27,7 @@ from vllm_ppow.artifact import PEFT_WEIGHTS, Adapter, ArtifactError, model_weigh
 
 _PEFT_PREFIX = "base_model.model."
 _LORA_NAME = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+_MOST_WAYS = 10**9  # that a regular expression is tried in: some seconds
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _FLOAT_NAMES = ("BF16", "F16", "F32")
 _TIED_MODULES = ("lm_head", "embed_tokens")
@@ -278,6 +279,7 @@ def _read_deltas(adapter: Adapter) -> dict[str, Delta]:
 
 
 def _pair_up(adapter: Adapter, sides: dict[str, dict[str, torch.Tensor]]) -> dict[str, Delta]:
+    _check_effort(adapter, sides)
     deltas: dict[str, Delta] = {}
     for module, pair in sides.items():
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
@@ -324,12 +326,33 @@ def _ends_with(module: str, key: str) -> bool:
     """Whether a key of a pattern, a regular expression that an adapter brings, matches the end of a module's name.
 
     Raises:
-        ValueError: it may take longer than a server can wait: groups, and quantifiers in a row, are tried in
-            exponentially many ways.
+        ValueError: it may take longer than a server can wait: groups are tried in exponentially many ways.
     """
-    if re.search(r"[()]", key) or len(re.findall(r"[*+?{]", key)) > 2:
+    if re.search(r"[()]", key) or _quantifiers(key) > 2:
         raise ValueError(f"{key[:80]!r} has groups or more than two quantifiers")
     return re.match(rf"(.*\.)?({key})$", module) is not None
+
+
+def _check_effort(adapter: Adapter, modules: Iterable[str]) -> None:
+    """Refuse patterns that take longer to match than a server can wait.
+
+    With n quantifiers a key is tried on a name in as many ways as its length to the power of n + 1.
+
+    Raises:
+        MergeError: naming what to change.
+    """
+    patterns = (adapter.peft_config.get(name) for name in ("rank_pattern", "alpha_pattern"))
+    keys = [str(key) for pattern in patterns if isinstance(pattern, dict) for key in pattern]
+    power = 1 + max((min(_quantifiers(key), 2) for key in keys), default=0)
+    if len(keys) * sum(len(module) ** power for module in modules) > _MOST_WAYS:
+        raise MergeError(
+            f"Matching the names of adapter {adapter.directory} with its {len(keys)} keys of rank_pattern and "
+            "alpha_pattern could take minutes: name modules there, without .*"
+        )
+
+
+def _quantifiers(key: str) -> int:
+    return len(re.findall(r"[*+?{]", key))
 
 
 def _some(names: list[str]) -> str:

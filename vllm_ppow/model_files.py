@@ -173,7 +173,7 @@ def safetensors_ranges(file: Path) -> dict[str, tuple[str, int, int]]:
         return {name: ranges[name] for name in header}
     except FileNotFoundError:
         raise ArtifactError(f"{file} does not exist: check the path, or train the adapter again.") from None
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(
@@ -219,5 +219,5 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: lists in lists in lists
         raise ArtifactError(f"{path} is not readable JSON ({error}): copy the directory again.") from error

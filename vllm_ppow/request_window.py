@@ -79,7 +79,7 @@ class RequestWindow:
             sampled: whether each request samples (temperature above 0).
             active: whether each request's draft will be used (prefill is over).
         """
-        self._limit, self._kinds, self._active = limit, [int(s) for s in sampled], active
+        self._kinds, self._active = [int(s) for s in sampled], active
         batch = len(active)
         self.confidences: list[list[float]] = [[] for _ in range(batch)]
         self._survival = [1.0] * batch

@@ -60,12 +60,16 @@ class TrafficWindow:
             self._name_layers()
         return self._drafting.choose(batch, context, decodes)
 
-    def observe_draft(self, *draft: int) -> None:
-        """One request's draft was verified; arguments as DraftWindow has them, here and below."""
-        self._verified.observe_draft(*draft)
+    def observe_draft(
+        self, num_draft_tokens: int, num_accepted_tokens: int, num_refused_tokens: int = 0
+    ) -> None:
+        """One request's draft was verified, or refused as a whole as soon as it was made; as DraftWindow has it."""
+        whole_draft_refused = num_refused_tokens == num_draft_tokens
+        policy = self._drafting if whole_draft_refused else self._verified
+        policy.observe_draft(num_draft_tokens, num_accepted_tokens, num_refused_tokens)
 
     def observe_step(self, seconds: float, *step: int) -> None:
-        """A decode-only step at a steady draft length."""
+        """A decode-only step at a steady draft length; arguments as DraftWindow has them, here and below."""
         if self._verified is self._drafting:
             self._drafting.observe_step(seconds, *step)
 

@@ -49,13 +49,15 @@ class WindowCounts:
     """What the window did since the engine started; counts and sums only, divided by whoever reads them.
 
     Attributes:
-        chosen: steps by number of draft tokens chosen, [num_speculative_tokens + 1].
+        chosen: steps by number of draft tokens chosen, [num_speculative_tokens + 1]; where drafts are trimmed by
+            request, the most that any could have.
         probes: steps of them that were probes or learned costs.
         requests: request-steps that a draft length was chosen for.
         speedup: Σ over steps of expected rate at K over expected rate at K = 0.
         drafts: drafts verified, or refused by a grammar.
         drafted, accepted: their tokens that were verified, and those accepted.
-        predicted: Σ over these drafts of the accepted tokens that the estimate promised for their length.
+        predicted: Σ over these drafts of the accepted tokens that were expected of their length, as they were chosen:
+            whole, or trimmed by request.
         absolute_error: Σ over steps of |predicted - accepted| in that step.
         layers: names of the layers that decide lengths here.
     """
@@ -165,7 +167,7 @@ class DraftWindow:
         """
         self._step += 1
         self._since_probe += 1
-        self._close_step()
+        self._close_step(batch)
         best = self._best(batch, context)
         length = self._choose(best, batch, decodes)
         counts = self.counts
@@ -231,16 +233,24 @@ class DraftWindow:
         expected = decision.seconds[self.lengths.index(num_draft_tokens)]
         self.changing.observe(seconds / expected - 1.0, changed)
 
-    def _close_step(self) -> None:
+    def _close_step(self, batch: int) -> None:
         """Learn from the step's outcomes, and book how far its acceptance was from what was promised."""
         predicted, accepted = 0.0, 0
         for (num_draft_tokens, num_accepted_tokens), times in self._outcomes.items():
-            predicted += times * self._promise[min(num_draft_tokens, self.lengths[-1])]
+            predicted += times * self._expected(batch, min(num_draft_tokens, self.lengths[-1]))
             accepted += times * num_accepted_tokens
+        if self.trimmed is not None:
+            for (num_draft_tokens, num_accepted_tokens), times in self._outcomes.items():
+                self.trimmed.observe_drafts(batch, num_draft_tokens, times * num_accepted_tokens, times)
         self.acceptance.observe_step(self._outcomes)
         self.counts.predicted += predicted
         self.counts.absolute_error += abs(predicted - accepted)
         self._outcomes.clear()
+
+    def _expected(self, batch: int, num_draft_tokens: int) -> float:
+        """E[accepted tokens] of a draft that has become so long."""
+        promised = self._promise[num_draft_tokens]
+        return promised if self.trimmed is None else self.trimmed.expected(batch, num_draft_tokens, promised)
 
     def _choose(self, best: _Decision, batch: int, decodes: bool) -> int:
         """The best length, or another one to learn from."""

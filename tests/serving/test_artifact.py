@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import asdict, replace
 
 import pytest
@@ -259,7 +260,17 @@ def test_headers_that_the_library_refuses_are_refused_in_a_sentence(tmp_path, he
         safetensors_ranges(file)
 
 
-@pytest.mark.parametrize("content", ["[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 5}}', '"a"', "{"])
+def test_a_header_of_lists_in_lists_in_lists(tmp_path):
+    text = b"[" * 100_000
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(ArtifactError, match="is not a readable safetensors file"):
+        safetensors_ranges(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "[" * 100_000, '{"weight_map": ["a"]}', '{"weight_map": {"a": 5}}', '"a"', "{"],
+)
 def test_an_index_that_names_no_files(tmp_path, content):
     save_file({"a": torch.zeros(5)}, tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(content)

@@ -15,9 +15,11 @@ from fastapi.testclient import TestClient
 from serving_pair import random_adapter
 
 from ppow_train.commands import swap
-from vllm_ppow.compat import endpoints
+from vllm_ppow.artifact import read_adapter
+from vllm_ppow.compat import endpoints, hot_swap
 from vllm_ppow.compat.endpoints import PATH, EndpointPlugin
 from vllm_ppow.config import HOT_SWAP_KEY
+from vllm_ppow.merge import Merger
 from vllm_ppow.metrics import SpecDecodeCounts
 
 
@@ -55,7 +57,14 @@ class Engine:
             "adapter": self.adapters[-1],
             "fingerprint": "f",
         }
-        return [{**reply, "previous": self.adapters[-2] if len(self.adapters) > 1 else None, "seconds": 0.0}]
+        return [
+            {
+                **reply,
+                "previous": self.adapters[-2] if len(self.adapters) > 1 else None,
+                "seconds": 0.0,
+                "changed": True,
+            }
+        ]
 
 
 @pytest.fixture
@@ -199,14 +208,20 @@ def test_a_watch_that_fails_once_goes_on(root, counts, monkeypatch):
             http.get(PATH)
 
 
-@pytest.mark.parametrize(("allowed", "args"), [(None, {}), ("directory", {"api_server_count": 2})])
-def test_off(root, counts, allowed, args):
+@pytest.mark.parametrize(
+    ("allowed", "args", "said"),
+    [
+        (None, {}, 'Swapping is off: start the server with "ppow": {"hot_swap": true}'),
+        ("directory", {"api_server_count": 2}, "by several API servers: serve with --api-server-count 1"),
+    ],
+)
+def test_off(root, counts, allowed, args, said):
     """Not turned on; or several API servers, which count apart and would not take turns."""
     engine = Engine(allowed and {"directory": str(root), "repo": None})
     with client(engine, **args) as http:
         for answer in (http.get(PATH), http.post(PATH, json={"adapter": "b"})):
             assert answer.status_code == 403
-            assert "Swapping is off" in answer.json()["error"]
+            assert said in answer.json()["error"]
     assert engine.adapters == ["start"]
 
 
@@ -221,10 +236,68 @@ def test_refusals_are_sentences_and_in_the_log(root, counts, caplog, monkeypatch
             answer = http.post(PATH, json={"adapter": impossible})
             assert (answer.status_code, "may swap to: inside" in answer.json()["error"]) == (409, True)
         assert http.post(PATH, json={"undo": True}).json() == {"error": "none"}
-        for body in (b"{", b"[]", b'{"adapter": 1}', b"\xff"):
+        unreadable = (b'{"drafts": ' + b"9" * 5000 + b"}", b"[" * 100_000)
+        for body in (b"{", b"[]", b'{"adapter": 1}', b"\xff", *unreadable):
             assert http.post(PATH, content=body).status_code == 400
     assert sum("The adapter was not swapped: " in record.getMessage() for record in caplog.records) == 5
     assert engine.adapters == ["start"]
+
+
+class Workers(Engine):
+    """An engine client with one worker, whose own methods answer; only tensors are not written."""
+
+    def __init__(self, root, monkeypatch):
+        super().__init__({"directory": str(root), "repo": None})
+        running = read_adapter(root / "a")
+        speculative = SimpleNamespace(draft_sample_method=running.config.draft_sample_method)
+        self.worker = hot_swap.WorkerExtension()
+        self.worker.vllm_config = SimpleNamespace(speculative_config=speculative)
+        hot_swap._states[self.worker] = hot_swap._State(Merger(running))
+        monkeypatch.setattr(hot_swap, "_merged", lambda worker, merger: (merger, []))
+        monkeypatch.setattr(hot_swap, "_write", lambda worker, tensors: None)
+
+    async def collective_rpc(self, method, timeout=None, args=()):
+        return [getattr(self.worker, method)(*args)]
+
+
+@pytest.fixture
+def three(pair, tmp_path):
+    """An allowed directory with adapters a, b and c that differ."""
+    for seed, name in enumerate("abc"):
+        adapter = random_adapter(tmp_path / f"made-{name}", "causal_lm", pair, scale=0.1 * (seed + 1))
+        shutil.copytree(adapter.directory, tmp_path / "three" / name)
+    return tmp_path / "three"
+
+
+@pytest.mark.parametrize("posted", [["b"], ["b", "b"], ["b", "c"], ["b", "b", "c", "b"]])
+def test_what_had_no_verdict_is_not_gone_back_to(three, counts, monkeypatch, posted):
+    """Whatever is posted before the verdict, also the same twice: the server goes back to what it was compared with."""
+    with client(Workers(three, monkeypatch)) as http:
+        time.sleep(0.1)  # it looks once before anything is drafted
+        counts.now = SpecDecodeCounts(2000, 6000, 4000, (4000,))  # two accepted per draft with a
+        time.sleep(0.1)
+        for name in posted:
+            assert http.post(PATH, json={"adapter": name}).json()["adapter"] == str(three / name)
+        assert http.get(PATH).json()["previous"] == str(three / "a")
+        counts.now = SpecDecodeCounts(4000, 12000, 4020, (4020,))
+        while (shown := http.get(PATH).json())["last"]["event"] == "swapped":
+            time.sleep(0.01)
+        assert (shown["last"]["event"], shown["adapter"]) == ("swapped back", str(three / "a"))
+
+
+def test_the_running_adapter_posted_again_changes_nothing(three, counts, monkeypatch):
+    with client(Workers(three, monkeypatch)) as http:
+        assert http.post(PATH, json={"adapter": "b", "watch": False}).status_code == 200
+        again = http.post(PATH, json={"adapter": "b"}).json()
+        assert (again["previous"], again["comparing"]) == (str(three / "a"), False)
+        assert http.post(PATH, json={"undo": True}).json()["adapter"] == str(three / "a")
+
+
+def test_an_unwatched_swap_goes_back_to_the_one_right_before(three, counts, monkeypatch):
+    with client(Workers(three, monkeypatch)) as http:
+        assert http.post(PATH, json={"adapter": "b"}).json()["comparing"]
+        unwatched = http.post(PATH, json={"adapter": "c", "watch": False}).json()
+        assert (unwatched["previous"], unwatched["comparing"]) == (str(three / "b"), False)
 
 
 def test_without_statistics_it_swaps_and_does_not_compare(root, counts):

@@ -211,6 +211,20 @@ def test_a_second_config_of_the_same_arguments_has_the_window_too(args):
     assert again.scheduler_config.scheduler_cls == "vllm_ppow.scheduler.PPOWScheduler"
 
 
+def test_a_second_config_of_the_same_arguments_keeps_sampled_drafts_from_a_runner_that_changes_the_output(
+    args, monkeypatch
+):
+    monkeypatch.setenv(V2_RUNNER, "")  # so that it is as it was at the end
+    monkeypatch.delenv(V2_RUNNER)
+    monkeypatch.setattr(engine_choice, "_changes_output", lambda config: os.environ.get(V2_RUNNER) != "0")
+    for _ in range(3):
+        config = args.create_engine_config()
+        assert os.environ[V2_RUNNER] == "0"
+        assert config.scheduler_config.scheduler_cls == "vllm_ppow.scheduler.PPOWScheduler"
+    engine_choice.forget()
+    assert V2_RUNNER not in os.environ
+
+
 def test_the_environment_is_put_right_before_every_engine(args, monkeypatch):
     monkeypatch.setattr(engine_choice, "_chosen_here", True)
     monkeypatch.setenv(V2_RUNNER, "0")

@@ -225,6 +225,16 @@ def test_refuses_a_sum_that_its_dtype_cannot_hold(pair, adapter, tmp_path):
         merged_drafter(huge, pair.causal_lm, torch.float16)
 
 
+@pytest.mark.timeout(20)
+def test_refuses_patterns_that_take_minutes(adapter, tmp_path):
+    """Small files do: the time grows with the third power of a name's length."""
+    long = f"base_model.model.{'a.' * 2000}q_proj"
+    tensors = {f"{long}.lora_{side}.weight": torch.zeros(2, 2) for side in "AB"}
+    slow = variant(adapter, tmp_path / "slow", tensors, r=2, rank_pattern={".*.*!": 2})
+    with pytest.raises(MergeError, match=r"could take minutes: name modules there, without \.\*"):
+        Merger(slow)
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

@@ -37,7 +37,7 @@ class Ranks:
         replies = []
         for rank in range(2):
             error = "planted" if self.failing.get(self.asked[-1]) == rank else ""
-            replies.append({"ok": not error, "error": error, "adapter": "a", "seconds": 0.0})
+            replies.append({"ok": not error, "error": error, "adapter": "a", "seconds": 0.0, "changed": True})
         return replies
 
     def swap(self, directory):
@@ -126,7 +126,8 @@ def test_nothing_outside_is(root):
     (root / "part" / "adapter_model.safetensors").symlink_to(
         root.parent / "outside" / "adapter_model.safetensors"
     )
-    for name in ("../outside", str(root.parent / "outside"), "link", "part", "b/../../outside"):
+    (root / "circle").symlink_to(root / "circle")
+    for name in ("../outside", str(root.parent / "outside"), "link", "part", "b/../../outside", "circle"):
         with pytest.raises(SwapError, match=r"is not among those that this server may swap to: inside /"):
             Allowed(root).resolve(name)
     with pytest.raises(SwapError, match=r"may swap to: none\.$"):
@@ -147,6 +148,29 @@ def test_the_same_hub_repo_and_no_other(root, adapter, tmp_path, monkeypatch):
         Allowed(repo="org/a").resolve("org/other")
     with pytest.raises(SwapError, match="is not the Hub repo this server started with"):
         Allowed(root, "org/a").resolve("b", "v2")
+    assert commit in str(Allowed(repo="org/a").resolve("org/a", commit))
+
+
+def test_a_revision_leads_to_no_other_place(adapter, tmp_path, monkeypatch):
+    """The Hub client reads <cache>/refs/<revision>, and takes what stands there for the name of a snapshot."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    add_to_cache(tmp_path / "hub", "org/a", adapter.directory, branch="v2")
+    shutil.copytree(adapter.directory, tmp_path / "elsewhere" / "adapter")
+    (tmp_path / "elsewhere" / "note.txt").write_text("../../../elsewhere/adapter")
+    for revision in (
+        "../../../elsewhere/note.txt",
+        str(tmp_path / "elsewhere" / "note.txt"),
+        "v2/..",
+        "a\0b",
+        "",
+    ):
+        with pytest.raises(SwapError, match="is not a branch, tag or commit of a Hub repo"):
+            Allowed(repo="org/a").resolve("org/a", revision)
+    with pytest.raises(ArtifactError, match="does not hold it at revision refs/pr/3 while"):
+        Allowed(repo="org/a").resolve("org/a", "refs/pr/3")
 
 
 def test_the_operator_turns_it_on(pair, root, adapter):
@@ -252,21 +276,9 @@ def test_swaps_one_right_after_the_other_are_compared_with_what_is_known():
     assert (verdict.before, verdict.undo) == (2.0, True)
 
 
-@pytest.mark.parametrize(("accepted", "undo"), [(70, False), (20, True)])
-def test_a_swap_before_the_verdict_on_another_is_compared_with_that_others_drafts(accepted, undo):
-    """Not with those of the adapter two swaps ago, which is not what the server would go back to."""
-    watch = AcceptanceWatch(drafts=50)
-    watch.observe(counts(0, 0))
-    watch.start(counts(1000, 2000))
-    assert watch.verdict(counts(1040, 2040)) is None
-    watch.start(counts(1040, 2040))
-    verdict = watch.verdict(counts(1090, 2040 + accepted))
-    assert (verdict.before, verdict.undo) == (1.0, undo)
-
-
-@pytest.mark.parametrize("made", [0, 4])
-def test_a_swap_right_after_another_is_compared_with_what_that_one_was(made):
-    """Too few drafts of the one between to say anything, as where a client sends its request twice."""
+@pytest.mark.parametrize("made", [0, 4, 40])
+def test_a_swap_before_the_verdict_on_another_is_compared_with_what_that_one_was(made):
+    """However much the one between has drafted: there is no verdict on it, and nobody goes back to it."""
     watch = AcceptanceWatch(drafts=50)
     watch.observe(counts(0, 0))
     watch.start(counts(1000, 2000))
@@ -276,8 +288,8 @@ def test_a_swap_right_after_another_is_compared_with_what_that_one_was(made):
 
 
 def test_wrong_thresholds():
-    for drafts, drop in ((0, 0.2), (10, 0.0), (10, 1.0)):
-        with pytest.raises(SwapError, match="drafts must be >= 1 and max_drop between 0 and 1"):
+    for drafts, drop in ((0, 0.2), (10, 0.0), (10, 1.0), (10**400, 0.2)):
+        with pytest.raises(SwapError, match="drafts must be 1 to 1000000000 and max_drop between 0 and 1"):
             AcceptanceWatch(drafts, drop)
 
 

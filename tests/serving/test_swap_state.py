@@ -21,7 +21,9 @@ class Adapter(SimpleNamespace):
 
     @property
     def adapter(self):
-        return SimpleNamespace(directory=self.name, config=SimpleNamespace(adapter_fingerprint=self.name))
+        return SimpleNamespace(
+            directory=self.name, config=SimpleNamespace(adapter_fingerprint=self.name), peft_config={}
+        )
 
     def fresh(self):
         return self

@@ -108,3 +108,15 @@ def test_both_count_together(window, whole, trimmed):
     assert counts is whole.counts is trimmed.counts
     assert sum(counts.chosen) == 5
     assert (counts.requests, counts.drafts, counts.accepted) == (20, 5, 5)
+
+
+def test_a_draft_that_a_grammar_refuses_as_a_whole_is_of_the_kind_that_is_drafted(window, whole, trimmed):
+    """It was made in the step under way, and is not verified in the next."""
+    for policy in (whole, trimmed):
+        policy.observe_draft = lambda *draft, policy=policy: told.append((policy, draft))
+    told = []
+    window.choose(4, sampled=0)
+    window.choose(4, sampled=4)
+    window.observe_draft(3, 1, 1)
+    window.observe_draft(3, 0, 3)
+    assert told == [(trimmed, (3, 1, 1)), (whole, (3, 0, 3))]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from vllm_ppow.acceptance import AcceptanceEstimate, TrimmedAcceptance
 from vllm_ppow.step_cost import StepCost
 from vllm_ppow.window import DraftWindow
@@ -39,6 +41,27 @@ def test_where_trimmed_drafts_pay_it_seldom_looks_what_none_would_bring():
         serve(window, 200, 0.4, 1.28)
     assert 0 < serve(ours, 2000, 0.4, 1.28, seed=1) < 0.02
     assert serve(others, 2000, 0.4, 1.28, seed=1) > 0.04
+
+
+def test_what_is_expected_of_a_draft_is_what_trimmed_drafts_of_its_length_bring():
+    """A long one has become so because it promises much: whole drafts of that length bring less."""
+    window, draw = make_window(), random.Random(0)
+    window.choose(BATCH)
+    for step in range(600):
+        if step == 300:
+            before = window.counts.copy()
+        for _ in range(BATCH):
+            sure = draw.random() < 0.3
+            length, first = (8, 0.95) if sure else (1, 0.2)
+            accepted = 0
+            while accepted < length and draw.random() < first:
+                accepted += 1
+            window.observe_draft(length, accepted)
+        window.choose(BATCH)
+    counts = window.counts - before
+    assert counts.predicted / counts.accepted == pytest.approx(1.0, abs=0.03)
+    whole = window.acceptance.promises()[8]
+    assert window.trimmed.expected(BATCH, 8, whole) > 1.3 * whole, "else there was nothing to tell apart"
 
 
 def test_it_gives_up_drafts_that_do_not_pay_and_finds_them_to_pay_again():

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
-import json
 import logging
 from argparse import Namespace
 from pathlib import Path
@@ -37,6 +36,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "max_drop": (float,),
 }
 _LOOK_EVERY_S = 1.0
+_OFF = 'Swapping is off: start the server with "ppow": {"hot_swap": true}, ppow serve --hot-swap DIRECTORY.'
 
 
 class Service:
@@ -87,10 +87,15 @@ class Service:
         # The Hub may take minutes; nobody waits for them but who asked.
         directory = await asyncio.to_thread(self._allowed.resolve, asked["adapter"], asked.get("revision"))
         async with self._turn:
-            await self._swap.swap(directory)
-            self._going_back = self._went_back = None
-            self._note("swapped", f"to {directory}")
-            self._start_comparing(watch if asked.get("watch", True) else None)
+            watched = asked.get("watch", True)
+            # Of two swaps in a row the first has no verdict yet: both are judged by, and go back to, what was before.
+            swapped = await self._swap.swap(directory, keep_previous=watched and self._watch.comparing)
+            self._going_back = None
+            if swapped["changed"]:
+                self._went_back = None
+                self._note("swapped", f"to {directory}")
+            if swapped["changed"] or not watched:
+                self._start_comparing(watch if watched else None)
             return await self._describe()
 
     async def _describe(self) -> dict[str, Any]:
@@ -172,12 +177,15 @@ class EndpointPlugin:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Build the service where the operator turned swapping on."""
-        state.ppow_service = None
+        state.ppow_service, state.ppow_off = None, _OFF
         allowed = hot_swap.allowed(engine_client.vllm_config) if engine_client is not None else None
         if allowed is None:
             return
         if (vars(args).get("api_server_count") or 1) > 1:
-            logger.warning("Adapters are not swapped over HTTP: serve with --api-server-count 1.")
+            state.ppow_off = (
+                "Adapters are not swapped over HTTP by several API servers: serve with --api-server-count 1."
+            )
+            logger.warning("%s", state.ppow_off)
             return
         directory = allowed["directory"]
         state.ppow_service = Service(
@@ -195,18 +203,20 @@ async def _get(request: Request) -> JSONResponse:
 async def _post(request: Request) -> JSONResponse:
     try:
         asked = parse(await request.json())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return JSONResponse({"error": "The body must be a JSON object."}, 400)
     except SwapError as error:
         return JSONResponse({"error": str(error)}, 400)
+    except (
+        ValueError,
+        RecursionError,
+    ):  # no JSON, no UTF-8, a number of thousands of digits, lists in lists in lists
+        return JSONResponse({"error": "The body must be a JSON object."}, 400)
     return await _respond(request, asked)
 
 
 async def _respond(request: Request, asked: dict[str, Any] | None) -> JSONResponse:
     service: Service | None = request.app.state.ppow_service
     if service is None:
-        off = 'Swapping is off: start the server with "ppow": {"hot_swap": true}, ppow serve --hot-swap DIRECTORY.'
-        return JSONResponse({"error": off}, 403)
+        return JSONResponse({"error": request.app.state.ppow_off}, 403)
     try:
         return JSONResponse(await (service.describe() if asked is None else service.change(asked)))
     except ArtifactError as error:

@@ -108,10 +108,9 @@ def _proving_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         engine_choice.forget()
         spec = requested(self)
         if spec is None or not is_ours(spec):
-            config = original(self, *args, **kwargs)
-            _check_stages(
-                config
-            )  # arguments that a config was built of before hold a native one that is still ours
+            # Arguments that a config was built of before hold a native one that is still ours.
+            config = _built_again(original(self, *args, **kwargs), lambda: original(self, *args, **kwargs))
+            _check_stages(config)
             window.attach(config)
             return config
         options = parse_options(spec.get("ppow"))
@@ -134,6 +133,13 @@ def _proving_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         return config
 
     return create_engine_config
+
+
+def _built_again(config: Any, build: Callable[[], Any]) -> Any:
+    """A second config of the same arguments, on a model runner that leaves the output alone."""
+    from vllm_ppow.compat import engine_choice
+
+    return engine_choice.on_safe_runner(config, build) if serves_ppow(config.speculative_config) else config
 
 
 def _proved(config: Any, target: str, hot_swaps: bool) -> Any:

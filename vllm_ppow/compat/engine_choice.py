@@ -56,10 +56,23 @@ def settle(config: Any, window_option: str, build: Build) -> Any:
     return config
 
 
+def on_safe_runner(config: Any, build: Callable[[], Any]) -> Any:
+    """A finished config, built again on the V1 runner if it would change the output; what it says of the window stays.
+
+    Raises:
+        PPOWServingError: as `settle`.
+    """
+    return _on_v1(build) if _changes_output(config) else config
+
+
 def _settle_on_v1(window_option: str, build: Build) -> Any:
+    return _on_v1(lambda: _adaptive_unless_it_costs(build) if window_option == "auto" else build({}))
+
+
+def _on_v1(build: Callable[[], Any]) -> Any:
     _choose_v1()
     try:
-        config = _adaptive_unless_it_costs(build) if window_option == "auto" else build({})
+        config = build()
     except Exception:
         forget()
         raise

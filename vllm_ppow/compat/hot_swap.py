@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_ppow.artifact import ArtifactError, fingerprint_model, read_adapter
+from vllm_ppow.artifact import ArtifactError, fingerprint_model, fingerprint_scale, read_adapter
 from vllm_ppow.compat import seams
 from vllm_ppow.config import ADAPTER_KEY, FINGERPRINT_KEY, HOT_SWAP_KEY, PPOWServingError
 from vllm_ppow.hot_swap import NOT_ON, SwapError, check_successor
@@ -94,7 +94,7 @@ class _State:
 
     Attributes:
         running: what its drafter was merged with.
-        previous: what it was merged with before the last swap.
+        previous: what can be gone back to, mostly what it was merged with before the last swap.
         staged: the next one, and the drafter's tensors with it merged.
         before: `running` and `previous` as they were before the last load, if it succeeded here; None since all workers
             are known to have loaded, and since staging.
@@ -153,8 +153,13 @@ class WorkerExtension:
 
         return _answer(stage)(self)
 
-    def ppow_load(self) -> dict[str, Any]:
-        """Write the staged tensors over the running ones."""
+    def ppow_load(self, keep_previous: bool = False) -> dict[str, Any]:
+        """Write the staged tensors over the running ones.
+
+        Args:
+            keep_previous: what can be gone back to stays, if there is something; so it does if the adapter is the one
+                that is running, as where a client asks twice: it would go back to itself.
+        """
 
         def load() -> dict[str, Any]:
             state = _state(self)
@@ -165,8 +170,11 @@ class WorkerExtension:
             _write(self, tensors)
             # Only now: after a failure above, `running` is what restoring goes back to.
             state.before = state.running, state.previous
-            state.previous, state.running, state.staged = state.running, merger, None
-            return {"seconds": time.perf_counter() - begin}
+            changed = not _alike(merger, state.running)
+            if changed and not (keep_previous and state.previous):
+                state.previous = state.running
+            state.running, state.staged = merger, None
+            return {"seconds": time.perf_counter() - begin, "changed": changed}
 
         return _answer(load)(self)
 
@@ -201,6 +209,16 @@ class WorkerExtension:
             return {}
 
         return _answer(discard)(self)
+
+
+def _alike(one: Merger, other: Merger) -> bool:
+    """Whether two adapters change a drafter alike, wherever their files lie."""
+
+    def identity(merger: Merger) -> tuple[str, str]:
+        adapter = merger.adapter
+        return adapter.config.adapter_fingerprint, fingerprint_scale(adapter.peft_config)
+
+    return identity(one) == identity(other)
 
 
 def _answer(step: Callable[[], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
