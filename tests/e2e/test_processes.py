@@ -16,6 +16,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from serving_engine import MAX_TOKENS, PROMPTS, expected
 from serving_pair import (
     VOCAB,
@@ -26,6 +27,8 @@ from serving_pair import (
     restoring_adapter,
     save_adapter,
 )
+
+from vllm_ppow.artifact import write_adapter
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -282,12 +285,21 @@ def traffic(url: str, **headers: str):
     assert all(answer == expected(VOCAB) for answer in answers)
 
 
+def write_halved(adapter, path):
+    """The same deltas from other tensors: twice every A, half of every B."""
+    tensors = load_file(adapter.weights)
+    scaled = {name: t * (2.0 if ".lora_A." in name else 0.5) for name, t in tensors.items()}
+    save_file(scaled, path / "adapter_model.safetensors")
+    shutil.copy(adapter.directory / "adapter_config.json", path)
+
+
 def test_ppow_serve_swaps_adapters_under_traffic(pair, tmp_path):
     """A good adapter is kept and a bad one swapped back; who has no key, or names another path, changes nothing."""
     spoiled, good = restoring_adapter(tmp_path / "x", "causal_lm", pair)
     allowed = tmp_path / "allowed"
     shutil.copytree(good.directory, allowed / "good")
-    shutil.copytree(good.directory, allowed / "again")
+    shutil.copytree(good.directory, allowed / "copied")
+    write_adapter(allowed / "again", good.config, lambda path: write_halved(good, path))
     bad = random_lora(load_drafter("causal_lm", spoiled), 0.3)
     save_adapter(allowed / "bad", bad, "causal_lm", spoiled, pair.target)
     options = [
@@ -312,6 +324,8 @@ def test_ppow_serve_swaps_adapters_under_traffic(pair, tmp_path):
         assert code == 1
         assert f"is not among those that this server may swap to: inside {allowed}." in error
         with traffic(url, **bearer):
+            code, shown, _ = ppow_swap(url, "--adapter", "copied", "--wait")  # the same tensors
+            assert (code, shown["adapter"], shown["previous"]) == (0, str(allowed / "copied"), None)
             code, shown, _ = ppow_swap(url, "--adapter", "again", "--drafts", "40", "--wait")
             assert (code, shown["adapter"], shown["last"]["event"]) == (0, str(allowed / "again"), "kept")
             code, shown, error = ppow_swap(url, "--adapter", "bad", "--drafts", "40", "--wait")

@@ -290,6 +290,8 @@ def test_the_running_adapter_posted_again_changes_nothing(three, counts, monkeyp
         assert http.post(PATH, json={"adapter": "b", "watch": False}).status_code == 200
         again = http.post(PATH, json={"adapter": "b"}).json()
         assert (again["previous"], again["comparing"]) == (str(three / "a"), False)
+        assert again["last"]["event"] == "kept"
+        assert again["last"]["why"].startswith("it is the adapter that was running already")
         assert http.post(PATH, json={"undo": True}).json()["adapter"] == str(three / "a")
 
 

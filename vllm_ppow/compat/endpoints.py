@@ -94,6 +94,10 @@ class Service:
             if swapped["changed"]:
                 self._went_back = None
                 self._note("swapped", f"to {directory}")
+            elif not self._watch.comparing:
+                self._note(
+                    "kept", "it is the adapter that was running already, and was compared with nothing"
+                )
             if swapped["changed"] or not watched:
                 self._start_comparing(watch if watched else None)
             return await self._describe()
