@@ -262,6 +262,10 @@ def test_a_head_that_reads_layers_beyond_the_target(taps, directories):
             ["neither a causal LM nor an EAGLE-3 head", "LlamaModel", "convert"],
         ),
         ("{}", ["neither a causal LM"]),
+        (
+            '{"architectures": ["GPT2LMHeadModel"]}',
+            ["GPT2LMHeadModel", "no linear ones to adapt", "ForCausalLM"],
+        ),
     ],
 )
 def test_directories_that_hold_no_drafter(config, parts, tmp_path):

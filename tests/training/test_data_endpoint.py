@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from test_bad_input import refused
 
+from ppow_train import cli
 from ppow_train.endpoint import EndpointBackend
 from ppow_train.errors import UserError
 
@@ -166,6 +167,15 @@ def test_a_server_that_is_away(server):
     server.http.server_close()
     with refused("cannot be reached", "start the server"):
         run(backend(server, attempts=2))
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[abc/v1", "http://host/ä", "http://host:port/v1", "http://a host/v1"]
+)
+def test_urls_that_the_command_refuses(url, tmp_path, capsys):
+    given = ["data", "--target", "T", "--prompts", "p", "--model", "m", "--output", str(tmp_path / "out")]
+    assert cli.run([*given, "--endpoint", url]) == 2
+    assert "must be an http(s) URL such as http://localhost:8000" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://host/v1", "http://", "/v1"])

@@ -173,6 +173,8 @@ def test_an_answer_that_the_template_would_drop_cannot_be_continued(tmp_path, to
         (["prompt"], ["JSON object"]),
         ({"prompt": ""}, ["line 1", "non-empty"]),
         ({"prompt": 3}, ["non-empty text", "got 3"]),
+        ({"prompt": "cut \ud83d"}, ["line 1", "ud83d' is half a character"]),
+        ({"messages": [{"role": "user", "content": "\ude00"}]}, ["line 1", "is half a character"]),
         ({"messages": []}, ["non-empty"]),
         ({"messages": ["hello", 3]}, ["non-empty"]),
         ({"messages": [{"content": "a"}]}, ["role"]),

@@ -25,8 +25,9 @@ from transformers import (
 )
 from unpacked import causal_window
 
-from ppow_train.causal import check_windows
+from ppow_train.causal import check_positions, check_windows
 from ppow_train.config import PPOWConfig
+from ppow_train.distributed import admit_computations
 from ppow_train.errors import UserError
 from ppow_train.lora_targets import LLAMA_LAYERS, check_lora_targets, default_targets
 from ppow_train.packing import window_tokens
@@ -150,3 +151,25 @@ def test_an_opt_pair_is_trained(tmp_path, progress):
     written = train_adapter(pair, rows, config, tmp_path / "adapter", progress=progress).adapter
     assert written.config.training["updates"] == 1
     assert Path(written.directory / "adapter_model.safetensors").is_file()
+
+
+def test_dropout_is_off_while_windows_are_computed():
+    """The distribution that drafts in serving is trained, and however many forwards an update has, they agree."""
+    model = opt().train()
+    assert model.config.dropout > 0
+    admit_computations(model)
+    seen = model(compute=lambda: [module.training for module in model.modules()])
+    assert not any(seen)
+    ids = torch.arange(1, 9)[None]
+    first, second = (model.train()(compute=lambda: model.model(ids).last_hidden_state) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_learned_positions_end_where_their_table_does():
+    check_positions(opt(), 128)
+    with pytest.raises(
+        UserError, match=r"has a table of 128 positions, the longest prompt .* are 129 tokens"
+    ):
+        check_positions(opt(), 129)
+    computed = Phi3ForCausalLM(Phi3Config(**SIZES, intermediate_size=48, max_position_embeddings=128))
+    check_positions(computed, 129)

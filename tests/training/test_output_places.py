@@ -81,3 +81,49 @@ def test_a_link_to_nowhere_is_no_directory(tmp_path):
 def test_a_place_in_which_the_system_makes_nothing():
     with pytest.raises(UserError, match=r"Nothing can be written to /proc/x \(No such file or directory\)"):
         check_writable(Path("/proc/x"))
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """What looks like an adapter, with a cost profile beside it."""
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    for name in ("ppow_config.json", "cost_profile.json"):
+        (directory / name).write_text("{}")
+    return directory
+
+
+def test_an_adapter_is_replaced_only_where_that_is_asked_for(adapter, tmp_path, capsys):
+    given = [*COMMANDS["train"], "--output", str(adapter)]
+    assert cli.run(given) == 1
+    assert "holds an adapter: name another --output, or add --overwrite" in capsys.readouterr().err
+    for asked in (["--overwrite"], ["--resume"]):
+        if asked == ["--resume"]:
+            (tmp_path / "adapter.checkpoints").mkdir()
+            (tmp_path / "adapter.checkpoints" / "run.json").write_text("{}")
+        assert cli.run([*given, *asked]) == 1
+        assert "Prompts p cannot be read" in capsys.readouterr().err, "what comes next is asked"
+    (tmp_path / "adapter.checkpoints" / "run.json").unlink()
+    assert cli.run([*given, "--resume"]) == 1
+    assert "holds an adapter" in capsys.readouterr().err, "nothing is resumed: a new run would replace it"
+
+
+@pytest.mark.parametrize("state", ["out", "out/state", "."])
+def test_training_state_and_adapter_lie_apart(state, tmp_path, capsys):
+    """One would be replaced, or deleted, with the other."""
+    given = [*COMMANDS["train"], "--output", str(tmp_path / "out"), "--checkpoints", str(tmp_path / state)]
+    assert cli.run(given) == 1
+    assert "must lie apart" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["README.md", "windows.jsonl"])
+def test_training_state_deletes_nobodys_files(name, tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / name).write_text("mine")
+    from ppow_train.checkpoints import check_unfinished, open_run
+
+    with pytest.raises(UserError, match=f"holds a {name}, which the run would replace and delete"):
+        check_unfinished(tmp_path / "state", resume=False, keeps=True)
+    with pytest.raises(UserError, match=f"holds a {name}"), open_run(tmp_path / "state", {}, resume=True):
+        raise AssertionError("it was opened")
+    assert (tmp_path / "state" / name).read_text() == "mine"

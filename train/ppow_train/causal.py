@@ -5,6 +5,8 @@ The target is scored with this and the causal LM drafter is built on it. Left ou
 
 from __future__ import annotations
 
+import re
+
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
@@ -14,6 +16,7 @@ from ppow_train.packing import block_mask, gather_slots, window_tokens
 from ppow_train.types import Encoded, Trajectories
 
 _CHECKED_TOKENS = 8
+_POSITIONS = re.compile(r"(^|\.)(wpe|\w*position\w*)$")  # names of a table of learned positions
 
 
 def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
@@ -199,6 +202,26 @@ def check_span(model: PreTrainedModel, length: int) -> None:
             f"{model.config.name_or_path} has layers that attend to {span} tokens at a time, the trajectories have "
             f"{length}, and objective ppow drafts behind all of them: take another objective, shorten the prompts or "
             "lower --max-new-tokens."
+        )
+
+
+def check_positions(model: PreTrainedModel, length: int) -> None:
+    """Refuse texts of so many tokens where positions are learned, and a table ends before.
+
+    Computed positions go on, however far a model was trained.
+
+    Raises:
+        UserError: naming what to change.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or length <= limit:
+        return
+    if any(
+        isinstance(m, torch.nn.Embedding) and _POSITIONS.search(name) for name, m in model.named_modules()
+    ):
+        raise UserError(
+            f"{model.config.name_or_path} has a table of {limit} positions, the longest prompt and its continuation "
+            f"are {length} tokens: shorten the prompts, lower --max-new-tokens, or take a drafter that reads more."
         )
 
 

@@ -22,14 +22,17 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from ppow_train.errors import UserError
+from ppow_train.preflight import RUN
 from ppow_train.trajectory_store import LOCK, describe_changes, only_writer, write_whole
+from ppow_train.window_lines import LOG_NAME
 
 if TYPE_CHECKING:
     from ppow_train.config import PPOWConfig
     from ppow_train.trainer import PPOWTrainer
     from ppow_train.types import Trajectories
 
-RUN, STATE = "run.json", "ppow_state.json"
+STATE = "ppow_state.json"
+_CARD = "README.md"  # TRL writes one beside every checkpoint, of a model that is not here
 
 # Options that may change when a run goes on: they say what is kept and told, not what is learned.
 _FREE = ("output_dir", "keep_best", "run_name", "report_to", "project", "ddp_timeout")
@@ -93,6 +96,7 @@ def check_unfinished(directory: Path, resume: bool, keeps: bool) -> None:
     Raises:
         UserError: an unfinished run is there, and is not to be gone on with.
     """
+    _check_foreign(directory)
     if resume and not keeps:
         raise UserError("--resume needs training state, and --save-strategy no keeps none: drop one of them.")
     if (directory / RUN).exists() and not resume:
@@ -108,7 +112,7 @@ def finish_run(directory: Path) -> None:
         # Killed half-way, this must not look whole.
         (checkpoint / STATE).unlink(missing_ok=True)
         shutil.rmtree(checkpoint)
-    for name in ("README.md", RUN, LOCK):  # README.md: TRL's own, of a model that is not here
+    for name in (_CARD, RUN, LOCK):
         (directory / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         directory.rmdir()
@@ -123,10 +127,7 @@ def _checkpoints(directory: Path) -> list[Path]:
 def _check(directory: Path, facts: dict[str, Any], resume: bool) -> None:
     run = directory / RUN
     if not run.exists():
-        if directory.exists() and (not directory.is_dir() or _checkpoints(directory)):
-            raise UserError(
-                f"{directory} is something else than the training state of a run: name other --checkpoints."
-            )
+        _check_foreign(directory)
         return
     try:
         found = json.loads(run.read_text(encoding="utf-8"))
@@ -140,6 +141,20 @@ def _check(directory: Path, facts: dict[str, Any], resume: bool) -> None:
     if not resume:
         raise UserError(
             f"{directory} holds an unfinished run of this very configuration: add --resume to go on, or delete it."
+        )
+
+
+def _check_foreign(directory: Path) -> None:
+    """Refuse a directory that is no run's, and holds what a run would replace and in the end delete."""
+    if not directory.exists() or (directory / RUN).exists():
+        return
+    if not directory.is_dir() or _checkpoints(directory):
+        raise UserError(
+            f"{directory} is something else than the training state of a run: name other --checkpoints."
+        )
+    if foreign := next((name for name in (_CARD, LOG_NAME) if (directory / name).exists()), None):
+        raise UserError(
+            f"{directory} holds a {foreign}, which the run would replace and delete: name other --checkpoints."
         )
 
 

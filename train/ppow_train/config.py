@@ -62,6 +62,10 @@ _UNFIT = {
     "eval_on_start": _NOT_EVALUATED,
     "load_best_model_at_end": "keep_best does that, by acceptance",
     "sync_ref_model": "the penalty is towards the target, which stays as it is",
+    "save_only_model": "without the optimizer's state a run does not go on where it stopped: set save_strategy",
+    "ignore_data_skip": "a resumed run would begin with the first trajectories again",
+    "pad_to_multiple_of": "windows all have K tokens, and rows name a trajectory and a start",
+    "reward_weights": "rewards have weights of their own: set proximity_weight",
     "use_liger_kernel": "logits of windows are not made by the model's own forward",
 }
 

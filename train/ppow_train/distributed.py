@@ -25,11 +25,17 @@ def admit_computations(model: torch.nn.Module) -> None:
     Packed windows are no forward that a model offers, but DDP synchronises gradients, and accelerate switches autocast
     on, only around the model's own. Done on the instance, as TRL does with its fused head; undone by `del
     model.forward`.
+
+    Dropout is off in f, as it is in serving: the distribution that drafts is the one that is trained, and neither the
+    number of forwards nor that of processes changes it.
     """
     own = model.forward
 
     def forward(*args: Any, compute: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        return own(*args, **kwargs) if compute is None else compute()
+        if compute is None:
+            return own(*args, **kwargs)
+        model.eval()  # a trainer turns it off before every update
+        return compute()
 
     model.forward = forward
 

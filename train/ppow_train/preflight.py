@@ -9,6 +9,8 @@ from ppow_train.errors import UserError
 from vllm_ppow.artifact import Adapter, compare_fingerprint
 from vllm_ppow.resolve import resolve_directory
 
+RUN = "run.json"  # in a directory of training state, from the first moment of a run (checkpoints.py)
+
 
 def check_writable(directory: Path, option: str = "--output") -> None:
     """Make sure that results can be written to a directory, or that it can be made; nothing is left behind.

@@ -168,10 +168,12 @@ def prompts_of(value: Any, where: str, options: dict[str, Any] | None = None) ->
         UserError: it is none of these, or empty.
     """
     if isinstance(value, str) and value:
+        _check_whole(value, where)
         yield Prompt(where, text=value)
     elif _all(value, int):
         yield Prompt(where, ids=value)
     elif _all(value, dict):
+        _check_whole(json.dumps(value, ensure_ascii=False), where)
         yield _chat([served_message(message, where) for message in value], where, options or {})
     elif _all(value, (str, list)):
         for item in value:
@@ -182,6 +184,17 @@ def prompts_of(value: Any, where: str, options: dict[str, Any] | None = None) ->
         raise UserError(
             f"{where}: a prompt must be a non-empty text, token ids or a list of messages, got {value!r:.60}."
         )
+
+
+def _check_whole(text: str, where: str) -> None:
+    """Refuse half a character, which logs hold that cut texts by UTF-16: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: {text[error.start]!a} is half a character, as where a log cuts a text within an emoji: leave "
+            "the line out, or log whole texts."
+        ) from error
 
 
 def _all(value: Any, kind: Any) -> bool:

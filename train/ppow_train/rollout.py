@@ -122,6 +122,7 @@ class WindowRunner:
             target = self.target.encode(chosen)
         else:
             target = self.cache.encoded(rows, chosen.input_ids.shape[1])
+        self.drafter.model.eval()  # no dropout, as in distributed.admit_computations
         draft = self.drafter.encode(chosen, target)
         span = int((chosen.lengths - chosen.first_starts()).max())
         last = chosen.lengths[:, None] - 1

@@ -15,7 +15,7 @@ import torch
 from rich.progress import Progress, TaskID
 
 from ppow_train.adapter import adapter_config, held_out_facts, training_facts, write_files
-from ppow_train.causal import check_layers, check_windows
+from ppow_train.causal import check_layers, check_positions, check_windows
 from ppow_train.checkpoints import (
     CheckpointState,
     finish_run,
@@ -60,6 +60,20 @@ def check_trainable(pair: Pair, config: PPOWConfig) -> None:
             check_windows(model)
 
 
+def check_read(pair: Pair, longest: int) -> None:
+    """Refuse texts that target or drafter cannot read.
+
+    Args:
+        longest: tokens of a prompt and its continuation at most.
+
+    Raises:
+        UserError: one of them has no positions for them.
+    """
+    check_length(longest, pair.target.model.config)
+    if pair.drafter.drafter_type == "causal_lm":
+        check_positions(pair.drafter.model, longest)
+
+
 def check_lengths(pair: Pair, config: PPOWConfig, longest: int) -> None:
     """Refuse trajectories that are to be generated and could not be trained on.
 
@@ -67,9 +81,9 @@ def check_lengths(pair: Pair, config: PPOWConfig, longest: int) -> None:
         longest: tokens of a prompt and its continuation at most.
 
     Raises:
-        UserError: the target has no positions for them, or `ppow` cannot draft behind them.
+        UserError: target or drafter have no positions for them, or `ppow` cannot draft behind them.
     """
-    check_length(longest, pair.target.model.config)
+    check_read(pair, longest)
     if config.is_rollout:
         pair.target.check_length(longest)
         pair.drafter.check_length(longest)

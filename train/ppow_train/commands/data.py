@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ppow_train.commands.base_url import BaseUrl
 from ppow_train.commands.engine_arguments import engine_argument_option
 from ppow_train.commands.options import device_option, dtype_option
 from ppow_train.options import PPOWOptions
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     help="what continues the prompts: Hugging Face generate or a vLLM engine",
 )  # fmt: skip
 @click.option(
-    "--endpoint", help="base URL of an OpenAI-compatible server (http://…/v1) that serves the target instead"
+    "--endpoint", type=BaseUrl(), help="base URL of an OpenAI-compatible server of the target instead"
 )
 @click.option("--model", help="name under which the endpoint serves the target")
 @click.option("--api-key-env", metavar="VARIABLE", help="environment variable that holds the endpoint's key")

@@ -15,8 +15,9 @@ from ppow_train.commands import training_run
 from ppow_train.commands.engine_arguments import engine_argument_option
 from ppow_train.commands.options import SEED, device_option, given, training_options
 from ppow_train.commands.training_run import Outcome, Request
-from ppow_train.preflight import check_writable
-from vllm_ppow.artifact import check_output
+from ppow_train.errors import UserError
+from ppow_train.preflight import RUN, check_writable
+from vllm_ppow.artifact import PPOW_CONFIG, check_output
 
 if TYPE_CHECKING:
     from ppow_train.parity import Parity
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
     help="the same, to measure on, never trained on",
 )
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="directory of the adapter")
+@click.option(
+    "--overwrite", is_flag=True, help="replace an adapter at --output, with all that lies beside it there"
+)
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of options; flags override it"
 )
@@ -91,6 +95,7 @@ def train(
     cost_profile: Path | None,
     estimate: bool,
     as_json: bool,
+    overwrite: bool,
     **arguments: Any,
 ) -> None:
     """Train a LoRA adapter for a drafter on prompts of your own.
@@ -107,7 +112,7 @@ def train(
     output, cache = arguments["output"], arguments["cache"]
     checkpoints = checkpoints or output.parent / f"{output.name}.checkpoints"
     if not estimate:
-        _check_places(output, checkpoints)
+        _check_places(output, checkpoints, overwrite, arguments["resume"])
     if prompts is not None:
         check_writable(cache, "--cache")
     from ppow_train.prompts import read_requests
@@ -146,9 +151,22 @@ def train(
         _finish(request, push, as_json)
 
 
-def _check_places(output: Path, checkpoints: Path) -> None:
-    """Refuse now what the run would not be able to write after the target has continued all prompts."""
-    check_writable(check_output(output).parent)
+def _check_places(output: Path, checkpoints: Path, overwrite: bool, resume: bool) -> None:
+    """Refuse now what the run could not write after the target has continued all prompts, or would destroy.
+
+    An adapter at `output` is replaced where that was asked for, now or when the run began that is resumed.
+    """
+    final, state = check_output(output), checkpoints.resolve()
+    if final == state or final in state.parents or state in final.parents:
+        raise UserError(
+            f"--checkpoints {checkpoints} and --output {output} must lie apart: each is replaced or deleted as a whole."
+        )
+    if (final / PPOW_CONFIG).is_file() and not (overwrite or (resume and (state / RUN).is_file())):
+        raise UserError(
+            f"{output} holds an adapter: name another --output, or add --overwrite to replace it, with its cost "
+            "profile and all else that lies there."
+        )
+    check_writable(final.parent)
     check_writable(checkpoints, "--checkpoints")
 
 
@@ -248,7 +266,6 @@ def _better(training: dict[str, Any]) -> str:
 
 def _take_push(values: dict[str, Any], output: Path, parity: bool, has_held_out: bool) -> Push | None:
     """Where to upload to, asked before hours of training; nothing is uploaded unchecked unless told so."""
-    from ppow_train.errors import UserError
     from ppow_train.push import take_push
 
     if values.get("push_to_hub") and parity:

@@ -250,11 +250,16 @@ def _texts(
         UserError: nothing is left to train on, or a text and its continuation do not fit.
     """
     from ppow_train.errors import UserError
-    from ppow_train.generation import check_length, load_tokenizer
+    from ppow_train.generation import load_tokenizer
     from ppow_train.prompts import prompt_hash, read_prompts, text_ids
-    from ppow_train.training import check_lengths
+    from ppow_train.training import check_lengths, check_read
 
     assert request.prompts is not None
+    if request.max_new_tokens <= config.num_speculative_tokens:
+        raise UserError(
+            f"Continuations of {request.max_new_tokens} tokens have no room for a window of "
+            f"{config.num_speculative_tokens}: raise --max-new-tokens, or lower --num-speculative-tokens."
+        )
     tokenizer = load_tokenizer(pair.target.directory)
     texts, held_out = (
         read_prompts(request.prompts, tokenizer),
@@ -276,5 +281,5 @@ def _texts(
     # Both files, before the first is continued; held-out texts are read whole, never drafted behind.
     check_lengths(pair, config, max(len(ids[number]) for number in kept) + request.max_new_tokens)
     if held_out_ids:
-        check_length(max(map(len, held_out_ids)) + held_out_tokens, pair.target.model.config)
+        check_read(pair, max(map(len, held_out_ids)) + held_out_tokens)
     return [texts[number] for number in kept], held_out

@@ -37,6 +37,11 @@ def detect_drafter_type(directory: Path) -> str:
     is_eagle = any("eagle" in name.lower() for name in architectures)  # some end in ForCausalLM too
     if not is_eagle and any(name.endswith("ForCausalLM") for name in architectures):
         return "causal_lm"
+    if not is_eagle and any(name.endswith("LMHeadModel") for name in architectures):
+        raise UserError(
+            f"{directory} is of an architecture ({', '.join(architectures)}) whose layers are no linear ones to adapt: "
+            "give a causal LM whose architecture ends in ForCausalLM."
+        )
     raise UserError(
         f"{directory} is neither a causal LM nor an EAGLE-3 head in speculators format or of Llama layers in the "
         f"original format (architectures {named}): convert the head with the speculators library first."
