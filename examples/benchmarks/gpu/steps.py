@@ -129,7 +129,7 @@ def train(plan: Plan, drafter: str) -> dict[str, Any]:
     """`ppow train` on the GPU, up to its parity gate: training's own acceptance against what vLLM counts."""
     output = plan.output / f"trained-{drafter}"
     prompts = TINY_PAIR / "prompts"
-    command = [sys.executable, "-m", "ppow_train.cli", "train", "--json"]
+    command = [sys.executable, "-m", "ppow_train.cli", "train", "--json", "--overwrite"]
     for name, value in {
         "target": TINY_PAIR / "target",
         "drafter": TINY_PAIR / drafter,
