@@ -190,7 +190,7 @@ def test_continuations_of_a_stored_set_are_recorded_not_asked_for(directories, p
     capsys.readouterr()
     assert run(train) == 0
     assert json.loads(capsys.readouterr().out)["training"]["options"]["continuations"] == TIMES
-    assert run([*train, "--continuations", "2"]) == 2
+    assert run([*train, "--overwrite", "--continuations", "2"]) == 2
     assert "settled by `ppow data`" in capsys.readouterr().err
 
 

@@ -108,7 +108,7 @@ def test_train_on_it(arguments, directories, tmp_path, capsys):
     assert set(training["report"]) == {"prompts", "before", "after"}, "held-out prompts were measured on"
     assert training["prompts"] == "set"
 
-    assert run([*train, "--serving-temperature", "0.5"]) == 1
+    assert run([*train, "--overwrite", "--serving-temperature", "0.5"]) == 1
     assert "--serving-temperature 1.0" in capsys.readouterr().err
 
 

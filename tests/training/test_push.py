@@ -222,7 +222,7 @@ def test_the_command_uploads_what_parity_lets_through(hub, train, tmp_path, caps
     assert hub.repos == {}
     assert "**differs**" in (tmp_path / "out" / "README.md").read_text("utf-8")
 
-    assert train(*held_out) == 0
+    assert train(*held_out, "--overwrite") == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["parity"]["holds"] is True
     assert "Uploaded: https://hub/me/out" in captured.err
