@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from ppow_train.cli import run
 from ppow_train.errors import UserError
 from ppow_train.study.costs import equal_time_steps, read_costs, write_costs
-from ppow_train.study.intervals import Resampled, SeedSpread, difference, gain
+from ppow_train.study.intervals import SeedSpread
 from ppow_train.study.plan import Cell, Plan, read_plan
 from ppow_train.study.results import Measured, Results, RunKey
 from ppow_train.study.run import Study
@@ -210,72 +209,7 @@ def test_a_run_is_claimed_by_one_process_until_it_ends(tmp_path):
     assert elsewhere() == "True"
 
 
-# ---------------------------------------------------------------- intervals
-
-
-@pytest.mark.parametrize("num_seeds", [2, 3, 5])
-@pytest.mark.parametrize(("of_seeds", "of_prompts"), [(0.3, 0.1), (0.3, 1.0)])
-def test_an_interval_covers_what_chance_makes_of_it(num_seeds, of_seeds, of_prompts):
-    """Of studies of four arms without any difference one in twenty should find one, however few the seeds are."""
-    random = np.random.default_rng(0)
-    found = 0
-    for _ in range(120):
-        prompts = random.normal(size=40)
-        arms = [
-            [
-                measured(list(10 + prompts + of_prompts * own + of_seeds * random.normal()))
-                for _ in range(num_seeds)
-            ]
-            for own in random.normal(size=(4, 40))
-        ]
-        start = Resampled([measured(list(10 + prompts))], num_seeds)
-        one, other, *_ = made = [Resampled(arm, num_seeds) for arm in arms]
-        spread = SeedSpread.pooled(
-            list((arm.by_seed - other.by_seed) / start.mean) for arm in made if arm is not other
-        )
-        found += difference(one, other, start, spread).is_clear_of_zero
-    assert 0 < found <= 12
-
-
-def test_a_real_difference_is_found_and_what_is_common_drops_out():
-    random = np.random.default_rng(1)
-    prompts = random.normal(size=40) * 3  # far larger than the difference
-    one = [measured(list(10 + prompts)) for _ in range(5)]
-    other = [measured(list(10.2 + prompts + random.normal(size=40) * 0.1)) for _ in range(5)]
-    start = Resampled([measured(list(5 + prompts / 2))], 5)
-    over = difference(Resampled(other, 5), Resampled(one, 5), start)
-    assert over.is_clear_of_zero
-    assert over.mean == pytest.approx(0.04, abs=0.01)
-    assert gain(Resampled(one, 5), start).mean == pytest.approx(1.0)
-
-
-def test_one_seed_is_given_the_spread_of_the_arms_that_have_several():
-    """Of arms that differ in nothing but their seeds, intervals of prompts alone would find most better or worse."""
-    random = np.random.default_rng(2)
-    found = {"prompts": 0, "seeds too": 0}
-    for _ in range(100):
-        prompts = random.normal(size=40)
-
-        def run(prompts=prompts):
-            return measured(list(10 + prompts + random.normal() * 0.3 + random.normal(size=40) * 0.2))
-
-        reference, start = run(), Resampled([measured(list(10 + prompts))], 1)
-        beside = [[sum(run().accepted) / sum(start_accepted(prompts)) for _ in range(5)] for _ in range(3)]
-        spread = SeedSpread.pooled(beside)
-        assert spread.degrees == 12
-        twice = SeedSpread(spread.sd * 2**0.5, spread.degrees)  # a difference has two runs' seeds in it
-        arms = Resampled([run()], 1), Resampled([reference], 1), start
-        low_high = difference(*arms), difference(*arms, twice)
-        assert low_high[0].of_prompts_alone
-        assert not low_high[0].is_clear_of_zero
-        found["prompts"] += low_high[0].low > 0 or low_high[0].high < 0
-        found["seeds too"] += low_high[1].is_clear_of_zero
-    assert found["prompts"] > 50
-    assert found["seeds too"] <= 10
-
-
-def start_accepted(prompts):
-    return list(10 + prompts)
+# ---------------------------------------------------------------- tables
 
 
 def test_where_too_few_arms_have_several_seeds_nothing_is_bold_and_the_table_says_so():
@@ -283,11 +217,11 @@ def test_where_too_few_arms_have_several_seeds_nothing_is_bold_and_the_table_say
     assert SeedSpread.pooled([[1.0, 2.0], [5.0, 7.0], [9.0]]).degrees == 2
     assert SeedSpread.pooled([[1.0, 2.0, 3.0], [5.0, 7.0], [9.0]]) == SeedSpread((4 / 3) ** 0.5, 3)
     study = plan(cells=(cell(),), seeds=(0,))
-    done = {start_key("report", study.cells[0]): measured([5.0, 6.0])}
+    done = {start_key("report", study.cells[0]): measured([5.0, 6.0] * 10)}
     for arm, value in (("one", 6.0), ("other", 7.0)):
         for rate in study.rates_of(arm, study.cells[0]):
             done[RunKey("tune", "here", arm, 100, 5, rate)] = measured([1.0 - rate])
-        done[RunKey("report", "here", arm, 0, 5, 0.1)] = measured([value, value + 1])
+        done[RunKey("report", "here", arm, 0, 5, 0.1)] = measured([value, value + 1] * 10)
     text = tables(study, done, {})
     assert "| `other` | +18.2 (" in text
     assert ") † | 1 |" in text
@@ -297,14 +231,22 @@ def test_where_too_few_arms_have_several_seeds_nothing_is_bold_and_the_table_say
     )
 
 
+def test_a_held_out_file_of_other_prompts_than_were_measured_is_refused():
+    study = plan(cells=(cell(),))
+    done = {start_key("report", study.cells[0]): measured([5.0, 6.0] * 10)}
+    assert "| supervised start |" in tables(study, done, {}, {"h": ["a", "b"] * 10})
+    with pytest.raises(UserError, match="h has 19 prompts, results of the cell 'here' are of 20"):
+        tables(study, done, {}, {"h": ["a"] * 19})
+
+
 def test_the_table_says_what_is_clear_of_zero():
     study = plan(cells=(cell(),), seeds=(0, 1, 2))
-    done = {start_key("report", study.cells[0]): measured([5.0, 6.0])}
+    done = {start_key("report", study.cells[0]): measured([5.0, 6.0] * 10)}
     for arm, value in (("one", 6.0), ("other", 7.0)):
         for rate in study.rates_of(arm, study.cells[0]):
             done[RunKey("tune", "here", arm, 100, 5, rate)] = measured([1.0 - rate])
         for seed in study.seeds:
-            done[RunKey("report", "here", arm, seed, 5, 0.1)] = measured([value, value + 1])
+            done[RunKey("report", "here", arm, seed, 5, 0.1)] = measured([value, value + 1] * 10)
     text = tables(study, done, {}).partition("### here")[2]
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| `") or "start |" in line]
     assert [line[0] for line in lines] == ["| `other`", "| `one`", "| supervised start"]
@@ -315,10 +257,10 @@ def test_the_table_says_what_is_clear_of_zero():
 
 def test_a_longer_run_has_a_table_once_an_arm_has_run():
     study = plan(cells=(cell(),), seeds=(0,), steps=(5, 9))
-    done = {start_key("report", study.cells[0]): measured([5.0, 6.0])}
+    done = {start_key("report", study.cells[0]): measured([5.0, 6.0] * 10)}
     assert "### here, 5 updates" in tables(study, done, {})
     assert "9 updates" not in tables(study, done, {})
-    done[RunKey("report", "here", "other", 0, 9, 0.1)] = measured([7.0, 8.0])
+    done[RunKey("report", "here", "other", 0, 9, 0.1)] = measured([7.0, 8.0] * 10)
     assert "### here, 9 updates" in tables(study, done, {})
 
 
@@ -327,12 +269,12 @@ def test_the_overview_has_a_column_for_every_cell_and_is_sorted():
     done = {}
     for name, worth in (("here", {"one": 6.0, "other": 7.0}), ("there", {"one": 6.0})):
         place = next(each for each in study.cells if each.name == name)
-        done[start_key("report", place)] = measured([5.0, 6.0])
+        done[start_key("report", place)] = measured([5.0, 6.0] * 10)
         for arm, value in worth.items():
             for rate in study.rates_of(arm, place):
                 done[RunKey("tune", name, arm, 100, 5, rate)] = measured([1.0 - rate])
             for seed in study.seeds:
-                done[RunKey("report", name, arm, seed, 5, 0.1)] = measured([value, value + 1])
+                done[RunKey("report", name, arm, seed, 5, 0.1)] = measured([value, value + 1] * 10)
     lines = tables(study, done, {}).splitlines()
     assert lines[0] == "### Over `one`, points of gain, 5 updates"
     assert lines[2] == "| arm | here | there | seeds |"

@@ -27,7 +27,7 @@ class PPOWOptions:
     """What can be set in a config file or by a flag; TRL's own fields can stand in the file too."""
 
     # examples/benchmarks/objectives.md: clear of `cst:tv` in two cells of eight, 0.2 points below it in one; with
-    # eight continuations of every prompt clear of it in all four.
+    # eight continuations of every prompt clear of it in three of four.
     objective: str = _option(
         "cst:jsd",
         "what is minimised: ppow, exact, overlap, drafts, cst:LOSS (cst:jsd, cst:tv, …), or a weighted sum of these "

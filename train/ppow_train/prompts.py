@@ -136,6 +136,27 @@ def read_requests(path: Path) -> list[Prompt]:
     return prompts
 
 
+def read_groups(path: Path) -> list[str]:
+    """What each prompt of a JSONL file belongs to: the source `file` that its line names, or itself.
+
+    Itself too where all are of one file: of others nothing is known.
+
+    Raises:
+        UserError: as `read_requests`.
+    """
+    named = [
+        json.loads(line).get("file")
+        for number, line in _lines(path)
+        for _ in _request(line, f"{path}, line {number}")
+    ]
+    files = {file for file in named if isinstance(file, str)}
+    by_itself = len(files) == 1 and all(isinstance(file, str) for file in named)
+    return [
+        f"file {file}" if isinstance(file, str) and not by_itself else f"prompt {number}"
+        for number, file in enumerate(named)
+    ]
+
+
 def _request(line: str, where: str) -> Iterator[Prompt]:
     try:
         value = json.loads(line)

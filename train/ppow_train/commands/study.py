@@ -33,6 +33,7 @@ def study(
     Start the same command several times to work at one study with several processes.
     """
     from ppow_train.preflight import check_writable
+    from ppow_train.prompts import read_groups
 
     check_writable(output)
     from ppow_train.study.costs import read_costs
@@ -58,7 +59,8 @@ def study(
 
         choose_device(device)
         Study(wanted, results, device, cells, arms, say=lambda text: click.echo(text, err=True)).finish()
-    text = tables(wanted, results.read(), read_costs(output)) + origins(results.made_with())
+    groups = {cell.held_out: read_groups(Path(cell.held_out)) for cell in wanted.cells}
+    text = tables(wanted, results.read(), read_costs(output), groups) + origins(results.made_with())
     (output / "table.md").write_text(text, encoding="utf-8")
     click.echo(text)
 

@@ -1,16 +1,24 @@
 """What a difference is worth: means and 95 % intervals over seeds and prompts at once, paired by both.
 
 Two things are chance: which prompts were held out, and the seed of a run (trajectories, initialisation, windows).
-Prompts are many, and resampled, the same draw for every arm, so that what the arms have in common drops out of a
-difference (bootstrap; n − 1 of n are drawn, Rao and Wu 1988: n of n look a little surer than they are). Seeds are
-two to five: resampled they would find differences where there are none. Their part is
-Student's t instead, of the spread over seeds pooled over the arms of a cell (`SeedSpread`), which also tells what
-another seed might have given where there is one (ours). Left out: how results are laid out (table.py).
+Prompts are resampled, the same draw for every arm, so that what the arms have in common drops out of a difference
+(bootstrap). Prompts that come from one source file are drawn together, since they overlap and are alike: the file is
+what was sampled (cluster bootstrap). Of G files or single prompts G − 1 are drawn (Rao and Wu 1988: G of G look a
+little surer than they are), and as few of them do not tell their own spread, every draw is as far from the mean as
+Student's t with G − 1 degrees of freedom is farther than a normal deviate (ours). Seeds are two to five: resampled they
+would find differences where there are none. Their part is Student's t instead, of the spread over seeds pooled over the
+arms of a cell (`SeedSpread`), which also tells what another seed might have given where there is one (ours).
+
+Simulated with ten files of 15 to 28 prompts (500 studies each, differences of files from none at all to as large as
+those of single prompts, normal and skewed, two to five seeds) such intervals cover 93 to 98 %, with five equal files
+94 %; without Student's t 87 to 96 %, and with single prompts drawn 42 to 95 % (tests/training/test_study_intervals.py
+has a small one of these). Left out: how results are laid out (table.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -81,23 +89,39 @@ class Resampled:
 
     Args:
         measured: of each seed, in the same order for all arms that are compared; one alone for an untrained drafter.
+        groups: what each prompt is drawn together with, [B] names; every prompt by itself where it is not given.
     """
 
-    def __init__(self, measured: Sequence[Measured], num_seeds: int) -> None:
+    def __init__(
+        self, measured: Sequence[Measured], num_seeds: int, groups: Sequence[str] | None = None
+    ) -> None:
         drafts, accepted = (
             np.array([getattr(each, name) for each in measured]) for name in ("drafts", "accepted")
         )
         if len(measured) == 1:  # the same whatever the seed
             drafts, accepted = (values.repeat(num_seeds, axis=0) for values in (drafts, accepted))
         num_prompts = drafts.shape[1]
-        # How often each prompt is drawn: [resamples, B].
-        prompts = np.random.default_rng(_SEED).multinomial(
-            max(1, num_prompts - 1), np.full(num_prompts, 1 / num_prompts), size=_RESAMPLES
+        names, group_of = np.unique(
+            np.arange(num_prompts) if groups is None else np.array(groups), return_inverse=True
         )
+        if len(group_of) != num_prompts:
+            raise ValueError(f"{num_prompts} prompts were measured, {len(group_of)} have a group.")
+        drawn, self.stretch = _resamplings(len(names))
         self.num_seeds = num_seeds
         self.by_seed = _over(accepted.sum(1), drafts.sum(1))
         self.mean = float(accepted.sum() / drafts.sum())
-        self.draws = _over(prompts @ accepted.sum(0), prompts @ drafts.sum(0))
+        counts = (np.bincount(group_of, weights=of.sum(0)) for of in (accepted, drafts))
+        self.draws = _over(*(drawn @ of_group for of_group in counts))
+
+
+@functools.lru_cache(maxsize=8)
+def _resamplings(num_groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each of G groups is drawn, [resamples, G], and what makes a normal deviate Student's t, [resamples]."""
+    degrees = max(1, num_groups - 1)
+    drawn = np.random.default_rng(_SEED).multinomial(
+        degrees, np.full(num_groups, 1 / num_groups), size=_RESAMPLES
+    )
+    return drawn, (degrees / np.random.default_rng(_SEED + 2).chisquare(degrees, size=_RESAMPLES)) ** 0.5
 
 
 def gain(arm: Resampled, start: Resampled, spread: SeedSpread | None = None) -> Interval:
@@ -107,6 +131,7 @@ def gain(arm: Resampled, start: Resampled, spread: SeedSpread | None = None) -> 
         spread: of gains over seeds, of this arm and those beside it; without, the arm's own is taken.
     """
     mean, draws = _over(arm.mean, start.mean) - 1.0, _over(arm.draws, start.draws) - 1.0
+    draws = mean + (draws - mean) * arm.stretch
     return _interval(mean, draws, _over(arm.by_seed, start.by_seed), spread)
 
 
@@ -122,6 +147,7 @@ def difference(
         _over(arm.mean - reference.mean, start.mean),
         _over(arm.draws - reference.draws, start.draws),
     )
+    draws = mean + (draws - mean) * arm.stretch
     return _interval(mean, draws, _over(arm.by_seed - reference.by_seed, start.by_seed), spread)
 
 

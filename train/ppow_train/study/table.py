@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
+from ppow_train.errors import UserError
 from ppow_train.study.costs import Costs, equal_time_steps
 from ppow_train.study.intervals import NOTHING, Interval, Resampled, SeedSpread, difference, gain
 from ppow_train.study.plan import Cell, Plan
@@ -22,18 +23,36 @@ _OF_PROMPTS_ALONE = "† One seed, and too few arms beside it have several: an i
 
 
 @dataclasses.dataclass(frozen=True)
-class _Spreads:
-    """How gains, and differences from the reference, vary with the seed in one cell; None where nobody can tell."""
+class _Chance:
+    """What is chance in one cell.
 
+    Attributes:
+        groups: what each held-out prompt is drawn together with; None: every prompt by itself.
+        gains, differences: how gains, and differences from the reference, vary with the seed; None where nobody can
+            tell.
+    """
+
+    groups: Sequence[str] | None
     gains: SeedSpread | None
     differences: SeedSpread | None
 
     @classmethod
     def of(
-        cls, plan: Plan, results: dict[RunKey, Measured], cell: Cell, steps: int, start: Measured
-    ) -> _Spreads:
+        cls,
+        plan: Plan,
+        results: dict[RunKey, Measured],
+        cell: Cell,
+        steps: int,
+        start: Measured,
+        groups: Sequence[str] | None,
+    ) -> _Chance:
+        if groups is not None and len(groups) != len(start.drafts):
+            raise UserError(
+                f"{cell.held_out} has {len(groups)} prompts, results of the cell {cell.name!r} are of "
+                f"{len(start.drafts)}: put the file back that they were measured on."
+            )
         if not _accepted(start):  # no gain over it can be told
-            return cls(None, None)
+            return cls(groups, None, None)
 
         def gains_of(arm: str) -> dict[int, float]:
             by_seed = _by_seed(plan, results, cell, arm, steps)
@@ -42,6 +61,7 @@ class _Spreads:
         reference = gains_of(plan.reference)
         gains = {arm: gains_of(arm) for arm in plan.arms_of(steps)}
         return cls(
+            groups,
             SeedSpread.pooled(list(one.values()) for one in gains.values()),
             SeedSpread.pooled(
                 [value - reference[seed] for seed, value in one.items() if seed in reference]
@@ -51,15 +71,29 @@ class _Spreads:
         )
 
 
-def tables(plan: Plan, results: dict[RunKey, Measured], costs: Costs) -> str:
-    """All tables, as far as their runs are finished; every number of updates has its own."""
+def tables(
+    plan: Plan,
+    results: dict[RunKey, Measured],
+    costs: Costs,
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """All tables, as far as their runs are finished; every number of updates has its own.
+
+    Args:
+        groups: by held-out file, what each of its prompts is drawn together with (`prompts.read_groups`).
+
+    Raises:
+        UserError: another number of prompts was measured than a file has.
+    """
+    groups = groups or {}
     parts = []
     for held_out in dict.fromkeys(cell.held_out for cell in plan.cells):
         cells = [cell for cell in plan.cells if cell.held_out == held_out]
-        parts += [text for steps in plan.steps if (text := _overview(plan, results, cells, steps))]
+        found = (_overview(plan, results, cells, steps, groups.get(held_out)) for steps in plan.steps)
+        parts += [text for text in found if text]
     for steps in plan.steps:
         for cell in plan.cells:
-            rows = list(_rows(plan, results, costs, cell, steps))
+            rows = list(_rows(plan, results, costs, cell, steps, groups.get(cell.held_out)))
             # The start is that of every number of updates: alone it says nothing of a longer run.
             if len(rows) > 1 or (rows and steps == plan.steps[0]):
                 parts.append(_table(plan, cell, steps, rows))
@@ -77,13 +111,19 @@ def origins(made_with: Counter[str | None]) -> str:
     return "\nRuns by what made them:\n\n" + "".join(told)
 
 
-def _overview(plan: Plan, results: dict[RunKey, Measured], cells: list[Cell], steps: int) -> str:
+def _overview(
+    plan: Plan,
+    results: dict[RunKey, Measured],
+    cells: list[Cell],
+    steps: int,
+    groups: Sequence[str] | None,
+) -> str:
     """Every arm's gain over the reference's in points, best first; the reference's own gain over the start."""
     starts = {cell: results[key] for cell in cells if (key := start_key("report", cell)) in results}
-    spreads = {cell: _Spreads.of(plan, results, cell, steps, start) for cell, start in starts.items()}
+    chance = {cell: _Chance.of(plan, results, cell, steps, start, groups) for cell, start in starts.items()}
     rows = []
     for arm in plan.arms_of(steps):
-        found = [_compared(plan, results, cell, arm, steps, starts[cell], spreads[cell]) for cell in starts]
+        found = [_compared(plan, results, cell, arm, steps, starts[cell], chance[cell]) for cell in starts]
         if any(seeds for _, seeds in found):
             known = [value.mean for value, seeds in found if seeds]
             mean = 0.0 if arm == plan.reference else sum(known) / len(known)
@@ -100,7 +140,9 @@ def _overview(plan: Plan, results: dict[RunKey, Measured], cells: list[Cell], st
         "|---" * (len(starts) + 2) + "|",
     ]
     body = [row for _, row in sorted(rows, reverse=True)]
-    return "\n".join([*head, *body, "", f"Accepted per draft at the start: {accepted}."]) + "\n"
+    files = len(set(groups or ()))
+    drawn = f" Intervals draw {files} source files." if groups and files < len(groups) else ""
+    return "\n".join([*head, *body, "", f"Accepted per draft at the start: {accepted}.{drawn}"]) + "\n"
 
 
 def _compared(
@@ -110,17 +152,17 @@ def _compared(
     arm: str,
     steps: int,
     start: Measured,
-    spreads: _Spreads,
+    chance: _Chance,
 ) -> tuple[Interval, int]:
     """An arm's difference from the reference, or the reference's gain, and on how many seeds (0: not known)."""
     own = _by_seed(plan, results, cell, arm, steps)
     if arm != plan.reference:
         reference = _by_seed(plan, results, cell, plan.reference, steps)
-        return _difference(own, reference, start, spreads.differences)
+        return _difference(own, reference, start, chance)
     if not own:
         return NOTHING, 0
-    arms = Resampled(list(own.values()), len(own)), Resampled([start], len(own))
-    return gain(*arms, spreads.gains), len(own)
+    one, base = (Resampled(each, len(own), chance.groups) for each in (list(own.values()), [start]))
+    return gain(one, base, chance.gains), len(own)
 
 
 def _bold(value: Interval, is_reference: bool) -> str:
@@ -142,42 +184,46 @@ def _table(plan: Plan, cell: Cell, steps: int, rows: list[tuple[float, str]]) ->
 
 
 def _rows(
-    plan: Plan, results: dict[RunKey, Measured], costs: Costs, cell: Cell, steps: int
+    plan: Plan,
+    results: dict[RunKey, Measured],
+    costs: Costs,
+    cell: Cell,
+    steps: int,
+    groups: Sequence[str] | None,
 ) -> Iterator[tuple[float, str]]:
     """Each arm with its mean, which sorts the table; arms with seeds missing are compared on those that are there."""
     start = results.get(start_key("report", cell))
     if start is None:
         return
     reference = _by_seed(plan, results, cell, plan.reference, steps)
-    spreads = _Spreads.of(plan, results, cell, steps, start)
+    chance = _Chance.of(plan, results, cell, steps, start, groups)
     yield _accepted(start), f"| supervised start | – | – | {_accepted(start):.3f} | – | – | – |"
     for arm in plan.arms_of(steps):
         by_seed = _by_seed(plan, results, cell, arm, steps)
         seeds = [seed for seed in by_seed if seed in reference] or list(by_seed)
         if not seeds:
             continue
-        own, base = Resampled([by_seed[seed] for seed in seeds], len(seeds)), Resampled([start], len(seeds))
+        runs = [by_seed[seed] for seed in seeds]
+        own, base = (Resampled(each, len(seeds), chance.groups) for each in (runs, [start]))
         rate = best_rate(plan, results, cell, arm)
-        gained = gain(own, base, spreads.gains).percent()
+        gained = gain(own, base, chance.gains).percent()
         first = f"| `{arm}` | {rate:g} | {len(seeds)} | {own.mean:.3f} | {gained} | "
         if arm == plan.reference:
             yield own.mean, first + "– | – |"
             continue
         updates = equal_time_steps(costs, cell.drafter, arm, steps)
-        over = _over(by_seed, reference, start, spreads)
+        over = _over(by_seed, reference, start, chance)
         if updates is None or updates == steps:
             timed = "as at equal windows" if updates else "not timed"
         else:
             shorter = _by_seed(plan, results, cell, arm, updates)
-            timed = f"{_over(shorter, reference, start, spreads)} ({updates})"
+            timed = f"{_over(shorter, reference, start, chance)} ({updates})"
         yield own.mean, first + f"{over} | {timed} |"
 
 
-def _over(
-    arm: dict[int, Measured], reference: dict[int, Measured], start: Measured, spreads: _Spreads
-) -> str:
+def _over(arm: dict[int, Measured], reference: dict[int, Measured], start: Measured, chance: _Chance) -> str:
     """Difference of two gains as text, marked where it is clear of zero."""
-    over, seeds = _difference(arm, reference, start, spreads.differences)
+    over, seeds = _difference(arm, reference, start, chance)
     if not seeds:
         return "–"
     mark = (_WIN if over.mean > 0 else _LOSS) if over.is_clear_of_zero else ""
@@ -188,14 +234,15 @@ def _difference(
     arm: dict[int, Measured],
     reference: dict[int, Measured],
     start: Measured,
-    spread: SeedSpread | None,
+    chance: _Chance,
 ) -> tuple[Interval, int]:
     """Difference of two gains on the seeds that both have, and how many these are."""
     seeds = [seed for seed in arm if seed in reference]
     if not seeds:
         return NOTHING, 0
-    one, other = (Resampled([of[seed] for seed in seeds], len(seeds)) for of in (arm, reference))
-    return difference(one, other, Resampled([start], len(seeds)), spread), len(seeds)
+    runs = [arm[seed] for seed in seeds], [reference[seed] for seed in seeds], [start]
+    one, other, base = (Resampled(each, len(seeds), chance.groups) for each in runs)
+    return difference(one, other, base, chance.differences), len(seeds)
 
 
 def _accepted(one: Measured) -> float:
