@@ -242,7 +242,7 @@ def test_lists_by_flag_are_trained_with(command, tmp_path, capsys):
     assert cli.run([*command, "--report-to", "none", "--lora-targets", "q_proj,v_proj"]) == 0
     options = json.loads(capsys.readouterr().out)["training"]["options"]
     assert options["lora_targets"] == ["q_proj", "v_proj"]
-    assert cli.run([*command, "--report-to", "nowhere"]) == 1
+    assert cli.run([*command, "--overwrite", "--report-to", "nowhere"]) == 1
     assert "report_to must name none, all, or some of" in capsys.readouterr().err
 
 
