@@ -30,7 +30,7 @@ from bench_server import MODEL_NAME, TINY, Server, ServerOptions
 from soak_report import Demands, Findings, as_json
 
 from ppow_train.progress import make_progress
-from vllm_ppow.artifact import read_adapter
+from vllm_ppow.artifact import NATIVE_METHOD, read_adapter
 
 ABORTED_SHARE = 0.25  # of requests
 MEMORY_EVERY_S = 2.0
@@ -39,10 +39,9 @@ SWAP_PATH = "/v1/ppow/adapter"
 _BLOCK_TOKENS = 32  # of the KV cache; the smallest that vLLM's CPU kernels take
 _REQUEST_S = 300  # the longest that any request may take
 _LAYER = re.compile(r"ppow:window_layer_active\{layer=(\w+)\}")
-# oneDNN keeps its newest 1024 kernels, one for every shape of a step: some 400 MiB that grow for hours and would hide
-# what does not stop.
+# oneDNN keeps its newest 1024 kernels, one for every shape of a step: memory that grows for long, and would hide what
+# never stops.
 _NO_KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
-_PLAIN_METHODS = {"eagle3": "eagle3", "causal_lm": "draft_model"}
 _ERROR_LINE = re.compile(r"^.*\bERROR \d\d-\d\d .*$", re.MULTILINE)  # as vLLM's loggers write it
 
 
@@ -239,7 +238,7 @@ def speculative_config(settings: dict[str, Any], adapters: list[Path]) -> dict[s
         served = read_adapter(adapters[0]).config
         return {
             **spec,
-            "method": _PLAIN_METHODS[served.drafter_type],
+            "method": NATIVE_METHOD[served.drafter_type],
             "model": served.base_drafter.name_or_path,
         }
     spec |= {"method": "ppow", "model": str(adapters[0])}
@@ -347,7 +346,10 @@ async def _show(progress: Any, task: Any, soak: Soak) -> None:
     "--plain", is_flag=True, help="the first adapter's bare drafter, by vLLM's own method, without swaps"
 )
 @click.option(
-    "--max-growth-mib", default=16.0, show_default=True, help="that a process may gain after warming up"
+    "--max-growth-mib",
+    default=Demands.max_growth_mib,
+    show_default=True,
+    help="that a process may gain after warming up",
 )
 @click.option("--max-model-len", default=256, show_default=True)
 @click.option(

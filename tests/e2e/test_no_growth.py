@@ -15,8 +15,8 @@ pytestmark = pytest.mark.engine
 
 ROUND = 32  # requests that are sent together
 ROUNDS = 12
-# Of a request, in the mean: much less than its bookkeeping is in vLLM. Tables of bounded size that fill meanwhile, the
-# window's and those of vLLM's own metrics, come to 70 or so.
+# Of a request, in the mean: much less than its bookkeeping is in vLLM. Tables of bounded size, the
+# window's and those of vLLM's own metrics, still fill meanwhile.
 KEPT_BYTES = 200
 
 

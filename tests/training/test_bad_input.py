@@ -264,7 +264,7 @@ def test_a_head_that_reads_layers_beyond_the_target(taps, directories):
         ("{}", ["neither a causal LM"]),
         (
             '{"architectures": ["GPT2LMHeadModel"]}',
-            ["GPT2LMHeadModel", "no linear ones to adapt", "ForCausalLM"],
+            ["GPT2LMHeadModel", "that is not trained", "ForCausalLM"],
         ),
     ],
 )

@@ -24,7 +24,6 @@ from transformers import TrainerCallback
 from ppow_train.errors import UserError
 from ppow_train.preflight import RUN
 from ppow_train.trajectory_store import LOCK, describe_changes, only_writer, write_whole
-from ppow_train.window_lines import LOG_NAME
 
 if TYPE_CHECKING:
     from ppow_train.config import PPOWConfig
@@ -152,9 +151,9 @@ def _check_foreign(directory: Path) -> None:
         raise UserError(
             f"{directory} is something else than the training state of a run: name other --checkpoints."
         )
-    if foreign := next((name for name in (_CARD, LOG_NAME) if (directory / name).exists()), None):
+    if (directory / _CARD).exists():  # a log of windows alone is what a killed run without checkpoints leaves
         raise UserError(
-            f"{directory} holds a {foreign}, which the run would replace and delete: name other --checkpoints."
+            f"{directory} holds a {_CARD}, which the run would replace and delete: name other --checkpoints."
         )
 
 

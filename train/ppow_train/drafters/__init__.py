@@ -39,8 +39,8 @@ def detect_drafter_type(directory: Path) -> str:
         return "causal_lm"
     if not is_eagle and any(name.endswith("LMHeadModel") for name in architectures):
         raise UserError(
-            f"{directory} is of an architecture ({', '.join(architectures)}) whose layers are no linear ones to adapt: "
-            "give a causal LM whose architecture ends in ForCausalLM."
+            f"{directory} is of an architecture ({', '.join(architectures)}) that is not trained: give a causal LM "
+            "whose architecture ends in ForCausalLM."
         )
     raise UserError(
         f"{directory} is neither a causal LM nor an EAGLE-3 head in speculators format or of Llama layers in the "

@@ -9,10 +9,8 @@ Student's t with G − 1 degrees of freedom is farther than a normal deviate (ou
 would find differences where there are none. Their part is Student's t instead, of the spread over seeds pooled over the
 arms of a cell (`SeedSpread`), which also tells what another seed might have given where there is one (ours).
 
-Simulated with ten files of 15 to 28 prompts (500 studies each, differences of files from none at all to as large as
-those of single prompts, normal and skewed, two to five seeds) such intervals cover 93 to 98 %, with five equal files
-94 %; without Student's t 87 to 96 %, and with single prompts drawn 42 to 95 % (tests/training/test_study_intervals.py
-has a small one of these). Left out: how results are laid out (table.py).
+tests/training/test_study_intervals.py simulates studies: such intervals cover the truth where files differ, and those
+that draw single prompts too seldom. Left out: how results are laid out (table.py).
 """
 
 from __future__ import annotations
